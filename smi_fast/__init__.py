@@ -1,0 +1,22 @@
+"""Fast sparse model inversion of Vision Transformers."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+
+def _kernels_of_checkout() -> None:
+    """Make `smi_fast.kernels` importable from the root of a checkout, where `kernels/` lies beside this package; an
+    installed package holds it inside."""
+    package = Path(__file__).parent
+    source = package.parent / "kernels" / "__init__.py"
+    if not (package / "kernels").is_dir() and source.is_file():
+        name = f"{__name__}.kernels"
+        spec = importlib.util.spec_from_file_location(name, source, submodule_search_locations=[str(source.parent)])
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
+_kernels_of_checkout()
