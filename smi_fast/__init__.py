@@ -15,7 +15,7 @@ def _kernels_of_checkout() -> None:
     if not (package / "kernels").is_dir() and source.is_file():
         name = f"{__name__}.kernels"
         spec = importlib.util.spec_from_file_location(name, source, submodule_search_locations=[str(source.parent)])
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        module = sys.modules[name] = sys.modules[__name__].kernels = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
 
 
