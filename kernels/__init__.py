@@ -1,1 +1,16 @@
 """Kernels: each operation defined in plain torch and implemented in Triton. Knows nothing of timm, inversion or files."""
+
+from .attention import attention
+from .backend import resolve_backend, triton_status
+from .patches import gather_patches, view_cells
+from .selection import Selection, select_tokens
+
+__all__ = [
+    "Selection",
+    "attention",
+    "gather_patches",
+    "resolve_backend",
+    "select_tokens",
+    "triton_status",
+    "view_cells",
+]

@@ -20,3 +20,16 @@ def _kernels_of_checkout() -> None:
 
 
 _kernels_of_checkout()
+
+from smi_fast.stopping import StoppingSchedule, select_patches  # noqa: E402
+from smi_fast.tokens import PackedTokens  # noqa: E402
+from smi_fast.vit import AcceleratedViT, UnsupportedModelError, accelerate  # noqa: E402
+
+__all__ = [
+    "AcceleratedViT",
+    "PackedTokens",
+    "StoppingSchedule",
+    "UnsupportedModelError",
+    "accelerate",
+    "select_patches",
+]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smi_fast.kernels.rows import sequence_of_tokens
+
 
 @dataclass(frozen=True)
 class PackedTokens:
@@ -75,3 +77,46 @@ class PackedTokens:
 def uniform_cu_seqlens(batch: int, length: int, device: torch.device | str) -> Tensor:
     """Cumulative lengths (B + 1,) int32 of `batch` sequences of `length` tokens each."""
     return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)[: batch + 1]
+
+
+def token_slots(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Of each of T packed tokens, its sequence (T,) and its place in that sequence (T,), int64."""
+    sequence = sequence_of_tokens(cu_seqlens, tokens)
+    return sequence, torch.arange(tokens, device=cu_seqlens.device) - cu_seqlens[sequence]
+
+
+def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """Packed (T, ...) -> (B, max_seqlen, ...), zeros behind short sequences, and the mask (B, max_seqlen) of tokens."""
+    batch_size = len(cu_seqlens) - 1
+    mask = torch.arange(max_seqlen, device=x.device) < cu_seqlens.diff()[:, None]
+    if len(x) == batch_size * max_seqlen:
+        return x.unflatten(0, (batch_size, max_seqlen)), mask
+    return x.new_zeros(batch_size, max_seqlen, *x.shape[1:]).index_put(token_slots(cu_seqlens, len(x)), x), mask
+
+
+def prepend(prefix: Tensor, tokens: PackedTokens) -> PackedTokens:
+    """Put the same P prefix tokens (P, C) before each sequence; their positions are -P to -1."""
+    count, batch_size = len(prefix), tokens.batch_size
+    if count == 0:
+        return tokens
+    positions = torch.arange(-count, 0, dtype=torch.int32, device=prefix.device)
+    if tokens.is_uniform:
+        values = torch.cat((prefix.expand(batch_size, -1, -1), tokens.batch()), dim=1)
+        positions = torch.cat((positions.expand(batch_size, -1), tokens.positions.view(batch_size, -1)), dim=1)
+        return PackedTokens.from_batch(values, positions)
+    rows = rows_behind_prefix(tokens.cu_seqlens, len(tokens.values), count)
+    heads = (tokens.cu_seqlens[:-1, None] + count * torch.arange(batch_size, device=rows.device)[:, None]
+             + torch.arange(count, device=rows.device)).flatten()  # fmt: skip
+    total = len(tokens.values) + batch_size * count
+    values = tokens.values.new_zeros(total, tokens.values.shape[1])
+    values = values.index_copy(0, rows, tokens.values)
+    values = values.index_copy(0, heads, prefix.to(values.dtype).repeat(batch_size, 1))
+    all_positions = positions.new_zeros(total).index_copy(0, rows, tokens.positions)
+    all_positions = all_positions.index_copy(0, heads, positions.repeat(batch_size))
+    starts = torch.arange(batch_size + 1, dtype=torch.int32, device=rows.device) * count
+    return PackedTokens(values, all_positions, tokens.cu_seqlens + starts, tokens.max_seqlen + count)
+
+
+def rows_behind_prefix(cu_seqlens: Tensor, tokens: int, count: int) -> Tensor:
+    """Where T packed tokens lie once `count` prefix tokens stand before each sequence: (T,) int64."""
+    return torch.arange(tokens, device=cu_seqlens.device) + count * (sequence_of_tokens(cu_seqlens, tokens) + 1)

@@ -1,0 +1,33 @@
+"""Rows of a matrix picked by distinct indices, with a gradient that stores instead of accumulating."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = values.shape
+        return values.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, rows, grad), None
+
+
+def gather_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """`values[rows]` for (M, ...) values and (T,) indices of which no two are equal.
+
+    Plain indexing has to add up the gradients of rows that were picked twice; with distinct rows its gradient is a copy.
+    """
+    return _GatherRows.apply(values, rows)
+
+
+def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """(T,) int64, the sequence that each packed token belongs to; no synchronisation."""
+    sequences = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+    return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=tokens)

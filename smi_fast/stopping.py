@@ -1,0 +1,168 @@
+"""When patches are stopped, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from smi_fast.keep import Keep, PackedKeep
+from smi_fast.kernels import select_tokens
+from smi_fast.tokens import uniform_cu_seqlens
+
+
+class StoppingSchedule:
+    """At which iterations what fraction of the patches that are still inverted is stopped.
+
+    `StoppingSchedule({50: 0.3, 100: 0.3})` stops 30 % at iteration 50 and 30 % of the rest at iteration 100. Of n
+    patches, stopping a fraction r keeps int(n * (1 - r)) (Sparse Model Inversion, Sec. 3.2).
+
+    Args:
+        stops: iteration (counted from 0, at least 1: the attention comes from the iteration before) -> fraction in
+            (0, 1). Iterations must increase.
+
+    Raises:
+        TypeError, ValueError: an iteration that is no integer or below 1, iterations that do not increase, a fraction
+            outside (0, 1).
+    """
+
+    PAPER = ((50, 0.3), (100, 0.3), (200, 0.3), (300, 0.3))
+    PAPER_ITERATIONS = 4000
+
+    def __init__(self, stops: Mapping[int, float] | Sequence[tuple[int, float]]):
+        pairs = list(stops.items()) if isinstance(stops, Mapping) else [tuple(pair) for pair in stops]
+        previous = 0
+        for iteration, fraction in pairs:
+            if isinstance(iteration, bool) or not isinstance(iteration, int):
+                raise TypeError(f"a stopping iteration is an integer, got {iteration!r}")
+            if iteration < 1:
+                raise ValueError(f"nothing can be stopped at iteration {iteration}: the first possible one is 1")
+            if iteration <= previous:
+                raise ValueError(f"stopping iterations must increase, got {iteration} after {previous}")
+            if not 0 < fraction < 1:
+                raise ValueError(f"the fraction stopped at iteration {iteration} must lie in (0, 1), got {fraction}")
+            previous = iteration
+        self.stops: dict[int, float] = {iteration: float(fraction) for iteration, fraction in pairs}
+
+    @classmethod
+    def parse(cls, text: str) -> StoppingSchedule:
+        """Read "50:0.3,100:0.3", "paper" or "dense".
+
+        Raises:
+            ValueError: the text is none of these; the message names the part that is wrong.
+        """
+        if text.strip() in ("dense", "paper"):
+            return getattr(cls, text.strip())()
+        pairs = []
+        for part in text.split(","):
+            iteration, _, fraction = part.partition(":")
+            try:
+                pairs.append((int(iteration), float(fraction)))
+            except ValueError:
+                raise ValueError(
+                    f"cannot read {part!r} in the stopping schedule {text!r}: expected ITERATION:FRACTION, like 50:0.3"
+                ) from None
+        return cls(pairs)
+
+    @classmethod
+    def paper(cls, iterations: int = PAPER_ITERATIONS) -> StoppingSchedule:
+        """The published schedule, 50:0.3,100:0.3,200:0.3,300:0.3 of 4000 iterations, scaled to `iterations`.
+
+        Scaled iterations are rounded up and kept apart by at least one.
+        """
+        stops, previous = [], 0
+        for iteration, fraction in cls.PAPER:
+            previous = max(previous + 1, -(-iteration * iterations // cls.PAPER_ITERATIONS))
+            stops.append((previous, fraction))
+        return cls([(iteration, fraction) for iteration, fraction in stops if iteration < iterations])
+
+    @classmethod
+    def dense(cls) -> StoppingSchedule:
+        """Nothing is ever stopped."""
+        return cls({})
+
+    def patches(self, num_patches: int) -> dict[int, int]:
+        """Patches that an image keeps from each stopping on: iteration -> count.
+
+        Raises:
+            ValueError: a stopping leaves no patch of `num_patches`.
+        """
+        counts, count = {}, num_patches
+        for iteration, fraction in self.stops.items():
+            kept = kept_count(count, fraction)
+            if kept < 1:
+                raise ValueError(
+                    f"the schedule {self} leaves no patch: at iteration {iteration} it stops {fraction:g} of {count}"
+                )
+            counts[iteration] = count = kept
+        return counts
+
+    def __str__(self) -> str:
+        return ",".join(f"{iteration}:{fraction:g}" for iteration, fraction in self.stops.items()) or "dense"
+
+    def __repr__(self) -> str:
+        return f"StoppingSchedule({self.stops})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoppingSchedule) and list(self.stops.items()) == list(other.stops.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.stops.items()))
+
+
+def kept_count(count: int, fraction: float) -> int:
+    """Of `count` patches, how many are left when `fraction` of them is stopped (may be 0)."""
+    return int(count * (1 - fraction))
+
+
+def select_patches(
+    attention: Tensor,
+    keep: Keep | None = None,
+    *,
+    fraction: float | None = None,
+    mass: float | None = None,
+    backend: str = "auto",
+) -> Tensor | list[Tensor]:
+    """The patches that matter: those with the highest importance.
+
+    Args:
+        attention: importance (B, K), aligned to `keep`; what `fast(images, keep=keep, return_attention=True)` returns.
+        keep: the patches that `attention` belongs to, (B, K); None: patches 0 to K - 1.
+        fraction: stop this fraction, in (0, 1), of the K patches: int(K * (1 - fraction)) are kept, at least one. A tie
+            goes to the patch that comes first in `keep`.
+        mass: keep the fewest patches whose importance sums to at least this share, in (0, 1], of the image's total.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        With `fraction` the kept patches (B, K') int64; with `mass` a list of B tensors (K_b',) int64. The order is that
+        of `keep`.
+
+    Raises:
+        ValueError: neither or both of fraction and mass, or one out of range; importance that holds NaN; a `keep` that
+            is not (B, K).
+    """
+    if (fraction is None) == (mass is None):
+        raise ValueError(f"give either fraction or mass, got fraction={fraction} and mass={mass}")
+    if attention.ndim != 2:
+        raise ValueError(f"attention has shape {tuple(attention.shape)}, expected (B, K)")
+    if isinstance(keep, PackedKeep):
+        keep = keep.indices()
+    if keep is not None and (not isinstance(keep, Tensor) or keep.shape != attention.shape):
+        shape = tuple(keep.shape) if isinstance(keep, Tensor) else f"a {type(keep).__name__}"
+        raise ValueError(f"keep is {shape}, expected the shape of attention, {tuple(attention.shape)}")
+    if fraction is not None:
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction must lie in (0, 1), got {fraction}")
+        kept = max(1, kept_count(attention.shape[1], fraction))
+        selection = select_tokens(attention, positions=keep, k=kept, backend=backend)
+        return selection.positions.view(len(attention), kept).long()
+    selection = select_tokens(attention, positions=keep, mass=mass, backend=backend)
+    return list(selection.positions.long().split(selection.cu_seqlens.diff().tolist()))
+
+
+def uniform_keep(indices: Tensor) -> PackedKeep:
+    """Patch indices (B, K) that are known to be right, packed without a check."""
+    batch_size, count = indices.shape
+    cu_seqlens = uniform_cu_seqlens(batch_size, count, indices.device)
+    return PackedKeep(indices.reshape(-1).to(torch.int32), cu_seqlens, count)

@@ -1,0 +1,488 @@
+"""accelerate(): timm's ViT and DeiT on packed, pruned batches.
+
+The timm model keeps its weights and its modules; what is replaced is the way from tokens to tokens. Each function that
+stands in for a timm forward says what it changes ("Modifications:").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from timm.layers import (
+    Attention,
+    AttentionPoolLatent,
+    DiffAttention,
+    DropPath,
+    GluMlp,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    SwiGLU,
+    resample_abs_pos_embed,
+)
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import (
+    Block,
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import Tensor, nn
+
+from smi_fast import kernels
+from smi_fast.keep import Keep, pack_keep
+from smi_fast.tokens import PackedTokens, pad, prepend, rows_behind_prefix, token_slots
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be accelerated; the message says which part of it stands in the way."""
+
+
+def accelerate(model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto") -> AcceleratedViT:
+    """Make a timm VisionTransformer or DeiT fast on pruned batches, without changing its numbers.
+
+    Args:
+        model: of timm's modules `vision_transformer` or `deit`. Its weights are shared, not copied.
+        dtype: compute dtype of the matrix products (torch.float32, bfloat16 or float16). None: the weights' own dtype
+            if that is not float32; bfloat16 on GPUs that have it in hardware; else float32.
+        backend: "auto" (Triton on CUDA, plain torch elsewhere), "triton" or "torch".
+
+    Raises:
+        UnsupportedModelError: some part of the model is not one that is known; the message names it.
+        ValueError: an unknown backend, or a dtype that the weights do not allow.
+    """
+    return AcceleratedViT(model, dtype=dtype, backend=backend)
+
+
+class AcceleratedViT(nn.Module):
+    """A timm ViT that embeds, moves and attends only over kept patches. Made by `accelerate`; `.model` is timm's."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto"):
+        super().__init__()
+        check_supported(model)
+        parameter = next(model.parameters())
+        kernels.resolve_backend(backend, parameter.device)
+        if dtype is not None and dtype != parameter.dtype and parameter.dtype != torch.float32:
+            raise ValueError(f"the weights are {parameter.dtype}: dtype must be None or the same, got {dtype}")
+        if dtype not in (None, parameter.dtype, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+        self.model = model
+        self.backend = backend
+        self._dtype = dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the matrix products, where the weights are now."""
+        weight = self.model.patch_embed.proj.weight
+        if self._dtype is not None:
+            return self._dtype
+        if (
+            weight.dtype == torch.float32
+            and weight.is_cuda
+            and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        ):
+            return torch.bfloat16
+        return weight.dtype
+
+    def grid_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The patch grid (rows, columns) of images of (H, W) pixels.
+
+        Raises:
+            ValueError: the patches do not divide the images, or the model is of a fixed, different size.
+        """
+        embed = self.model.patch_embed
+        (height, width), (patch_height, patch_width) = image_size, embed.patch_size
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"images of {height}x{width} pixels are not divided by patches of {patch_height}x{patch_width}"
+            )
+        if embed.strict_img_size and embed.img_size is not None and tuple(embed.img_size) != (height, width):
+            expected = "x".join(map(str, embed.img_size))
+            raise ValueError(f"images have {height}x{width} pixels, the model takes {expected}")
+        return height // patch_height, width // patch_width
+
+    def forward(
+        self,
+        images: Tensor,
+        keep: Keep | None = None,
+        *,
+        view: Tensor | None = None,
+        return_attention: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of the kept patches of each image.
+
+        Args:
+            images: (B, C, H, W), floating point, normalised as the model wants it.
+            keep: which patches enter: indices (B, K), a boolean mask (B, N), or a list of B index tensors; None: all.
+            view: integers (dy, dx, flip), one view (3,) for the batch or one an image (B, 3), on the images' device:
+                the images are seen rolled by (dy, dx) pixels, then mirrored left-right if flip is 1. `keep` and the
+                attention stay those of the plain image.
+            return_attention: return the importance of the kept patches too.
+
+        Returns:
+            logits (B, num_classes) as timm's model gives them; with `return_attention` also the importance of each
+            kept patch, float32, (B, K) aligned to `keep`, packed (T,) where images keep different numbers. Importance
+            is the class token's attention in the last block, averaged over heads; without a class token the mean
+            attention that a patch receives there, or the pooling query's attention (attention pooling). It carries no
+            gradient.
+
+        Raises:
+            ValueError: images or keep that do not fit the model or each other; the message names the value.
+        """
+        self._check_images(images)
+        batch_size = len(images)
+        rows, columns = self.grid_size(images.shape[-2:])
+        kept = pack_keep(keep, batch_size, rows * columns, images.device)
+        patches, cells = kernels.gather_patches(
+            images,
+            kept.positions,
+            kept.cu_seqlens,
+            view,
+            patch_size=self.model.patch_embed.patch_size,
+            backend=self.backend,
+        )
+        tokens = PackedTokens(patches, cells, kept.cu_seqlens, kept.max_seqlen)
+        return self.forward_patches(tokens, grid_size=(rows, columns), return_attention=return_attention)
+
+    def forward_patches(
+        self, patches: PackedTokens, *, grid_size: tuple[int, int] | None = None, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of images that are given as patches alone, such as a batch of an `InvertedDataset`.
+
+        Args:
+            patches: values (T, C * patch height * patch width), normalised pixels in (C, height, width) order, at their
+                positions in the grid.
+            grid_size: (rows, columns) of the patch grid; None: the model's own.
+            return_attention: as for `forward`.
+        """
+        model = self.model
+        self._check_training(patches.is_uniform)
+        with self._autocast(patches.values.device):
+            tokens = self._embed(patches, tuple(grid_size or model.patch_embed.grid_size))
+            attend = Attend(tokens.cu_seqlens, tokens.max_seqlen, model.has_class_token, self.backend)
+            x = model.norm_pre(tokens.batch() if tokens.is_uniform else tokens.values)
+            *blocks, last = model.blocks
+            for block in blocks:
+                x = BLOCKS[type(block)](block, x, attend)
+            attend.measures = return_attention and not _pools_by_attention(model)
+            queries = self._pooled_tokens(last) if tokens.is_uniform else None
+            if queries is None:
+                x = BLOCKS[type(last)](last, x, attend)
+            else:
+                x = _block_of_first_tokens(last, x, queries, attend)
+            x = model.norm(x)
+            if return_attention and _pools_by_attention(model):
+                attend.measured = [_pooling_attention(model, x, attend)]
+            logits = self._head(x, attend)
+        if not return_attention:
+            return logits
+        importance = torch.stack(attend.measured).mean(0)  # [T'], prefix tokens included
+        if tokens.is_uniform:
+            return logits, importance.view(tokens.batch_size, -1)[:, model.num_prefix_tokens :]
+        return logits, importance[rows_behind_prefix(patches.cu_seqlens, len(patches.values), model.num_prefix_tokens)]
+
+    def _embed(self, patches: PackedTokens, grid_size: tuple[int, int]) -> PackedTokens:
+        """Patch embedding, position embedding and prefix tokens.
+
+        Modifications: kept patches only, and a matrix product in the place of a convolution.
+        """
+        model, embed = self.model, self.model.patch_embed
+        weight = embed.proj.weight
+        if patches.values.shape[1] != weight[0].numel():
+            raise ValueError(
+                f"patches have {patches.values.shape[1]} values each, the model's have {weight[0].numel()}"
+            )
+        embedded = embed.norm(F.linear(patches.values.to(weight.dtype), weight.flatten(1), embed.proj.bias))
+        prefix = [model.cls_token, getattr(model, "dist_token", None), model.reg_token]
+        prefix = torch.cat([embedded.new_zeros(1, 0, embedded.shape[1]), *(t for t in prefix if t is not None)], dim=1)[
+            0
+        ]
+        if model.pos_embed is not None:
+            count = 0 if model.no_embed_class else model.num_prefix_tokens
+            pos_embed = model.pos_embed
+            if grid_size != tuple(embed.grid_size):
+                pos_embed = resample_abs_pos_embed(pos_embed, grid_size, embed.grid_size, num_prefix_tokens=count)
+            embedded = embedded + pos_embed[0, count:][patches.positions]
+            if count:
+                prefix = prefix + pos_embed[0, :count]
+        tokens = prepend(prefix, replace(patches, values=embedded))
+        return replace(tokens, values=model.pos_drop(tokens.values))
+
+    def _pooled_tokens(self, block: nn.Module) -> int | None:
+        """How many tokens, from the first, the head reads of the last block; None where it reads all."""
+        if self.model.global_pool != "token" or type(block) is not Block or type(block.attn) is not Attention:
+            return None
+        return 2 if isinstance(self.model, VisionTransformerDistilled) else 1
+
+    def _head(self, x: Tensor, attend: Attend) -> Tensor:
+        """timm's own pooling and classifier. Modifications: sequences (T, C) that differ in length are pooled here."""
+        model = self.model
+        if x.ndim == 3:
+            return model.forward_head(x)
+        if model.global_pool == "token":
+            first = attend.cu_seqlens[:-1, None] + torch.arange(model.num_prefix_tokens, device=x.device)
+            return model.forward_head(x[first])
+        padded, mask = pad(x, attend.cu_seqlens, attend.max_seqlen)
+        if not model.pool_include_prefix:
+            padded, mask = padded[:, model.num_prefix_tokens :], mask[:, model.num_prefix_tokens :]
+        if model.global_pool == "map":
+            pooled = model.attn_pool(padded, attn_mask=mask[:, None, None])
+        elif model.global_pool in ("avg", "max", "avgmax"):
+            mean = padded.sum(1) / mask.sum(1, keepdim=True)
+            largest = padded.masked_fill(~mask[..., None], float("-inf")).amax(1)
+            pooled = {"avg": mean, "max": largest, "avgmax": 0.5 * (largest + mean)}[model.global_pool]
+        else:
+            raise ValueError(f"global_pool {model.global_pool!r} needs images that all keep the same number of patches")
+        return model.head(model.head_drop(model.fc_norm(pooled)))
+
+    def _autocast(self, device: torch.device):
+        if self.compute_dtype == self.model.patch_embed.proj.weight.dtype:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.compute_dtype)
+
+    def _check_images(self, images: Tensor) -> None:
+        weight = self.model.patch_embed.proj.weight
+        if images.ndim != 4 or images.shape[1] != weight.shape[1]:
+            raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, {weight.shape[1]}, H, W)")
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}, expected a floating point dtype")
+        if images.device != weight.device:
+            raise ValueError(f"images are on {images.device}, the model is on {weight.device}")
+
+    def _check_training(self, uniform: bool) -> None:
+        """What timm does at random while training and packed tokens cannot: refused, never left out silently."""
+        if not self.training:
+            return
+        for name, module in self.model.named_modules():
+            if isinstance(module, PatchDropout) and module.prob > 0:
+                raise UnsupportedModelError(f"{name} drops patches while training: say which to keep instead")
+            if name.endswith("attn_drop") and module.p > 0:
+                raise UnsupportedModelError(f"{name} drops attention while training, which the kernels do not")
+            if isinstance(module, DropPath) and module.drop_prob and not uniform:
+                raise UnsupportedModelError(
+                    f"{name} drops whole images while training, which needs equally many patches"
+                )
+
+
+class Attend:
+    """Attention within each sequence of one forward pass, and the importance that its last block leaves behind."""
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, has_class_token: bool, backend: str):
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        self.has_class_token, self.backend = has_class_token, backend
+        self.measures = False  # the block at hand is the one whose attention is asked for
+        self.measured: list[Tensor] = []  # (T,) float32, one for each attention of that block
+
+    def __call__(self, qkv: Tensor, scale: float) -> Tensor:
+        """Attention of (T, 3, H, D) -> (T, H, D)."""
+        if self.measures and self.has_class_token:
+            out, row = self.attention(qkv, scale, return_class_attention=True)
+            self.measured.append(row)
+            return out
+        if self.measures:
+            self.measured.append(self.received(qkv[:, 0], qkv[:, 1], scale))
+        return self.attention(qkv, scale)
+
+    def attention(self, qkv: Tensor, scale: float, **options) -> Tensor | tuple[Tensor, Tensor]:
+        return kernels.attention(qkv, self.cu_seqlens, self.max_seqlen, scale=scale, backend=self.backend, **options)
+
+    @torch.no_grad()
+    def received(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The attention that each token gets, averaged over heads: (T, H, D) twice -> (T,) float32.
+
+        From the class token; where there is none, from all tokens in the mean.
+        """
+        packed = len(q)
+        q, mask = pad(q.float(), self.cu_seqlens, self.max_seqlen)  # [B, N, H, D], [B, N]
+        k, _ = pad(k.float(), self.cu_seqlens, self.max_seqlen)
+        asking = 1 if self.has_class_token else self.max_seqlen
+        scores = torch.einsum("bqhd,bkhd->bhqk", q[:, :asking], k) * scale
+        attention = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
+        weights = mask[:, :asking].float()
+        weights = weights / weights.sum(1, keepdim=True)
+        received = torch.einsum("bhqk,bq->bk", attention, weights) / q.shape[2]  # [B, N]
+        return received[token_slots(self.cu_seqlens, packed)]
+
+
+def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
+    """timm's Attention. Modifications: x is (B, N, C) or packed (T, C); attention reads the qkv projection's layout."""
+    qkv = attn.qkv(x).view(-1, 3, attn.num_heads, attn.head_dim)
+    out = attend(_normalise_qk(attn, qkv), attn.scale)
+    out = attn.norm(out.view(*x.shape[:-1], attn.attn_dim))
+    if attn.gate is not None:
+        out = out * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
+    """qk-norm of (T, 3, H, D), where the model has it."""
+    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
+        return qkv
+    q, k, v = qkv.unbind(1)
+    return torch.stack((attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v), dim=1)
+
+
+def _diff_attention(attn: DiffAttention, x: Tensor, attend: Attend) -> Tensor:
+    """timm's DiffAttention. Modifications: as for `_differential`."""
+    q, k, v = attn.qkv(x).flatten(0, -2).chunk(3, dim=-1)
+    out = attn.norm(_differential(attn, q, k, v, attend).view_as(x))
+    return attn.proj_drop(attn.proj(out))
+
+
+def _differential(
+    attn: DiffAttention | DiffParallelScalingBlock, q: Tensor, k: Tensor, v: Tensor, attend: Attend
+) -> Tensor:
+    """Differential attention (Ye et al., 2024, Eq. 1) of (T, C) queries, keys and values -> (T, C).
+
+    Modifications: values are twice as wide as queries; both halves of them ride as heads of their own, so that one call
+    of the attention kernel does both softmaxes.
+    """
+    heads, head_dim = attn.num_heads, attn.head_dim
+    q1, q2 = attn.q_norm(q.view(-1, heads, 2, head_dim)).to(v.dtype).unbind(2)  # [T, H, D] each
+    k1, k2 = attn.k_norm(k.view(-1, heads, 2, head_dim)).to(v.dtype).unbind(2)
+    va, vb = v.view(-1, heads, 2, head_dim).unbind(2)
+    qkv = torch.stack(
+        (torch.cat((q1, q1, q2, q2), 1), torch.cat((k1, k1, k2, k2), 1), torch.cat((va, vb) * 2, 1)), dim=1
+    )
+    first_a, first_b, second_a, second_b = attend.attention(qkv, attn.scale).chunk(4, dim=1)
+    weight = attn._compute_lambda().type_as(q)
+    out = torch.cat((first_a, first_b), -1) - weight * torch.cat((second_a, second_b), -1)  # [T, H, 2 D]
+    if attend.measures:
+        received = attend.received(q1, k1, attn.scale) - weight.detach().float() * attend.received(q2, k2, attn.scale)
+        attend.measured.append(received)
+    return (attn.sub_norm(out) * (1 - attn.lambda_init)).flatten(1)
+
+
+def _block(block: Block, x: Tensor, attend: Attend) -> Tensor:
+    """timm's Block. Modifications: attention is ours."""
+    x = x + block.drop_path1(block.ls1(ATTENTIONS[type(block.attn)](block.attn, block.norm1(x), attend)))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) -> Tensor:
+    """timm's Block where only the first `count` tokens of its output are used: (B, N, C) -> (B, count, C).
+
+    Modifications: keys and values for all tokens, everything else for those few.
+    """
+    attn, normed = block.attn, block.norm1(x)
+    first = normed[:, :count]
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    width = attn.attn_dim
+    q = F.linear(first, weight[:width], None if bias is None else bias[:width])
+    kv = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+    q = q.view(*q.shape[:2], attn.num_heads, attn.head_dim)  # [B, count, H, D]
+    k, v = kv.view(*kv.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)  # [B, N, H, D] each
+    q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
+    exact = torch.promote_types(k.dtype, torch.float32)
+    scores = torch.einsum("bqhd,bnhd->bhqn", q.to(exact), k.to(exact)) * attn.scale
+    attention = scores.softmax(-1)  # [B, H, count, N]
+    if attend.measures:
+        attend.measured.append(attention[:, :, 0].detach().mean(1).flatten().float())
+    out = torch.einsum("bhqn,bnhd->bqhd", attention.to(v.dtype), v).flatten(2)
+    out = attn.norm(out)
+    if attn.gate is not None:
+        out = out * attn.gate(first).sigmoid()
+    x = x[:, :count] + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _res_post_block(block: ResPostBlock, x: Tensor, attend: Attend) -> Tensor:
+    """timm's ResPostBlock. Modifications: attention is ours."""
+    x = x + block.drop_path1(block.norm1(ATTENTIONS[type(block.attn)](block.attn, x, attend)))
+    return x + block.drop_path2(block.norm2(block.mlp(x)))
+
+
+def _parallel_scaling_block(block: ParallelScalingBlock, x: Tensor, attend: Attend) -> Tensor:
+    """timm's ParallelScalingBlock. Modifications: attention reads q, k and v where the joint projection left them."""
+    mlp, qkv = block.in_proj(block.in_norm(x)).split((block.in_split[0], sum(block.in_split[1:])), dim=-1)
+    qkv = qkv.flatten(0, -2).unflatten(-1, (3, block.num_heads, block.head_dim))
+    out = attend(_normalise_qk(block, qkv), block.scale).view_as(x)
+    mlp = block.mlp_drop(block.mlp_act(mlp if block.mlp_bias is None else mlp + block.mlp_bias))
+    if block.out_proj is not None:
+        out = block.out_proj(torch.cat((out, mlp), dim=-1))
+    else:
+        out = block.attn_out_proj(out) + block.mlp_out_proj(mlp)
+    return x + block.drop_path(block.ls(out))
+
+
+def _diff_parallel_scaling_block(block: DiffParallelScalingBlock, x: Tensor, attend: Attend) -> Tensor:
+    """timm's DiffParallelScalingBlock. Modifications: as for `_differential`."""
+    mlp, q, k, v = block.in_proj(block.in_norm(x)).split(block.in_split, dim=-1)
+    out = _differential(block, q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), attend).view_as(x)
+    mlp = block.mlp_drop(block.mlp_act(mlp if block.mlp_bias is None else mlp + block.mlp_bias))
+    return x + block.drop_path(block.ls(block.out_proj(torch.cat((out, mlp), dim=-1))))
+
+
+def _parallel_things_block(block: ParallelThingsBlock, x: Tensor, attend: Attend) -> Tensor:
+    """timm's ParallelThingsBlock. Modifications: attention is ours."""
+    branches = [b.drop_path(b.ls(ATTENTIONS[type(b.attn)](b.attn, b.norm(x), attend))) for b in block.attns]
+    x = x + torch.stack(branches).sum(0)
+    return x + torch.stack([ffn(x) for ffn in block.ffns]).sum(0)
+
+
+ATTENTIONS: dict[type, Callable[[nn.Module, Tensor, Attend], Tensor]] = {
+    Attention: _attention,
+    DiffAttention: _diff_attention,
+}
+BLOCKS: dict[type, Callable[[nn.Module, Tensor, Attend], Tensor]] = {
+    Block: _block,
+    ResPostBlock: _res_post_block,
+    ParallelScalingBlock: _parallel_scaling_block,
+    DiffParallelScalingBlock: _diff_parallel_scaling_block,
+    ParallelThingsBlock: _parallel_things_block,
+}
+TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, naming the part, for a model that `accelerate` does not know."""
+
+    def refuse(part: str, found: object, known: str) -> None:
+        raise UnsupportedModelError(f"{part} is a {type(found).__module__}.{type(found).__name__}, not {known}")
+
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        refuse("the model", model, "timm's VisionTransformer or VisionTransformerDistilled")
+    if type(model.patch_embed) is not PatchEmbed:
+        refuse("patch_embed", model.patch_embed, "timm's PatchEmbed: patches must be embedded one by one")
+    if model.patch_embed.dynamic_img_pad:
+        raise UnsupportedModelError(
+            "patch_embed pads images (dynamic_img_pad), so its patches are not those of the image"
+        )
+    if len(model.blocks) == 0:
+        raise UnsupportedModelError("the model has no blocks")
+    for number, block in enumerate(model.blocks):
+        if type(block) not in BLOCKS:
+            refuse(f"blocks[{number}]", block, " or ".join(sorted(known.__name__ for known in BLOCKS)))
+        branches = [*block.attns, *block.ffns] if isinstance(block, ParallelThingsBlock) else [block]
+        for part in branches:
+            if hasattr(part, "attn") and type(part.attn) not in ATTENTIONS:
+                refuse(f"blocks[{number}].attn", part.attn, "timm's Attention or DiffAttention")
+            if hasattr(part, "mlp") and type(part.mlp) not in TOKENWISE_MLPS:
+                refuse(f"blocks[{number}].mlp", part.mlp, "an MLP of timm's that treats each token alone")
+
+
+def _pools_by_attention(model: VisionTransformer) -> bool:
+    """Whether importance is the pooling query's attention: attention pooling, and no class token."""
+    return model.global_pool == "map" and not model.has_class_token
+
+
+@torch.no_grad()
+def _pooling_attention(model: VisionTransformer, x: Tensor, attend: Attend) -> Tensor:
+    """The attention of the pooling query to each token, averaged over heads: (B, N, C) or (T, C) -> (T,) float32."""
+    pool: AttentionPoolLatent = model.attn_pool
+    tokens = x.flatten(0, -2)
+    padded, mask = pad(tokens, attend.cu_seqlens, attend.max_seqlen)  # [B, N, C], [B, N]
+    if not model.pool_include_prefix:
+        mask = mask & (torch.arange(attend.max_seqlen, device=x.device) >= model.num_prefix_tokens)
+    q = pool.q_norm(pool.q(pool.latent).view(-1, pool.num_heads, pool.head_dim))  # [L, H, D]
+    k = F.linear(padded, *(None if p is None else p.chunk(2)[0] for p in (pool.kv.weight, pool.kv.bias)))
+    k = pool.k_norm(k.unflatten(-1, (pool.num_heads, pool.head_dim)))  # [B, N, H, D]
+    scores = torch.einsum("lhd,bnhd->bhln", q.float(), k.float()) * pool.scale
+    attention = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
+    return attention.mean((1, 2))[token_slots(attend.cu_seqlens, len(tokens))]

@@ -1,0 +1,32 @@
+"""Set-up shared by all tests: Triton's interpreter where there is no GPU, fresh seeds that are printed, two devices."""
+
+import os
+import secrets
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
+
+
+def pytest_collection_modifyitems(items):
+    if not CUDA:
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed, shown when the test fails; SMI_FAST_TEST_SEED repeats one."""
+    value = int(os.environ.get("SMI_FAST_TEST_SEED", secrets.randbelow(2**31)))
+    print(f"SMI_FAST_TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if CUDA else "cpu")
