@@ -21,15 +21,25 @@ def _kernels_of_checkout() -> None:
 
 _kernels_of_checkout()
 
+from smi_fast.dataset import InvertedDataset  # noqa: E402
+from smi_fast.inversion import InversionResult, Inverter, Stage, Step  # noqa: E402
+from smi_fast.objectives import Objective, deep_inversion  # noqa: E402
 from smi_fast.stopping import StoppingSchedule, select_patches  # noqa: E402
 from smi_fast.tokens import PackedTokens  # noqa: E402
 from smi_fast.vit import AcceleratedViT, UnsupportedModelError, accelerate  # noqa: E402
 
 __all__ = [
     "AcceleratedViT",
+    "InversionResult",
+    "InvertedDataset",
+    "Inverter",
+    "Objective",
     "PackedTokens",
+    "Stage",
+    "Step",
     "StoppingSchedule",
     "UnsupportedModelError",
     "accelerate",
+    "deep_inversion",
     "select_patches",
 ]

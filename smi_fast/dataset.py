@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .keep import Keep, pack_keep
 from .tokens import PackedTokens
 
 FORMAT_VERSION = 1
@@ -72,7 +73,7 @@ class InvertedDataset(torch.utils.data.Dataset):
     def from_images(
         cls,
         images: Tensor,
-        keep: Tensor | list[Tensor],
+        keep: Keep,
         targets: Tensor,
         patch_size: tuple[int, int],
         metadata: dict | None = None,
@@ -81,7 +82,7 @@ class InvertedDataset(torch.utils.data.Dataset):
 
         Args:
             images: (N, C, H, W) float32 in [0, 1]; pixels outside the kept patches are ignored.
-            keep: patch indices (N, K) int64, a boolean mask (N, patches), or a list of N index tensors (K_i,) int64.
+            keep: patch indices (N, K), a boolean mask (N, patches), or a list of N index tensors; see `pack_keep`.
             targets: (N,) int64 class labels.
             patch_size: (ph, pw), which divides (H, W).
             metadata: see the class.
@@ -95,17 +96,15 @@ class InvertedDataset(torch.utils.data.Dataset):
         image_size = tuple(images.shape[1:])
         _, rows, columns = _grid_size(image_size, patch_size)
         _check_tensor("targets", targets, torch.int64, (len(images),))
-        keep = _index_rows(keep, len(images), rows * columns)
-        lengths = torch.tensor([len(row) for row in keep], dtype=torch.int64)
-        positions = torch.cat([row.cpu() for row in keep]) if keep else torch.empty(0, dtype=torch.int64)
-        _check_positions(positions, lengths, rows * columns)
-        owner = torch.arange(len(images)).repeat_interleave(lengths)
+        kept = pack_keep(keep, len(images), rows * columns, images.device)
+        positions, cu_seqlens = kept.positions.cpu(), kept.cu_seqlens.cpu()
+        owner = torch.arange(len(images)).repeat_interleave(cu_seqlens.diff())
         grid = _patch_grid(images.detach().cpu(), patch_size)
-        patches = grid[owner, positions // columns, positions % columns].flatten(1)
+        patches = grid[owner, positions.long() // columns, positions.long() % columns].flatten(1)
         outside = ~((patches > -1e-4) & (patches < 1 + 1e-4)).all(1)  # room for the rounding of a de-normalisation
         if outside.any():
             raise ValueError(f"image {owner[outside.nonzero()[0, 0]]} has kept pixels outside [0, 1]")
-        return cls(patches, positions.int(), _cumulative(lengths), targets.cpu(), image_size, patch_size, metadata)
+        return cls(patches, positions, cu_seqlens, targets.cpu().clone(), image_size, patch_size, metadata)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -121,12 +120,14 @@ class InvertedDataset(torch.utils.data.Dataset):
         Raises:
             IndexError: an index is out of range.
         """
-        samples = [self[i] for i in (range(len(self)) if indices is None else indices)]
-        images = torch.zeros(len(samples), *self.image_size)
-        grids = _patch_grid(images, self.patch_size)
-        for grid, (patches, positions, _) in zip(grids, samples, strict=True):
-            row, column = positions.long() // grid.shape[1], positions.long() % grid.shape[1]
-            grid[row, column] = patches.view(-1, *grid.shape[2:])
+        chosen = torch.tensor([range(len(self))[i] for i in (range(len(self)) if indices is None else indices)]).long()
+        lengths = self.cu_seqlens.long().diff()[chosen]
+        owner = torch.arange(len(chosen)).repeat_interleave(lengths)
+        tokens = torch.arange(len(owner)) + (self.cu_seqlens[chosen] - lengths.cumsum(0) + lengths)[owner]
+        images = torch.zeros(len(chosen), *self.image_size)
+        grid, positions = _patch_grid(images, self.patch_size), self.positions[tokens].long()
+        columns = grid.shape[2]
+        grid[owner, positions // columns, positions % columns] = self.patches[tokens].view(-1, *grid.shape[3:])
         return images
 
     @staticmethod
@@ -273,19 +274,6 @@ def _grid_size(image_size: tuple[int, int, int], patch_size: tuple[int, int]) ->
     if height % ph or width % pw:
         raise ValueError(f"patches of {ph}x{pw} pixels do not tile an image of {height}x{width}")
     return channels, height // ph, width // pw
-
-
-def _index_rows(keep: Tensor | list[Tensor], images: int, patches: int) -> list[Tensor]:
-    """`keep` in any of its forms as a list of index tensors, one an image."""
-    if len(keep) != images:
-        raise ValueError(f"keep has {len(keep)} rows for {images} images")
-    if isinstance(keep, Tensor) and keep.dtype == torch.bool:
-        _check_tensor("keep", keep, torch.bool, (images, patches))
-        return [row.nonzero().flatten() for row in keep]
-    for i, row in enumerate(keep):
-        if row.ndim != 1 or row.dtype != torch.int64:
-            raise ValueError(f"keep of image {i} must be (K,) int64, not {_describe(row)}")
-    return list(keep)
 
 
 def _check_positions(positions: Tensor, lengths: Tensor, patches: int) -> None:

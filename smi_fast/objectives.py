@@ -15,7 +15,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss that is told which pixels are still inverted; a plain function of (logits, images, targets) does as well."""
+    """A loss that is told which pixels are kept; a plain function of (logits, images, targets) does as well."""
 
     def loss(self, logits: Tensor, images: Tensor, targets: Tensor, kept: Tensor | None) -> Tensor:
         """The scalar to minimise.

@@ -1,0 +1,122 @@
+"""The wheel holds the package and nothing else, and `smi_fast.kernels` is found in a wheel and in a checkout."""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import smi_fast
+
+ROOT = Path(__file__).parents[1]
+MB = 10**6
+UNREACHABLE = re.compile(r"connection broken by|requirement setuptools\S* \(from versions: none\)")  # pip's words
+IMPORT_KERNELS = """
+import importlib, pkgutil, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import smi_fast.kernels
+for module in pkgutil.iter_modules(smi_fast.kernels.__path__, "smi_fast.kernels."):
+    importlib.import_module(module.name)
+for name in sorted(sys.modules):
+    if name.startswith("smi_fast.kernels"):
+        print(sys.modules[name].__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the checkout, so that a build meets no leftovers of an earlier one and leaves none."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("smi_fast", "kernels", "tests", "bench", "examples"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """The wheel's path. Built with the setuptools that is installed where it can, else with one that pip fetches."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder)]
+    for isolation in (["--no-build-isolation"], []):
+        build = subprocess.run([*command, *isolation, str(source)], capture_output=True, text=True)
+        if build.returncode == 0:
+            [path] = folder.glob("*.whl")
+            return path
+    output = build.stdout + build.stderr
+    if UNREACHABLE.search(output):
+        pytest.skip("the package index, which has the setuptools to build with, is unreachable")
+    pytest.fail(output)
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def files(folder, pattern="*"):
+    """The files below a folder, as POSIX paths relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob(pattern) if path.is_file()}
+
+
+def run_python(code, cwd, **env):
+    env |= {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def dist_info(unpacked):
+    [folder] = unpacked.glob("*.dist-info")
+    return folder
+
+
+def test_the_wheel_holds_every_module_and_nothing_beside_the_package(source, unpacked):
+    modules = {f"smi_fast/{name}" for name in files(source / "smi_fast", "*.py")}
+    kernels = {f"smi_fast/kernels/{name}" for name in files(source / "kernels", "*.py")}
+    assert {"smi_fast/kernels/__init__.py"} <= kernels
+    assert {"smi_fast/__init__.py", "smi_fast/models/__init__.py"} <= modules
+    assert files(unpacked, "*.py") == modules | kernels
+    assert {path.name for path in unpacked.iterdir()} == {"smi_fast", dist_info(unpacked).name}
+
+
+def test_the_wheel_carries_the_licence_and_the_version(unpacked):
+    [licence] = dist_info(unpacked).rglob("LICENSE")
+    assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
+    metadata = (dist_info(unpacked) / "METADATA").read_text()
+    assert f"\nVersion: {smi_fast.__version__}\n" in metadata
+    assert "\nName: smi-fast\n" in metadata
+
+
+def test_the_console_script_runs_the_main_of_cli(unpacked):
+    entry_points = configparser.ConfigParser()
+    entry_points.read(dist_info(unpacked) / "entry_points.txt")
+    assert dict(entry_points["console_scripts"]) == {"smi-fast": "smi_fast.cli:main"}
+    code = "import smi_fast.cli; assert callable(smi_fast.cli.main); print(smi_fast.cli.__file__)"
+    assert Path(run_python(code, unpacked.parent, PYTHONPATH=str(unpacked)).strip()).is_relative_to(unpacked)
+
+
+def test_the_wheel_is_at_most_8_mb_and_holds_the_weights_of_the_model_inside(wheel):
+    assert wheel.stat().st_size <= 8 * MB
+    with zipfile.ZipFile(wheel) as archive:
+        weights = archive.getinfo("smi_fast/models/cifar10_vit.safetensors")
+    assert 1 * MB < weights.file_size <= 6 * MB
+
+
+def test_kernels_are_imported_from_an_unpacked_wheel(source, unpacked, tmp_path):
+    imported = {Path(line) for line in run_python(IMPORT_KERNELS, tmp_path, PYTHONPATH=str(unpacked)).splitlines()}
+    assert imported == {unpacked / "smi_fast" / "kernels" / name for name in files(source / "kernels", "*.py")}
+
+
+def test_kernels_are_imported_from_the_root_of_a_checkout():
+    imported = {Path(line).resolve() for line in run_python(IMPORT_KERNELS, ROOT).splitlines()}
+    assert imported == {(ROOT / "kernels" / name).resolve() for name in files(ROOT / "kernels", "*.py")}
