@@ -270,7 +270,7 @@ class Inverter:
                 raise ValueError(f"the model's weight {name} holds {count} values that are NaN or infinite")
 
     def _bar(self) -> _Bar:
-        return _Bar(total=self.iterations, disable=not self.progress, desc="inverting", unit="it", dynamic_ncols=True)
+        return _Bar(total=self.iterations, disable=not self.progress, desc="inverting", unit="it", dynamic_ncols=True, mininterval=0.5)
 
 
 class Pixels:

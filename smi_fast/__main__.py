@@ -1,0 +1,7 @@
+"""python -m smi_fast"""
+
+import sys
+
+from smi_fast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,175 @@
+"""What a run cost and what it reached: per stage speed, operations and memory, and the model's confidence."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import smi_fast
+from smi_fast.inversion import Inverter, Stage, Step, frozen
+from smi_fast.vit import AcceleratedViT, accelerate
+
+CLEAR_PEAK = Path("/proc/self/clear_refs")
+
+
+@dataclass
+class StageCost:
+    """One stage over all batches. Peak memory is the device's on CUDA, the process's on a CPU."""
+
+    stage: Stage
+    iterations: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0  # bytes
+    flops: int = 0  # of one iteration of a whole batch
+
+    @property
+    def iterations_per_second(self) -> float:
+        return self.iterations / self.seconds if self.seconds else 0.0
+
+
+class StageMeter:
+    """A callback of `Inverter.run` that times each stage and reads its peak memory; synchronises only between stages."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.costs: dict[int, StageCost] = {}  # by first iteration
+
+    def begin_batch(self) -> None:
+        """Call before each run."""
+        self._last: Step | None = None
+        self._begun = 0.0
+        self._clear_peak()
+
+    def __call__(self, step: Step) -> None:
+        self.costs.setdefault(step.stage.start, StageCost(step.stage)).iterations += 1
+        self._last = step
+        if step.iteration + 1 == step.stage.end:
+            self.end_batch()
+
+    def end_batch(self) -> None:
+        """Call after each run: what an interrupted stage took counts too."""
+        if self._last is None:
+            return
+        cost, now = self.costs[self._last.stage.start], self._last.seconds()
+        cost.seconds += now - self._begun
+        cost.peak_memory = max(cost.peak_memory, self._peak())
+        self._begun, self._last = now, None
+        self._clear_peak()
+
+    def _clear_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        with contextlib.suppress(OSError):  # Linux: start the high-water mark anew; elsewhere it is that of the process
+            CLEAR_PEAK.write_text("5")
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            status = Path("/proc/self/status").read_text().splitlines()
+            return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
+        except (OSError, StopIteration):
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def iteration_flops(inverter: Inverter, stage: Stage, batch_size: int) -> int:
+    """Floating-point operations of the matrix products of one iteration, forward and backward (FlopCounterMode).
+
+    Counted on one image in plain torch, attention as the matrix products that it is, times the batch size.
+    """
+    model = inverter.fast.model
+    plain = accelerate(model, backend="torch")
+    parameter = model.patch_embed.proj.weight
+    images = torch.randn(1, len(inverter.mean), *inverter.image_size, device=parameter.device, dtype=parameter.dtype)
+    keep = torch.arange(stage.patches, device=parameter.device)[None]
+    with frozen(plain), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        plain(images.requires_grad_(), keep=keep).sum().backward()
+    return counter.get_total_flops() * batch_size
+
+
+@torch.no_grad()
+def confidences(
+    fast: AcceleratedViT, images: Tensor, keep: Tensor, targets: Tensor, mean, std
+) -> tuple[Tensor, Tensor]:
+    """The probability of each target and the predicted class, from the kept patches alone in the plain view.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        keep: (B, K).
+        targets: (B,).
+        mean, std: the model's normalisation, per channel.
+
+    Returns:
+        (B,) float32 and (B,) int64, on the CPU.
+    """
+    device = fast.model.patch_embed.proj.weight.device
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
+    with frozen(fast):
+        logits = fast((images.to(device) - mean) / std, keep.to(device))
+    probabilities = logits.float().softmax(1).cpu()
+    return probabilities.gather(1, targets[:, None])[:, 0], probabilities.argmax(1)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "smi_fast": smi_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def stage_records(costs: list[StageCost]) -> list[dict]:
+    """The table as data: what report.json holds of each stage."""
+    dense = costs[0].iterations_per_second
+    return [
+        {
+            **asdict(cost.stage),
+            "iterations_per_second": cost.iterations_per_second,
+            "speedup_over_dense": cost.iterations_per_second / dense if dense else None,
+            "gflop_per_iteration": cost.flops / 1e9,
+            "peak_memory_bytes": cost.peak_memory,
+        }
+        for cost in costs
+    ]
+
+
+def stage_table(costs: list[StageCost]) -> str:
+    """One line a stage, as text."""
+    rows = [["iterations", "patches", "tokens", "it/s", "GFLOP/it", "peak memory", "speed-up"]]
+    for record in stage_records(costs):
+        rows.append(
+            [
+                f"{record['start']}-{record['end'] - 1}",
+                str(record["patches"]),
+                str(record["tokens"]),
+                f"{record['iterations_per_second']:.1f}",
+                f"{record['gflop_per_iteration']:.2f}",
+                f"{record['peak_memory_bytes'] / 2**20:.0f} MiB",
+                f"{record['speedup_over_dense']:.2f}x",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
