@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from smi_fast.keep import PackedKeep
-from smi_fast.objectives import Loss, Objective, as_objective, deep_inversion
+from smi_fast.objectives import KeptPixels, Loss, Objective, as_objective, deep_inversion
 from smi_fast.stopping import StoppingSchedule, select_patches, uniform_keep
 from smi_fast.views import random_views
 from smi_fast.vit import AcceleratedViT, accelerate
@@ -270,7 +270,14 @@ class Inverter:
                 raise ValueError(f"the model's weight {name} holds {count} values that are NaN or infinite")
 
     def _bar(self) -> _Bar:
-        return _Bar(total=self.iterations, disable=not self.progress, desc="inverting", unit="it", dynamic_ncols=True, mininterval=0.5)
+        return _Bar(
+            total=self.iterations,
+            disable=not self.progress,
+            desc="inverting",
+            unit="it",
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
 
 
 class Pixels:
@@ -291,35 +298,25 @@ class Pixels:
         self.lowest, self.highest = -self.mean / self.std, (1 - self.mean) / self.std
         self.keep = torch.arange(rows * columns, device=device).expand(batch_size, -1)  # [B, K]
         self.lr, self.betas = inverter.lr, inverter.betas
-        self.patches = nn.Parameter(self._tiles(self.canvas)[self._index()])  # [T, C, ph, pw]
-        self.optimizer = self._adam()
         self._pack()
+        self.patches = nn.Parameter(self.kept.gather(self.canvas))  # [T, C, ph, pw]
+        self.optimizer = self._adam()
 
     def _adam(self) -> torch.optim.Adam:
         return torch.optim.Adam([self.patches], lr=self.lr, betas=self.betas, fused=True)
 
     def _pack(self) -> None:
         self.packed_keep: PackedKeep = uniform_keep(self.keep)
-        self.kept_pixels: Tensor | None = None
-        if self.keep.shape[1] < self.grid_size[0] * self.grid_size[1]:
-            mask = torch.zeros(*self.canvas[:, :1].shape, dtype=torch.bool, device=self.keep.device)
-            self._tiles(mask)[self._index()] = True
-            self.kept_pixels = mask
+        self.kept = KeptPixels(self.keep, self.grid_size, self.patch_size)
 
-    def _tiles(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) as (B, C, rows, ph, columns, pw), the same memory."""
-        (rows, columns), (height, width) = self.grid_size, self.patch_size
-        return images.view(*images.shape[:2], rows, height, columns, width)
-
-    def _index(self) -> tuple:
-        """The kept patches in what `_tiles` returns, as (T, C, ph, pw)."""
-        image = torch.arange(len(self.keep), device=self.keep.device).repeat_interleave(self.keep.shape[1])
-        row, column = self.keep.flatten() // self.grid_size[1], self.keep.flatten() % self.grid_size[1]
-        return image, slice(None), row, slice(None), column
+    @property
+    def kept_pixels(self) -> KeptPixels | None:
+        """What the objective is told: None while nothing is stopped."""
+        return None if self.keep.shape[1] == self.grid_size[0] * self.grid_size[1] else self.kept
 
     def images(self) -> Tensor:
         """All images (B, C, H, W) in normalised space; only the kept patches carry a gradient."""
-        return _Place.apply(self.patches, self)
+        return _Place.apply(self.patches, self.canvas, self.kept)
 
     def step(self, loss: Tensor) -> None:
         """One step of Adam on the kept patches, then into the range of real pixels."""
@@ -331,7 +328,7 @@ class Pixels:
     @torch.no_grad()
     def stop(self, kept: Tensor) -> None:
         """Go on with the patches at the places `kept` (B, K') int64 of `keep`, and leave the others for good."""
-        self._tiles(self.canvas)[self._index()] = self.patches
+        self.kept.scatter(self.patches, self.canvas)
         state = self.optimizer.state[self.patches]
         rows = (torch.arange(len(kept), device=kept.device)[:, None] * self.keep.shape[1] + kept).flatten()
         self.keep = self.keep.gather(1, kept)
@@ -345,24 +342,20 @@ class Pixels:
     @torch.no_grad()
     def results(self) -> Tensor:
         """The images in [0, 1], stopped patches black: (B, C, H, W)."""
-        images = torch.zeros_like(self.canvas)
-        self._tiles(images)[self._index()] = (self.patches * self.std + self.mean).clamp(0, 1)
-        return images
+        return self.kept.scatter((self.patches * self.std + self.mean).clamp(0, 1), torch.zeros_like(self.canvas))
 
 
 class _Place(torch.autograd.Function):
     """Kept patches (T, C, ph, pw) put in their places among the stopped ones: images (B, C, H, W)."""
 
     @staticmethod
-    def forward(ctx, patches: Tensor, pixels: Pixels) -> Tensor:
-        ctx.tiles, ctx.index = pixels._tiles, pixels._index()
-        images = pixels.canvas.clone()
-        pixels._tiles(images)[ctx.index] = patches
-        return images
+    def forward(ctx, patches: Tensor, canvas: Tensor, kept: KeptPixels) -> Tensor:
+        ctx.kept = kept
+        return kept.scatter(patches, canvas.clone())
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.tiles(grad.contiguous())[ctx.index], None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.kept.gather(grad.contiguous()), None, None
 
 
 class _Bar(tqdm):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -17,44 +19,126 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Objective(Protocol):
     """A loss that is told which pixels are kept; a plain function of (logits, images, targets) does as well."""
 
-    def loss(self, logits: Tensor, images: Tensor, targets: Tensor, kept: Tensor | None) -> Tensor:
+    def loss(self, logits: Tensor, images: Tensor, targets: Tensor, kept: KeptPixels | None) -> Tensor:
         """The scalar to minimise.
 
         Args:
             logits: (B, num_classes), of the images seen through this iteration's view.
             images: (B, C, H, W) float32 in the model's normalised space, in the plain view.
             targets: (B,) int64.
-            kept: (B, 1, H, W) bool, True where a pixel's patch is not stopped; None while nothing is stopped.
+            kept: the pixels that are still inverted; `kept.mask` has them as (B, 1, H, W). None: all of them.
         """
         ...
+
+
+class KeptPixels:
+    """The pixels of the patches that are still inverted.
+
+    Args:
+        indices: (B, K) int64, the kept patches.
+        grid_size: (rows, columns) of the patch grid.
+        patch_size: (height, width) of a patch in pixels.
+    """
+
+    def __init__(self, indices: Tensor, grid_size: tuple[int, int], patch_size: tuple[int, int]):
+        self.indices, self.grid_size, self.patch_size = indices, grid_size, patch_size
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, row and column in the patch grid of each kept patch, (T,) each."""
+        image = torch.arange(len(self.indices), device=self.indices.device).repeat_interleave(self.indices.shape[1])
+        flat = self.indices.flatten()
+        return image, flat // self.grid_size[1], flat % self.grid_size[1]
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B, 1, H, W) bool, True where a pixel is kept."""
+        (rows, columns), (height, width) = self.grid_size, self.patch_size
+        mask = torch.zeros(len(self.indices), 1, rows * columns, dtype=torch.bool, device=self.indices.device)
+        mask.scatter_(2, self.indices[:, None], True)
+        mask = mask.view(-1, 1, rows, 1, columns, 1).expand(-1, -1, -1, height, -1, width)
+        return mask.reshape(-1, 1, rows * height, columns * width)
+
+    @cached_property
+    def pair_weights(self) -> list[Tensor]:
+        """For each direction of NEIGHBOURS, 1 where both pixels of a pair in `halo_tiles` are kept, else 0."""
+        return _pair_weights(self.halo_tiles(self.mask.float()))
+
+    def halo_tiles(self, images: Tensor) -> Tensor:
+        """Kept patches with one pixel around them, zero beyond the image: (B, C, H, W) -> (T, C, ph + 2, pw + 2)."""
+        (height, width), (image, row, column) = self.patch_size, self.places
+        windows = F.pad(images, (1, 1, 1, 1)).unfold(2, height + 2, height).unfold(3, width + 2, width)
+        return windows[image, :, row, column]
+
+    def scatter(self, patches: Tensor, images: Tensor) -> Tensor:
+        """Write patches (T, C, ph, pw) into their places in images (B, C, H, W), which is returned."""
+        image, row, column = self.places
+        self._tiled(images)[image, :, row, :, column] = patches
+        return images
+
+    def gather(self, images: Tensor) -> Tensor:
+        """The kept patches of images (B, C, H, W): (T, C, ph, pw)."""
+        image, row, column = self.places
+        return self._tiled(images)[image, :, row, :, column]
+
+    def _tiled(self, images: Tensor) -> Tensor:
+        (rows, columns), (height, width) = self.grid_size, self.patch_size
+        return images.view(*images.shape[:2], rows, height, columns, width)
 
 
 # The neighbours that total variation compares: right, down, and the two diagonals. (dy, dx) from the upper pixel.
 NEIGHBOURS = ((0, 1), (1, 0), (1, -1), (1, 1))
 
 
-def total_variation(images: Tensor, kept: Tensor | None = None) -> Tensor:
+def total_variation(images: Tensor, kept: KeptPixels | None = None) -> Tensor:
     """Sum over four neighbour directions of the l2 norm, over the whole batch, of the differences.
 
     The image prior of DeepInversion (Yin et al., CVPR 2020) as the published sparse inversion uses it. The gradient is
-    0 in a direction whose norm is 0.
+    0 in a direction whose norm is 0. Stopped patches are not read; the gradient has one order.
 
     Args:
         images: (B, C, H, W).
-        kept: (B, 1, H, W) bool; only pairs of pixels that are both kept count. None: all.
+        kept: only pairs of pixels that are both kept count. None: all.
 
     Returns:
         A scalar.
     """
-    total = images.new_zeros(())
-    for dy, dx in NEIGHBOURS:
-        first, second = _shifted(images, dy, dx)
-        difference = first - second
-        if kept is not None:
-            first_kept, second_kept = _shifted(kept, dy, dx)
-            difference = difference * (first_kept & second_kept)
-        total = total + l2_norm(difference)
-    return total
+    return _TotalVariation.apply(images, kept)
+
+
+class _TotalVariation(torch.autograd.Function):
+    """Value and gradient in one pass over tiles that overlap by a pixel, so that no pair needs a neighbouring tile."""
+
+    @staticmethod
+    def forward(ctx, images: Tensor, kept: KeptPixels | None) -> Tensor:
+        if kept is None:
+            tiles = F.pad(images, (1, 1, 1, 1))  # [B, C, H + 2, W + 2]
+            weights = _pair_weights(F.pad(torch.ones_like(images[:1, :1]), (1, 1, 1, 1)))
+        else:
+            tiles, weights = kept.halo_tiles(images), kept.pair_weights  # [T, C, ph + 2, pw + 2]
+        height, width = tiles.shape[2] - 2, tiles.shape[3] - 2
+        grad = tiles.new_zeros(*tiles.shape[:2], height, width)
+        total = images.new_zeros(())
+        for (dy, dx), weight in zip(NEIGHBOURS, weights, strict=True):
+            first, second = _shifted(tiles, dy, dx)
+            difference = (first - second) * weight
+            left = 1 - max(0, -dx)
+            own = difference[..., 1 : 1 + height, left : left + width]  # pairs whose upper pixel is the tile's own
+            other = difference[..., 1 - dy : 1 - dy + height, left - dx : left - dx + width]  # whose lower pixel is
+            norm = torch.linalg.vector_norm(own)
+            total = total + norm
+            difference *= torch.where(norm > 0, 1 / norm, 0)
+            grad += own
+            grad -= other
+        ctx.save_for_backward(grad)
+        ctx.shape, ctx.kept = images.shape, kept
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: Tensor) -> tuple[Tensor, None]:
+        grad = ctx.saved_tensors[0] * grad_total
+        return grad if ctx.kept is None else ctx.kept.scatter(grad, grad.new_zeros(ctx.shape)), None
 
 
 def _shifted(x: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
@@ -63,6 +147,10 @@ def _shifted(x: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
     first = x[..., : height - dy, max(0, -dx) : width - max(0, dx)]
     second = x[..., dy:, max(0, dx) : width - max(0, -dx)]
     return first, second
+
+
+def _pair_weights(mask: Tensor) -> list[Tensor]:
+    return [first * second for first, second in (_shifted(mask, dy, dx) for dy, dx in NEIGHBOURS)]
 
 
 def l2_norm(x: Tensor) -> Tensor:
@@ -82,12 +170,12 @@ class deep_inversion:
     tv_l2: float = 1e-4
     l2: float = 0.0
 
-    def loss(self, logits: Tensor, images: Tensor, targets: Tensor, kept: Tensor | None) -> Tensor:
+    def loss(self, logits: Tensor, images: Tensor, targets: Tensor, kept: KeptPixels | None) -> Tensor:
         loss = F.cross_entropy(logits.float(), targets)
         if self.tv_l2:
             loss = loss + self.tv_l2 * total_variation(images, kept)
         if self.l2:
-            loss = loss + self.l2 * l2_norm(images if kept is None else images * kept)
+            loss = loss + self.l2 * l2_norm(images if kept is None else images * kept.mask)
         return loss
 
 
@@ -110,5 +198,5 @@ def as_objective(objective: Objective | Loss) -> Objective:
 class _UserLoss:
     function: Loss
 
-    def loss(self, logits: Tensor, images: Tensor, targets: Tensor, kept: Tensor | None) -> Tensor:
+    def loss(self, logits: Tensor, images: Tensor, targets: Tensor, kept: KeptPixels | None) -> Tensor:
         return self.function(logits, images, targets)

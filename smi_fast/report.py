@@ -38,7 +38,7 @@ class StageCost:
 
 
 class StageMeter:
-    """A callback of `Inverter.run` that times each stage and reads its peak memory; synchronises only between stages."""
+    """A callback of `Inverter.run` that times each stage and reads its peak memory, synchronising between stages."""
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -3,12 +3,15 @@
 import os
 import secrets
 
+import hypothesis
 import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
+hypothesis.settings.register_profile("smi-fast", deadline=None)  # timings say nothing on a busy machine
+hypothesis.settings.load_profile("smi-fast")
 
 
 def pytest_collection_modifyitems(items):

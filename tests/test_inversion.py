@@ -1,0 +1,255 @@
+"""The loop, against a slow dense oracle that shares nothing with it but the random draws."""
+
+import itertools
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_objectives import total_variation_by_pairs
+from torch import nn
+
+import smi_fast
+from smi_fast import Inverter, StoppingSchedule, deep_inversion
+from smi_fast.models import cifar10_vit
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+@pytest.fixture
+def model(seed) -> nn.Module:
+    """8x8 pixels in a grid of 4x4 patches, so that the oracle can be slow."""
+    model = cifar10_vit(False, img_size=8, patch_size=2, depth=2, embed_dim=32, num_heads=2, num_classes=5)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 1 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def quiet(model, **options) -> Inverter:
+    return Inverter(model, progress=False, **options)
+
+
+def grid_mask(keep: torch.Tensor) -> torch.Tensor:
+    """Patch indices (B, K) of a 4x4 grid -> pixels (B, 1, 8, 8)."""
+    mask = torch.zeros(len(keep), 16, dtype=torch.bool).scatter_(1, keep, True)
+    return mask.view(-1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def oracle(model, targets, stops: dict, iterations: int, lr: float, tv_l2: float, l2: float, views, noise):
+    """Sparse model inversion as it is published, written out: whole images, torch.roll, timm's modules, masks, and Adam
+    by its formula, in float64."""
+    model = model.double()
+    images = noise.double()
+    moment, square = torch.zeros_like(images), torch.zeros_like(images)
+    keep = torch.arange(16).expand(len(targets), 16)
+    low = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64).view(3, 1, 1)
+    high = torch.tensor([(1 - m) / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64).view(3, 1, 1)
+    losses, importance = [], None
+    for iteration in range(iterations):
+        if iteration in stops:
+            count = int(keep.shape[1] * (1 - stops[iteration]))
+            rows = [sorted(range(keep.shape[1]), key=lambda i: -row[i].item())[:count] for row in importance]
+            keep = keep.gather(1, torch.tensor([sorted(row) for row in rows]))
+        plain = iteration in stops or iteration + 1 in stops
+        dy, dx, flip = (0, 0, 0) if plain else views[iteration].tolist()
+        mask = grid_mask(keep)
+        leaf = images.clone().requires_grad_()
+        seen = torch.roll(leaf, (dy, dx), (2, 3))
+        seen = torch.flip(seen, (3,)) if flip else seen
+        # where each kept patch's centre went, in whole cells
+        row = (keep // 4 + (2 * dy + 2) // 4) % 4
+        column = (keep % 4 + (2 * dx + 2) // 4) % 4
+        cells = row * 4 + (3 - column if flip else column)
+        tokens = model._pos_embed(model.patch_embed(seen))
+        kept = tokens[:, 1:].gather(1, cells[..., None].expand(-1, -1, tokens.shape[-1]))
+        x = model.blocks[0](torch.cat((tokens[:, :1], kept), dim=1))
+        attn = model.blocks[1].attn
+        q, k, _ = attn.qkv(model.blocks[1].norm1(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        importance = (q @ k.transpose(-2, -1) * attn.scale).softmax(-1).mean(1)[:, 0, 1:]
+        logits = model.forward_head(model.norm(model.blocks[1](x)))
+        loss = F.cross_entropy(logits, targets) + tv_l2 * total_variation_by_pairs(leaf, mask)
+        loss = loss + l2 * (leaf * mask).norm()
+        losses.append(loss.item())
+        grad = torch.autograd.grad(loss, leaf)[0] * mask
+        moment, square = 0.5 * moment + 0.5 * grad, 0.99 * square + 0.01 * grad**2
+        step = moment / (1 - 0.5 ** (iteration + 1)) / ((square / (1 - 0.99 ** (iteration + 1))).sqrt() + 1e-8)
+        images = torch.where(mask, torch.minimum(torch.maximum(images - lr * step, low), high), images)
+    return images, keep, torch.tensor(losses)
+
+
+@pytest.mark.parametrize("stops", [{}, {2: 0.3, 5: 0.3, 6: 0.3}], ids=["dense", "sparse"])
+def test_the_loop_gives_the_images_keep_and_losses_of_the_dense_oracle(model, seed, stops):
+    targets, iterations = torch.tensor([4, 0, 2]), 10
+    options = dict(objective=deep_inversion(1e-2, 1e-3), iterations=iterations, lr=0.05, jitter=1 / 2, seed=seed)
+    inverter = quiet(model, stopping=StoppingSchedule(stops), **options)
+    result = inverter.run(targets)
+    generator = torch.Generator().manual_seed(seed)
+    views = inverter._draw_views(3, generator)
+    noise = torch.randn(3, 3, 8, 8, generator=generator)
+    images, keep, losses = oracle(model, targets, stops, iterations, 0.05, 1e-2, 1e-3, views, noise)
+    assert torch.equal(result.keep, keep)
+    torch.testing.assert_close(result.losses.double(), losses.double(), rtol=1e-4, atol=1e-4)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    expected = (images * std + mean) * grid_mask(keep)
+    # Adam divides by the gradient's own size: where that is all but zero, rounding decides the step
+    assert ((result.images - expected).abs() > 1e-3).float().mean() < 0.01
+    assert [(s.start, s.patches) for s in result.history] == [(0, 16), *zip(stops, (11, 7, 4))]  # noqa: B905
+
+
+def test_stopped_pixels_never_change_again_bit_for_bit(model):
+    stops, seen = {2: 0.5, 4: 0.5}, []
+    inverter = quiet(model, stopping=StoppingSchedule(stops), iterations=9, jitter=1 / 2)
+    inverter.run([0, 1, 2, 3], lambda step: seen.append((step.keep, step._pixels.images().detach().clone())))
+    for (_, before), (keep, after) in itertools.pairwise(seen):
+        stopped = ~grid_mask(keep).expand_as(before)
+        assert torch.equal(before[stopped], after[stopped])
+        assert not torch.equal(before[~stopped], after[~stopped])
+    assert [keep.shape[1] for keep, _ in seen] == [16, 16, 8, 8, 4, 4, 4, 4, 4]
+
+
+def test_results_are_in_range_and_black_where_stopped(model):
+    result = quiet(model, stopping=StoppingSchedule({1: 0.5}), iterations=3).run([0, 1])
+    mask = grid_mask(result.keep).expand_as(result.images)
+    assert (result.images[~mask] == 0).all()
+    assert result.images.min() >= 0
+    assert result.images.max() <= 1
+    assert result.images[mask].std() > 0.1
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(model):
+    runs = [quiet(model, stopping=StoppingSchedule({2: 0.3}), iterations=5, seed=s).run([1, 2]) for s in (7, 7, 8)]
+    assert torch.equal(runs[0].images, runs[1].images)
+    assert torch.equal(runs[0].losses, runs[1].losses)
+    assert not torch.equal(runs[0].losses, runs[2].losses)
+
+
+def test_a_view_for_each_image_lets_an_image_not_depend_on_its_batch_size(model):
+    inverter = quiet(model, stopping=StoppingSchedule({2: 0.3}), iterations=5, view_per_image=True)
+    views = inverter._draw_views(3, torch.Generator().manual_seed(0))
+    assert views.shape == (5, 3, 3)
+    assert len(views.view(-1, 3).unique(dim=0)) > 5
+    assert inverter.run([0, 1, 2]).losses.isfinite().all()
+
+
+def test_a_users_loss_is_minimised_on_kept_pixels_alone(model):
+    def brightness(logits, images, targets):
+        return images.mean() + 0 * logits.sum()
+
+    result = quiet(model, stopping=StoppingSchedule({2: 0.5}), objective=brightness, iterations=60).run([0, 1])
+    assert result.images.max() == 0  # every kept pixel went to its lower limit, the others are black
+    assert (result.losses[1:3] < result.losses[0]).all()
+
+
+def test_weights_and_modes_are_as_before_also_after_an_error(model):
+    model.train()
+    model.blocks[0].eval()
+    model.head.bias.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
+    inverter = quiet(model, stopping=StoppingSchedule.dense(), iterations=3)
+
+    def check(step):
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not any(m.training for m in model.modules())
+
+    inverter.run([0], check)
+    assert ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]) == before
+
+    def fail(step):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        inverter.run([0], fail)
+    assert ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]) == before
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_ctrl_c_ends_the_run_with_what_there_is(model):
+    def interrupt(step):
+        if step.iteration == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = quiet(model, stopping=StoppingSchedule({2: 0.5, 6: 0.5}), iterations=9).run([0, 1], interrupt)
+    assert result.interrupted
+    assert 4 <= len(result.losses) < 9
+    assert result.keep.shape == (2, 8)
+    assert result.history[-1] == smi_fast.Stage(2, len(result.losses), 8, 9)
+
+
+def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
+    steps, seconds = [], []
+    inverter = quiet(model, stopping=StoppingSchedule({2: 0.5}), iterations=4)
+    result = inverter.run([0], lambda step: (steps.append(step), seconds.append(step.seconds())))
+    assert [step.iteration for step in steps] == [0, 1, 2, 3]
+    assert [step.tokens for step in steps] == [17, 17, 9, 9]
+    assert torch.equal(torch.stack([step.loss for step in steps]), result.losses)
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"iterations": 0}, ValueError, "at least 1, got 0"),
+        ({"iterations": 2.5}, TypeError, r"2\.5"),
+        ({"lr": 0.0}, ValueError, "lr"),
+        ({"jitter": -0.1}, ValueError, r"-0\.1"),
+        ({"flip": 1.5}, ValueError, r"1\.5"),
+        ({"image_size": (9, 8)}, ValueError, "9x8"),
+        ({"mean": (0.5,)}, ValueError, "1 values"),
+        ({"std": (1.0, 0.0, 1.0)}, ValueError, "positive"),
+        ({"stopping": StoppingSchedule({5: 0.3}), "iterations": 5}, ValueError, "iteration 5, of 5"),
+        ({"stopping": StoppingSchedule({1: 0.9, 2: 0.9})}, ValueError, "leaves no patch"),
+        ({"objective": "loss"}, TypeError, "loss"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_their_value(model, options, error, message):
+    with pytest.raises(error, match=message):
+        Inverter(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [([0, 5], r"target 5 \(number 1\)"), ([-1], "target -1"), ([], r"\(0,\)"), ([[1]], r"\(1, 1\)"), ([0.5], "float")],
+)
+def test_targets_that_are_no_classes_are_refused_with_their_value(model, targets, message):
+    with pytest.raises(ValueError, match=message):
+        quiet(model, stopping=StoppingSchedule.dense(), iterations=1).run(targets)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(model):
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.fc1.weight holds 1 value"):
+        quiet(model, stopping=StoppingSchedule.dense(), iterations=1).run([0])
+
+
+def test_a_loss_that_is_not_finite_is_reported(model):
+    def loss(logits, images, targets):
+        return images.sum() * float("nan")
+
+    inverter = quiet(model, stopping=StoppingSchedule.dense(), iterations=3, objective=loss)
+    with pytest.warns(UserWarning, match="nan from iteration 0"):
+        inverter.run([0])
+
+
+@pytest.mark.cuda
+def test_the_loop_never_synchronises_inside_a_stage(model):
+    inverter = quiet(model.cuda(), stopping=StoppingSchedule.dense(), iterations=20)
+
+    def forbid(step):
+        torch.cuda.set_sync_debug_mode("error" if 3 < step.iteration < 18 else "default")
+
+    try:
+        inverter.run([0, 1], forbid)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_cuda_inverts_as_the_cpu_does(model):
+    options = dict(stopping=StoppingSchedule({3: 0.3}), iterations=6, lr=0.02, dtype=torch.float32)
+    cpu = quiet(model, **options).run([0, 1, 2])
+    cuda = quiet(model.cuda(), **options).run([0, 1, 2])
+    assert torch.equal(cpu.keep, cuda.keep)
+    torch.testing.assert_close(cpu.losses, cuda.losses, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,81 @@
+"""Models by name and weights from files: the real ones load, broken ones are named."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from smi_fast.loading import class_names, load_model
+from smi_fast.models import CIFAR10_CLASSES, cifar10_vit
+
+
+@pytest.fixture
+def test_vit(seed) -> torch.nn.Module:
+    return timm.create_model("test_vit", num_classes=7).eval()
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w}])
+def test_torch_checkpoints_load_with_their_number_of_classes(test_vit, tmp_path, wrap):
+    torch.save(wrap(test_vit.state_dict()), tmp_path / "weights.pth")
+    loaded = load_model("test_vit", checkpoint=tmp_path / "weights.pth")
+    assert not loaded.training
+    images = torch.randn(1, 3, 160, 160)
+    assert torch.equal(loaded(images), test_vit(images))
+
+
+def test_safetensors_checkpoints_load(test_vit, tmp_path):
+    save_file(test_vit.state_dict(), tmp_path / "weights.safetensors")
+    loaded = load_model("test_vit", checkpoint=tmp_path / "weights.safetensors")
+    for name, value in test_vit.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_a_checkpoint_of_the_model_inside_loads(seed, tmp_path):
+    model = cifar10_vit(pretrained=False)
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    loaded = load_model(checkpoint=tmp_path / "own.pth")
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("size", [0, 5, 1000, -1])
+def test_a_truncated_checkpoint_is_refused_by_name(test_vit, tmp_path, suffix, size):
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(test_vit.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=rf"weights\{suffix} cannot be read"):
+        load_model("test_vit", checkpoint=path)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Sneaky:
+        def __reduce__(self):
+            return (print, ("this must never run",))
+
+    torch.save({"head.weight": Sneaky()}, tmp_path / "sneaky.pth")
+    with pytest.raises(ValueError, match=r"sneaky.pth cannot be read"):
+        load_model("test_vit", checkpoint=tmp_path / "sneaky.pth")
+
+
+def test_a_checkpoint_of_another_model_is_refused(test_vit, tmp_path):
+    torch.save(test_vit.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"does not fit test_vit2"):
+        load_model("test_vit2", checkpoint=tmp_path / "weights.pth")
+
+
+def test_unknown_names_missing_files_and_missing_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="did you mean deit_tiny"):
+        load_model("deit_tinny_patch16_224", pretrained=True)
+    with pytest.raises(ValueError, match=r"nowhere\.pth does not exist"):
+        load_model("test_vit", checkpoint=tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="--pretrained"):
+        load_model("test_vit")
+    with pytest.raises(ValueError, match="not both"):
+        load_model("test_vit", pretrained=True, checkpoint=tmp_path / "x")
+
+
+def test_classes_have_the_models_names():
+    assert class_names(cifar10_vit(pretrained=False)) == list(CIFAR10_CLASSES)
+    with torch.device("meta"):
+        assert class_names(timm.create_model("deit_tiny_patch16_224"))[:2] == ["tench", "goldfish"]
+        assert class_names(timm.create_model("deit_tiny_patch16_224", num_classes=3)) == ["0", "1", "2"]
