@@ -111,26 +111,25 @@ class _TotalVariation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, images: Tensor, kept: KeptPixels | None) -> Tensor:
-        if kept is None:
-            tiles = F.pad(images, (1, 1, 1, 1))  # [B, C, H + 2, W + 2]
-            weights = _pair_weights(F.pad(torch.ones_like(images[:1, :1]), (1, 1, 1, 1)))
-        else:
-            tiles, weights = kept.halo_tiles(images), kept.pair_weights  # [T, C, ph + 2, pw + 2]
-        height, width = tiles.shape[2] - 2, tiles.shape[3] - 2
-        grad = tiles.new_zeros(*tiles.shape[:2], height, width)
+        inner = slice(1, -1) if kept is not None else slice(None)
+        tiles = images if kept is None else kept.halo_tiles(images)  # [T, C, ph + 2, pw + 2]
+        grad = torch.zeros_like(tiles)
         total = images.new_zeros(())
-        for (dy, dx), weight in zip(NEIGHBOURS, weights, strict=True):
+        for number, (dy, dx) in enumerate(NEIGHBOURS):
             first, second = _shifted(tiles, dy, dx)
-            difference = (first - second) * weight
-            left = 1 - max(0, -dx)
-            own = difference[..., 1 : 1 + height, left : left + width]  # pairs whose upper pixel is the tile's own
-            other = difference[..., 1 - dy : 1 - dy + height, left - dx : left - dx + width]  # whose lower pixel is
-            norm = torch.linalg.vector_norm(own)
+            difference = first - second
+            if kept is not None:
+                difference *= kept.pair_weights[number]
+                # each pair belongs to the tile that holds its upper pixel
+                left = 1 - max(0, -dx)
+                own = difference[..., 1 : tiles.shape[2] - 1, left : left + tiles.shape[3] - 2]
+            norm = torch.linalg.vector_norm(difference if kept is None else own)
             total = total + norm
             difference *= torch.where(norm > 0, 1 / norm, 0)
-            grad += own
-            grad -= other
-        ctx.save_for_backward(grad)
+            grad_first, grad_second = _shifted(grad, dy, dx)
+            grad_first += difference
+            grad_second -= difference
+        ctx.save_for_backward(grad[..., inner, inner])
         ctx.shape, ctx.kept = images.shape, kept
         return total
 

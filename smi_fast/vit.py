@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from smi_fast import kernels
 from smi_fast.keep import Keep, pack_keep
+from smi_fast.kernels.linear import linear
 from smi_fast.tokens import PackedTokens, pad, prepend, rows_behind_prefix, token_slots
 
 
@@ -198,7 +199,7 @@ class AcceleratedViT(nn.Module):
             raise ValueError(
                 f"patches have {patches.values.shape[1]} values each, the model's have {weight[0].numel()}"
             )
-        embedded = embed.norm(F.linear(patches.values.to(weight.dtype), weight.flatten(1), embed.proj.bias))
+        embedded = embed.norm(linear(patches.values.to(weight.dtype), weight.flatten(1), embed.proj.bias))
         prefix = [model.cls_token, getattr(model, "dist_token", None), model.reg_token]
         prefix = torch.cat([embedded.new_zeros(1, 0, embedded.shape[1]), *(t for t in prefix if t is not None)], dim=1)[
             0
@@ -312,12 +313,25 @@ class Attend:
 
 def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
     """timm's Attention. Modifications: x is (B, N, C) or packed (T, C); attention reads the qkv projection's layout."""
-    qkv = attn.qkv(x).view(-1, 3, attn.num_heads, attn.head_dim)
+    qkv = _linear(attn.qkv, x).view(-1, 3, attn.num_heads, attn.head_dim)
     out = attend(_normalise_qk(attn, qkv), attn.scale)
     out = attn.norm(out.view(*x.shape[:-1], attn.attn_dim))
     if attn.gate is not None:
-        out = out * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(out))
+        out = out * _linear(attn.gate, x).sigmoid()
+    return attn.proj_drop(_linear(attn.proj, out))
+
+
+def _linear(module: nn.Module, x: Tensor) -> Tensor:
+    """timm's Linear. Modifications: the product is ours; a module that replaced the Linear runs as it is."""
+    return linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """timm's Mlp. Modifications: as for `_linear`; other MLPs run as they are."""
+    if type(mlp) is not Mlp:
+        return mlp(x)
+    x = mlp.drop1(mlp.act(_linear(mlp.fc1, x)))
+    return mlp.drop2(_linear(mlp.fc2, mlp.norm(x)))
 
 
 def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
@@ -330,9 +344,9 @@ def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
 
 def _diff_attention(attn: DiffAttention, x: Tensor, attend: Attend) -> Tensor:
     """timm's DiffAttention. Modifications: as for `_differential`."""
-    q, k, v = attn.qkv(x).flatten(0, -2).chunk(3, dim=-1)
+    q, k, v = _linear(attn.qkv, x).flatten(0, -2).chunk(3, dim=-1)
     out = attn.norm(_differential(attn, q, k, v, attend).view_as(x))
-    return attn.proj_drop(attn.proj(out))
+    return attn.proj_drop(_linear(attn.proj, out))
 
 
 def _differential(
@@ -362,7 +376,7 @@ def _differential(
 def _block(block: Block, x: Tensor, attend: Attend) -> Tensor:
     """timm's Block. Modifications: attention is ours."""
     x = x + block.drop_path1(block.ls1(ATTENTIONS[type(block.attn)](block.attn, block.norm1(x), attend)))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return x + block.drop_path2(block.ls2(_mlp(block.mlp, block.norm2(x))))
 
 
 def _block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) -> Tensor:
@@ -374,8 +388,8 @@ def _block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) 
     first = normed[:, :count]
     weight, bias = attn.qkv.weight, attn.qkv.bias
     width = attn.attn_dim
-    q = F.linear(first, weight[:width], None if bias is None else bias[:width])
-    kv = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+    q = linear(first, weight[:width], None if bias is None else bias[:width])
+    kv = linear(normed, weight[width:], None if bias is None else bias[width:])
     q = q.view(*q.shape[:2], attn.num_heads, attn.head_dim)  # [B, count, H, D]
     k, v = kv.view(*kv.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)  # [B, N, H, D] each
     q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
@@ -387,36 +401,36 @@ def _block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) 
     out = torch.einsum("bhqn,bnhd->bqhd", attention.to(v.dtype), v).flatten(2)
     out = attn.norm(out)
     if attn.gate is not None:
-        out = out * attn.gate(first).sigmoid()
-    x = x[:, :count] + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        out = out * _linear(attn.gate, first).sigmoid()
+    x = x[:, :count] + block.drop_path1(block.ls1(attn.proj_drop(_linear(attn.proj, out))))
+    return x + block.drop_path2(block.ls2(_mlp(block.mlp, block.norm2(x))))
 
 
 def _res_post_block(block: ResPostBlock, x: Tensor, attend: Attend) -> Tensor:
     """timm's ResPostBlock. Modifications: attention is ours."""
     x = x + block.drop_path1(block.norm1(ATTENTIONS[type(block.attn)](block.attn, x, attend)))
-    return x + block.drop_path2(block.norm2(block.mlp(x)))
+    return x + block.drop_path2(block.norm2(_mlp(block.mlp, x)))
 
 
 def _parallel_scaling_block(block: ParallelScalingBlock, x: Tensor, attend: Attend) -> Tensor:
     """timm's ParallelScalingBlock. Modifications: attention reads q, k and v where the joint projection left them."""
-    mlp, qkv = block.in_proj(block.in_norm(x)).split((block.in_split[0], sum(block.in_split[1:])), dim=-1)
+    mlp, qkv = _linear(block.in_proj, block.in_norm(x)).split((block.in_split[0], sum(block.in_split[1:])), dim=-1)
     qkv = qkv.flatten(0, -2).unflatten(-1, (3, block.num_heads, block.head_dim))
     out = attend(_normalise_qk(block, qkv), block.scale).view_as(x)
     mlp = block.mlp_drop(block.mlp_act(mlp if block.mlp_bias is None else mlp + block.mlp_bias))
     if block.out_proj is not None:
-        out = block.out_proj(torch.cat((out, mlp), dim=-1))
+        out = _linear(block.out_proj, torch.cat((out, mlp), dim=-1))
     else:
-        out = block.attn_out_proj(out) + block.mlp_out_proj(mlp)
+        out = _linear(block.attn_out_proj, out) + _linear(block.mlp_out_proj, mlp)
     return x + block.drop_path(block.ls(out))
 
 
 def _diff_parallel_scaling_block(block: DiffParallelScalingBlock, x: Tensor, attend: Attend) -> Tensor:
     """timm's DiffParallelScalingBlock. Modifications: as for `_differential`."""
-    mlp, q, k, v = block.in_proj(block.in_norm(x)).split(block.in_split, dim=-1)
+    mlp, q, k, v = _linear(block.in_proj, block.in_norm(x)).split(block.in_split, dim=-1)
     out = _differential(block, q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), attend).view_as(x)
     mlp = block.mlp_drop(block.mlp_act(mlp if block.mlp_bias is None else mlp + block.mlp_bias))
-    return x + block.drop_path(block.ls(block.out_proj(torch.cat((out, mlp), dim=-1))))
+    return x + block.drop_path(block.ls(_linear(block.out_proj, torch.cat((out, mlp), dim=-1))))
 
 
 def _parallel_things_block(block: ParallelThingsBlock, x: Tensor, attend: Attend) -> Tensor:

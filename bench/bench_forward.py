@@ -1,0 +1,130 @@
+"""Forward passes of whole models, dense and on kept patches, against timm."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from duel import OURS
+from torch import Tensor, nn
+
+from smi_fast import accelerate
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass without gradients of a model of random weights in one dtype."""
+
+    model: str
+    batch: int
+    dtype: torch.dtype
+    kept: int | None = None  # of 196 patches; None: all
+
+    def __str__(self) -> str:
+        kept = "all" if self.kept is None else f"{self.kept} of 196"
+        return f"{self.model}, batch {self.batch}, {kept} patches, {str(self.dtype).removeprefix('torch.')}"
+
+    def setup(self, device: torch.device) -> tuple[nn.Module, Tensor, Tensor | None]:
+        """The model, images and kept patches that all contestants share. Weights are in the compute dtype, which costs
+        none of them a cast on the way."""
+        model = timm.create_model(self.model).eval().to(device, self.dtype)
+        images = torch.randn(self.batch, 3, 224, 224, device=device, dtype=self.dtype)
+        keep = None if self.kept is None else torch.rand(self.batch, 196, device=device).argsort(1)[:, : self.kept]
+        return model, images, keep
+
+
+def cases(models: tuple[str, ...], batch: int, kept: tuple[int | None, ...]) -> list[Pass]:
+    dtypes = (torch.float32, torch.bfloat16)
+    return [Pass(model, batch, dtype, count) for model in models for dtype in dtypes for count in kept]
+
+
+TINY, BASE = "deit_tiny_patch16_224", "deit_base_patch16_224"
+
+
+def run(model: nn.Module, *args) -> Tensor:
+    with torch.no_grad():
+        return model(*args)
+
+
+@pytest.mark.contest(
+    contestants=[OURS, "timm", "timm, torch.compile"],
+    cpu=cases((TINY, BASE), 8, (None,)),
+    cuda=cases((TINY, BASE), 128, (None,)),
+)
+def test_dense(case, device, enter):
+    def contestants():
+        model, images, _ = case.setup(device)
+        forms = {OURS: accelerate(model), "timm": model}
+        if device.type == "cuda":
+            forms["timm, torch.compile"] = torch.compile(model)
+        return {name: partial(run, form, images) for name, form in forms.items()}
+
+    enter("dense forward", contestants, tolerance=TOLERANCE[case.dtype])
+
+
+@pytest.mark.contest(
+    contestants=[OURS, "timm's blocks", "timm's blocks, torch.compile"],
+    cpu=cases((TINY, BASE), 8, (46,)),
+    cuda=cases((TINY, BASE), 128, (137, 95, 66, 46)),
+)
+def test_sparse(case, device, enter):
+    """Against timm's own modules run on the tokens of the same patches, gathered behind the position embedding."""
+
+    def contestants():
+        model, images, keep = case.setup(device)
+        fast = accelerate(model)
+
+        def ours(images: Tensor, keep: Tensor) -> Tensor:
+            return fast(images, keep=keep)
+
+        def gathered(images: Tensor, keep: Tensor) -> Tensor:
+            x = model._pos_embed(model.patch_embed(images))
+            rows = torch.cat((keep.new_zeros(len(keep), 1), keep + 1), dim=1)
+            x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+            return model.forward_head(model.norm(model.blocks(model.norm_pre(x))))
+
+        forms = {OURS: ours, "timm's blocks": gathered}
+        if device.type == "cuda":
+            forms["timm's blocks, torch.compile"] = torch.compile(gathered)
+        return {name: partial(run, form, images, keep) for name, form in forms.items()}
+
+    enter("sparse forward", contestants, tolerance=TOLERANCE[case.dtype])
+
+
+TOME_REDUCTION = 16
+
+
+@pytest.mark.contest(
+    contestants=[OURS, "ToMe"],
+    cpu=cases((TINY,), 8, (104,)),
+    cuda=cases((TINY, BASE), 128, (104,)),
+)
+def test_tome(case, device, enter, request):
+    """Against token merging with r = 16, whose blocks see as many tokens in the mean as ours of 104 kept patches do
+    (105). The two compute different things: speed is compared here, not accuracy."""
+    checkout: Path | None = request.config.option.tome_checkout
+
+    def contestants():
+        model, images, keep = case.setup(device)
+        sys.path.insert(0, str(checkout))
+        try:
+            tome = importlib.import_module("tome")
+        finally:
+            sys.path.remove(str(checkout))
+        merging = timm.create_model(case.model).eval().to(device, case.dtype)
+        merging.load_state_dict(model.state_dict())
+        tome.patch.timm(merging)
+        merging.r = TOME_REDUCTION
+        return {OURS: partial(run, accelerate(model), images, keep), "ToMe": partial(run, merging, images)}
+
+    if checkout is None:
+        pytest.skip("needs --tome-checkout")
+    enter("forward of 105 tokens in the mean", contestants)

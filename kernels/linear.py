@@ -1,0 +1,71 @@
+"""Matrix products with weights, whose backward pass skips the weights where they are frozen."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+MIN_ROWS = 16  # of the input: below, setting oneDNN up costs more than it gains
+# The product is torch's own, but not a public name of it.
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, as torch.nn.functional.linear.
+
+    On a CPU, float32 products with frozen weights run in oneDNN, in the place of the BLAS that torch takes for them:
+    the same float32 arithmetic, summed in another order. Everything else is torch's own linear.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,) or None.
+
+    Returns:
+        (..., N) in the dtype that torch's linear would give.
+    """
+    return _OneDnnLinear.apply(x, weight, bias) if _suits_onednn(x, weight, bias) else F.linear(x, weight, bias)
+
+
+def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() >= MIN_ROWS * x.shape[-1]
+        and not weight.requires_grad
+        and not (bias is not None and bias.requires_grad)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # the compiler chooses its own products
+        and torch.backends.mkldnn.enabled
+        and HAS_ONEDNN
+    )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+if HAS_ONEDNN:  # torch's FlopCounterMode knows its public products only
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+        rows = 1
+        for size in x_shape[:-1]:
+            rows *= size
+        return 2 * rows * weight_shape[0] * weight_shape[1]
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """2 M N K operations forward and the same backward, for the input alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _onednn(grad, weight.t(), None), None, None
