@@ -22,7 +22,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=median,iqr,rounds $(ARGS)
+	$(BIN)/python -m pytest bench $(ARGS)
 
 # One stamp for each set of extras, older than its sources when those change; nothing up to date is installed again.
 $(VENV)/.installed-test: EXTRAS := test,viz

@@ -2,10 +2,10 @@
 
     python examples/train_cifar10.py --data DIR --out RUN_DIR [--epochs 24] [--export]
 
-DIR holds `train/<class>/*` and `test/<class>/*` (an ImageFolder of 32x32 images). RUN_DIR receives `checkpoint.pt` after
-every epoch, from which a run that was stopped goes on by itself, and `log.jsonl`. The last weights are the result: the
-test split is read once, after the last epoch, and chooses nothing. With --export they are written as float16 safetensors
-beside the figures of the run into `smi_fast/models/`.
+DIR holds `train/<class>/*` and `test/<class>/*` (an ImageFolder of 32x32 images). RUN_DIR receives `log.jsonl` and,
+after every epoch, `checkpoint.pt`, from which a run that was stopped goes on by itself. The last weights are the
+result: the test split is read once, after the last epoch, and chooses nothing. With --export they are written as
+float16 safetensors, beside the figures of the run, into `smi_fast/models/`.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def main() -> None:
         scheduler.load_state_dict(state["scheduler"])
         generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch_rng"].cpu())
+        torch.cuda.set_rng_state_all([rng.cpu() for rng in state.get("cuda_rng", [])])
         first_epoch, seconds = state["epoch"], state["seconds"]
         print(f"going on after epoch {first_epoch}")
 
@@ -130,6 +131,7 @@ def main() -> None:
             "epoch": epoch + 1, "epochs": args.epochs, "seconds": seconds, "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
             "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
         }  # fmt: skip
         torch.save(state, checkpoint_file.with_suffix(".tmp"))
         checkpoint_file.with_suffix(".tmp").replace(checkpoint_file)

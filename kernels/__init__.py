@@ -1,4 +1,4 @@
-"""Kernels: each operation defined in plain torch and implemented in Triton. Knows nothing of timm, inversion or files."""
+"""Kernels: each operation defined in plain torch and implemented in Triton. Knows nothing of timm, inversion, files."""
 
 from .attention import attention
 from .backend import resolve_backend, triton_status

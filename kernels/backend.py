@@ -20,6 +20,10 @@ except ImportError:  # a machine without Triton: the kernels stay plain function
 
 # Triton decides once, when a kernel is defined, between compiling it and interpreting it on the CPU.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from .interpreter import repair
+
+    repair()
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -54,3 +58,19 @@ def triton_status() -> str:
         how = "interprets its kernels on request (TRITON_INTERPRET=1)" if INTERPRETED else "is not in use"
         return f"Triton {triton.__version__} {how}: torch sees no CUDA device."
     return f"Triton {triton.__version__} is in use on {torch.cuda.get_device_name()}."
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
+    """Run a kernel on the device of its first tensor, which need not be the current one."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **constants)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()

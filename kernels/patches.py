@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import resolve_backend
+from .backend import cdiv, jit, launch, next_power_of_2, resolve_backend, tl
 from .rows import gather_rows, sequence_of_tokens
 
 
@@ -42,15 +42,19 @@ def gather_patches(
     """
     patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     _check_patches(images, positions, cu_seqlens, view, patch_size)
-    return patches_reference(images, positions, cu_seqlens, view, patch_size, dtype or images.dtype)
+    if resolve_backend(backend, images.device) == "torch":
+        return patches_reference(images, positions, cu_seqlens, view, patch_size, dtype or images.dtype)
+    patches, cells, _ = gather_patches_op(images, positions, cu_seqlens, view, *patch_size, dtype or images.dtype)
+    return patches, cells
 
 
 def _check_patches(images, positions, cu_seqlens, view, patch_size) -> None:
     if images.dim() != 4 or not images.is_floating_point():
-        raise ValueError(f"images is {tuple(images.shape)} {images.dtype}, not (batch, channels, height, width) of floats")
+        raise ValueError(f"images is {tuple(images.shape)} {images.dtype}, not floats (batch, channels, height, width)")
     batch, _, height, width = images.shape
-    if height % patch_size[0] or width % patch_size[1]:
-        raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {patch_size[0]}x{patch_size[1]}")
+    ph, pw = patch_size
+    if ph < 1 or pw < 1 or height % ph or width % pw:
+        raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {ph}x{pw}")
     if positions.dim() != 1 or positions.dtype != torch.int32:
         raise ValueError(f"positions is {tuple(positions.shape)} {positions.dtype}, not (tokens,) torch.int32")
     if cu_seqlens.shape != (batch + 1,) or cu_seqlens.dtype != torch.int32:
@@ -121,3 +125,194 @@ def patches_reference(
         pixels = rows[..., None] * width + x[:, None, None]  # (T, C, ph, pw)
         patches = gather_rows(images.reshape(-1), pixels.flatten())
     return patches.view(tokens, channels * ph * pw).to(dtype), cells
+
+
+@jit
+def _modulo(a, n):
+    """a modulo n in 0..n-1, also for negative a."""
+    return ((a % n) + n) % n
+
+
+@jit
+def _load_view(view, image, stride_image, height, width):
+    """dy in 0..height-1, dx in 0..width-1 and whether to mirror."""
+    view += image * stride_image
+    dy = _modulo(tl.load(view), height).to(tl.int32)
+    dx = _modulo(tl.load(view + 1), width).to(tl.int32)
+    return dy, dx, tl.load(view + 2) != 0
+
+
+@jit
+def _gather_kernel(
+    patches,
+    cells,
+    inverse,
+    images,
+    positions,
+    cu_seqlens,
+    view,
+    batch,
+    stride_image,
+    stride_channel,
+    stride_y,
+    stride_x,
+    view_stride_image,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    VIEW: tl.constexpr,
+    HALVINGS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Reads and writes each of T C PH PW pixels once, and writes two integers a patch; no arithmetic but addresses."""
+    token = tl.program_id(0).to(tl.int64)
+    # The patch belongs to the last image that starts at or before it.
+    image, end = tl.full([], 0, tl.int32), batch
+    for _ in range(HALVINGS):
+        middle = (image + end) // 2
+        starts_later = tl.load(cu_seqlens + middle) > token
+        end = tl.where(starts_later, middle, end)
+        image = tl.where(starts_later, image, middle)
+    image = image.to(tl.int64)
+    position = tl.load(positions + token)
+    row, column = position // COLUMNS, position % COLUMNS
+    if VIEW:
+        dy, dx, flip = _load_view(view, image, view_stride_image, ROWS * PH, COLUMNS * PW)
+        row = (row + (2 * dy + PH) // (2 * PH)) % ROWS
+        column = (column + (2 * dx + PW) // (2 * PW)) % COLUMNS
+        column = tl.where(flip, COLUMNS - 1 - column, column)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], elements of the patch in the order (C, PH, PW)
+    y = row * PH + e // PW % PH  # [BLOCK], in the viewed image
+    x = column * PW + e % PW  # [BLOCK]
+    if VIEW:
+        y = (y + ROWS * PH - dy) % (ROWS * PH)  # [BLOCK], in the image
+        x = tl.where(flip, COLUMNS * PW - 1 - x, x)
+        x = (x + COLUMNS * PW - dx) % (COLUMNS * PW)
+    offsets = image * stride_image + (e // (PH * PW)).to(tl.int64) * stride_channel
+    offsets += y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x  # [BLOCK]
+    mask = e < C * PH * PW  # [BLOCK]
+    pixels = tl.load(images + offsets, mask=mask)  # [BLOCK]
+    tl.store(patches + token * (C * PH * PW) + e, pixels.to(patches.dtype.element_ty), mask=mask)
+    if tl.program_id(1) == 0:
+        cell = row * COLUMNS + column
+        tl.store(cells + token, cell)
+        tl.store(inverse + image * (ROWS * COLUMNS) + cell, token.to(tl.int32))
+
+
+@jit
+def _gather_backward_kernel(
+    grad,
+    patch_grad,
+    inverse,
+    view,
+    grad_stride_token,
+    view_stride_image,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    VIEW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Reads the T C PH PW gradients of the patches once and writes those of all B C H W pixels once; no arithmetic but
+    addresses."""
+    image = tl.program_id(0).to(tl.int64)
+    height, width = ROWS * PH, COLUMNS * PW
+    p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], pixels of the image in the order (C, H, W)
+    channel, y, x = p // (height * width), p // width % height, p % width  # [BLOCK] each
+    if VIEW:
+        dy, dx, flip = _load_view(view, image, view_stride_image, height, width)
+        y = (y + dy) % height  # [BLOCK], in the viewed image
+        x = (x + dx) % width
+        x = tl.where(flip, width - 1 - x, x)
+    mask = p < C * height * width  # [BLOCK]
+    cell = y // PH * COLUMNS + x // PW  # [BLOCK]
+    token = tl.load(inverse + image * (ROWS * COLUMNS) + cell, mask=mask, other=-1).to(tl.int64)  # [BLOCK]
+    offsets = token * grad_stride_token + (channel * PH + y % PH) * PW + x % PW  # [BLOCK]
+    pixels = tl.load(patch_grad + offsets, mask=mask & (token >= 0), other=0.0)  # [BLOCK]
+    tl.store(grad + image * (C * height * width) + p, pixels.to(grad.dtype.element_ty), mask=mask)
+
+
+def _view_stride(view: Tensor | None) -> int:
+    """From one image's view to the next: 0 where all share one."""
+    return view.stride(0) if view is not None and view.dim() == 2 else 0
+
+
+def launch_gather_patches(
+    images: Tensor, positions: Tensor, cu_seqlens: Tensor, view: Tensor | None, ph: int, pw: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The patches (T, C * ph * pw), their cells (T,), and the inverse map (B, rows, columns): the row of the patch that
+    is seen in each cell, -1 where none is."""
+    batch, channels, _, _ = images.shape
+    patches, cells, inverse = _fake_gather_patches(images, positions, cu_seqlens, view, ph, pw, dtype)
+    inverse.fill_(-1)
+    if len(positions):
+        view = None if view is None else view.contiguous()
+        block = min(1024, next_power_of_2(patches.shape[1]))
+        launch(
+            _gather_kernel, (len(positions), cdiv(patches.shape[1], block)),
+            patches, cells, inverse, images, positions.contiguous(), cu_seqlens, view, batch,
+            *images.stride(), _view_stride(view),
+            C=channels, ROWS=inverse.shape[1], COLUMNS=inverse.shape[2], PH=ph, PW=pw, VIEW=view is not None,
+            HALVINGS=(batch - 1).bit_length(), BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return patches, cells, inverse
+
+
+gather_patches_op = torch.library.custom_op("smi_fast::gather_patches", launch_gather_patches, mutates_args=())
+
+
+@gather_patches_op.register_fake
+def _fake_gather_patches(images, positions, cu_seqlens, view, ph, pw, dtype):
+    batch, channels, height, width = images.shape
+    patches = images.new_empty(len(positions), channels * ph * pw, dtype=dtype)
+    inverse = images.new_empty(batch, height // ph, width // pw, dtype=torch.int32)
+    return patches, images.new_empty(len(positions), dtype=torch.int32), inverse
+
+
+def launch_gather_patches_backward(
+    grad: Tensor, inverse: Tensor, view: Tensor | None, channels: int, ph: int, pw: int, dtype: torch.dtype
+) -> Tensor:
+    """The gradient (B, C, H, W) of the images: every pixel is written once."""
+    batch, rows, columns = inverse.shape
+    out = _fake_gather_patches_backward(grad, inverse, view, channels, ph, pw, dtype)
+    if out.numel():
+        view = None if view is None else view.contiguous()
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        block = 1024
+        launch(
+            _gather_backward_kernel, (batch, cdiv(out[0].numel(), block)),
+            out, grad, inverse, view, grad.stride(0), _view_stride(view),
+            C=channels, ROWS=rows, COLUMNS=columns, PH=ph, PW=pw, VIEW=view is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+gather_patches_backward_op = torch.library.custom_op(
+    "smi_fast::gather_patches_backward", launch_gather_patches_backward, mutates_args=()
+)
+
+
+@gather_patches_backward_op.register_fake
+def _fake_gather_patches_backward(grad, inverse, view, channels, ph, pw, dtype):
+    batch, rows, columns = inverse.shape
+    return grad.new_empty(batch, channels, rows * ph, columns * pw, dtype=dtype)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    images, _, _, view, ctx.ph, ctx.pw, _ = inputs
+    ctx.channels, ctx.dtype = images.shape[1], images.dtype
+    ctx.save_for_backward(output[2], view)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad, *_):
+    inverse, view = ctx.saved_tensors
+    grad = gather_patches_backward_op(grad, inverse, view, ctx.channels, ctx.ph, ctx.pw, ctx.dtype)
+    return grad, None, None, None, None, None, None
+
+
+gather_patches_op.register_autograd(_backward, setup_context=_save_for_backward)

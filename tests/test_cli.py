@@ -193,19 +193,23 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
         (["--model", "resnet18", "--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["--device", "toaster"], "'toaster' cannot be used"),
-        (["--backend", "triton", "--device", "cpu"], "triton"),
         (["--lr", "-1"], "lr must be positive, got -1"),
     ],
 )
-def test_bad_input_ends_in_one_sentence_and_exit_code_2_and_writes_nothing(
-    tmp_path, capsys, monkeypatch, arguments, message
-):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_bad_input_ends_in_one_sentence_and_exit_code_2_and_writes_nothing(tmp_path, capsys, arguments, message):
     assert main(["invert", "--quiet", *arguments, "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("smi-fast: error: ")
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_triton_without_a_gpu_is_refused_with_the_reason(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = run("invert", "--backend", "triton", "--device", "cpu", "--out", tmp_path / "o", env=environment)
+    assert process.returncode == 2
+    assert "needs tensors on a CUDA device, not on 'cpu'" in process.stderr
     assert not (tmp_path / "o").exists()
 
 
