@@ -103,7 +103,7 @@ class Inverter:
         view_per_image: draw a view for each image, not one for the batch as the published code does.
         image_size: (height, width) in pixels; None: the model's.
         mean, std: the model's normalisation, per channel; None: from timm's data config of the model.
-        dtype, backend: passed to `accelerate`.
+        dtype, backend: passed to `accelerate`; not for a model that is accelerated already.
         seed: of the initial noise and the views. The same seed, device, dtype and backend give the same bits.
         progress: show a progress bar with iteration, tokens per image and loss.
 
@@ -142,7 +142,14 @@ class Inverter:
             raise ValueError(f"jitter must lie in [0, 1], got {jitter}")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must lie in [0, 1], got {flip}")
-        self.fast = model if isinstance(model, AcceleratedViT) else accelerate(model, dtype=dtype, backend=backend)
+        if isinstance(model, AcceleratedViT):
+            if dtype is not None or backend != "auto":
+                raise ValueError(
+                    f"the model is accelerated already: dtype={dtype} and backend={backend!r} come too late"
+                )
+            self.fast = model
+        else:
+            self.fast = accelerate(model, dtype=dtype, backend=backend)
         timm_model = self.fast.model
         self.stopping = StoppingSchedule.paper() if stopping is None else stopping
         self.objective = as_objective(deep_inversion() if objective is None else objective)

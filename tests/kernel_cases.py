@@ -26,7 +26,7 @@ def naive_attention(qkv: Tensor, lengths: list[int], scale: float) -> tuple[Tens
 def assert_within_twice(kernel: dict, plain: list[dict], exact: dict) -> None:
     """Each of the kernel's results errs at most twice as far from the float64 result as plain torch does.
 
-    `plain` are several ways to write the same in plain torch; none is the true one, so the rule takes the largest error.
+    `plain` are several ways to write the same in plain torch, none of them the true one: the largest error counts.
     """
     for name, reference in exact.items():
         error, *errors = ((x[name].double() - reference).abs().max().item() for x in (kernel, *plain))

@@ -208,6 +208,13 @@ def test_wrong_arguments_are_refused_with_their_value(model, options, error, mes
         Inverter(model, **options)
 
 
+def test_an_accelerated_model_is_taken_as_it_is(model):
+    fast = smi_fast.accelerate(model, dtype=torch.bfloat16)
+    assert quiet(fast).fast is fast
+    with pytest.raises(ValueError, match="accelerated already"):
+        quiet(fast, dtype=torch.float32)
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [([0, 5], r"target 5 \(number 1\)"), ([-1], "target -1"), ([], r"\(0,\)"), ([[1]], r"\(1, 1\)"), ([0.5], "float")],

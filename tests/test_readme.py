@@ -34,7 +34,7 @@ def test_the_number_of_supported_models_is_the_one_that_the_coverage_test_walks(
 
 def test_the_files_and_pictures_that_it_links_to_are_there():
     root = Path(__file__).parent.parent
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+    links = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
     assert len(links) >= 4
     for link in links:
         assert link.startswith("http") or (root / link).exists(), link
