@@ -1,11 +1,12 @@
 """Kernels: each operation defined in plain torch and implemented in Triton. Knows nothing of timm, inversion, files."""
 
-from .attention import attention
+from .attention import MAX_HEAD_DIM, attention
 from .backend import resolve_backend, triton_status
 from .patches import gather_patches, view_cells
 from .selection import Selection, select_tokens
 
 __all__ = [
+    "MAX_HEAD_DIM",
     "Selection",
     "attention",
     "gather_patches",

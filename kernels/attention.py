@@ -378,7 +378,7 @@ class Tiles(NamedTuple):
 def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The tiles of "forward", "dq" or "dkv": none spills registers on sm_80 or sm_90, for any head_dim."""
     if dtype == torch.float32:
-        return Tiles(16, 16, num_warps=8) if head_dim > 64 else Tiles(32, 32, num_warps=4 if kernel == "dkv" else 8)
+        return Tiles(16, 16, num_warps=8) if head_dim > 64 else Tiles(32, 32, num_warps=8 if head_dim > 16 else 4)
     if head_dim > 64:
         return Tiles(64, 64, num_warps=8)
     if head_dim > 32 and kernel != "forward":

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from .attention import launch_attention, launch_attention_backward, launch_class_attention
+from .attention import MAX_HEAD_DIM, launch_attention, launch_attention_backward, launch_class_attention
 from .patches import launch_gather_patches, launch_gather_patches_backward
 from .selection import launch_count_mass, launch_select, launch_select_backward
 
@@ -169,13 +169,9 @@ def _usage_of(index: int) -> Usage:
 
 
 def all_launches() -> list[Launch]:
-    """Every kernel in every tile configuration that the operations can pick.
-
-    Head dims compile alike that share a tile, its masking and their divisibility by 16, and so do the half precisions.
-    """
+    """Every kernel in every tile configuration that the operations can pick; the half precisions compile alike."""
     return [
-        *attention_launches((8, 16, 24, 32, 40, 48, 64, 72, 80, 128), [torch.float32]),
-        *attention_launches((16, 24, 40, 48, 64, 72, 80, 128), [torch.bfloat16]),
+        *attention_launches(range(8, MAX_HEAD_DIM + 1, 8), [torch.float32, torch.bfloat16]),
         *attention_launches([64], [torch.float16]),
         *attention_launches([80], [torch.float32], heads=16),  # sizes and strides are specialised to multiples of 16
         *attention_launches([64], [torch.bfloat16], heads=16),

@@ -85,6 +85,8 @@ def save_curve(history: list[dict], path: str | os.PathLike) -> bool:
     right.set_ylabel("tokens per image", color="#d9822b")
     if min(loss) > 0:
         left.set_yscale("log")
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("{x:g}")
     right.set_ylim(0, 1.05 * max(tokens))
     left.margins(x=0)
     left.grid(alpha=0.25)

@@ -479,6 +479,11 @@ def check_supported(model: nn.Module) -> None:
                 refuse(f"blocks[{number}].attn", part.attn, "timm's Attention or DiffAttention")
             if hasattr(part, "mlp") and type(part.mlp) not in TOKENWISE_MLPS:
                 refuse(f"blocks[{number}].mlp", part.mlp, "an MLP of timm's that treats each token alone")
+            head_dim = getattr(getattr(part, "attn", part), "head_dim", 8)
+            if head_dim % 8 or head_dim > kernels.MAX_HEAD_DIM:
+                raise UnsupportedModelError(
+                    f"blocks[{number}] has a head_dim of {head_dim}, not a multiple of 8 up to {kernels.MAX_HEAD_DIM}"
+                )
 
 
 def _pools_by_attention(model: VisionTransformer) -> bool:

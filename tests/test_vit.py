@@ -210,6 +210,8 @@ def test_models_that_cannot_be_accelerated_are_refused_with_the_part_that_stands
         smi_fast.accelerate(timm.create_model("test_resnet", pretrained=False))
     with pytest.raises(smi_fast.UnsupportedModelError, match="dynamic_img_pad"):
         smi_fast.accelerate(cifar10_vit(False, depth=1, dynamic_img_pad=True))
+    with pytest.raises(smi_fast.UnsupportedModelError, match=r"blocks\[0\] has a head_dim of 12"):
+        smi_fast.accelerate(cifar10_vit(False, depth=1, num_heads=16))
 
 
 def test_dropping_attention_while_training_is_refused_not_left_out(seed):
