@@ -15,8 +15,8 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, as torch.nn.functional.linear.
 
-    On a CPU, float32 products with frozen weights run in oneDNN, in the place of the BLAS that torch takes for them:
-    the same float32 arithmetic, summed in another order. Everything else is torch's own linear.
+    On a CPU, float32 products whose weights need no gradient run in oneDNN, in the place of the BLAS that torch takes
+    for them: the same float32 arithmetic, summed in another order. Everything else is torch's own linear.
 
     Args:
         x: (..., K).
@@ -34,8 +34,7 @@ def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= MIN_ROWS * x.shape[-1]
-        and not weight.requires_grad
-        and not (bias is not None and bias.requires_grad)
+        and not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # the compiler chooses its own products
         and torch.backends.mkldnn.enabled

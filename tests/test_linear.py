@@ -46,7 +46,7 @@ def test_autocast_is_obeyed(seed):
 
 
 @pytest.mark.skipif(not linear_module.HAS_ONEDNN, reason="this torch is built without oneDNN")
-def test_onednn_serves_frozen_float32_products_and_nothing_else(seed, monkeypatch):
+def test_onednn_serves_float32_products_without_weight_gradients_and_nothing_else(seed, monkeypatch):
     calls = []
     monkeypatch.setattr(linear_module, "_onednn", lambda *args: calls.append(args) or F.linear(*args))
     x, weight = torch.randn(20, 8), torch.randn(6, 8)
@@ -54,8 +54,12 @@ def test_onednn_serves_frozen_float32_products_and_nothing_else(seed, monkeypatc
     assert len(calls) == 1
     linear(x.double(), weight.double())
     linear(x[:15], weight)
-    linear(x, weight.clone().requires_grad_())
+    trained = weight.clone().requires_grad_()
+    linear(x, trained)
     assert len(calls) == 1
+    with torch.no_grad():
+        linear(x, trained)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("frozen", [True, False])
