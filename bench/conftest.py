@@ -48,7 +48,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.pop("node")  # the host's name tells nobody anything
+    for name in ("node", "release"):  # of the host, which tell nobody anything
+        machine_info.pop(name, None)
     machine_info["threads"] = torch.get_num_threads()
     machine_info["torch"] = torch.__version__
     machine_info["device"] = config.option.bench_device
