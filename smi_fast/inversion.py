@@ -371,7 +371,7 @@ class _Bar(tqdm):
     def advance(self, stage: Stage, loss: Tensor) -> None:
         if self.disable:
             return
-        if time.monotonic() - getattr(self, "_shown", 0.0) > 0.5:
+        if time.monotonic() - getattr(self, "_shown", 0.0) > 0.5 or self.n + 1 == self.total:
             self._shown = time.monotonic()
             self.set_postfix(tokens=stage.tokens, loss=f"{loss.item():.3f}", refresh=False)
         self.update()
