@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from timm.data import resolve_data_config
@@ -205,15 +205,14 @@ class Inverter:
         generator = torch.Generator().manual_seed(self.seed)
         views = self._draw_views(len(targets), generator).to(device)
         pixels = Pixels(self, len(targets), generator, device)
-        history: list[Stage] = []
         interrupted, done, attention = False, 0, None
         with frozen(self.fast), self._bar() as bar:
             started = time.perf_counter()
             try:
                 for stage in self.stages:
                     if stage.start:
-                        pixels.stop(select_patches(attention, fraction=self.stopping.stops[stage.start],
-                                                   backend=self.fast.backend))  # fmt: skip
+                        fraction = self.stopping.stops[stage.start]
+                        pixels.stop(select_patches(attention, fraction=fraction, backend=self.fast.backend))
                     for iteration in range(stage.start, stage.end):
                         measures = iteration + 1 in self.stopping.stops
                         plain = measures or iteration in self.stopping.stops
@@ -232,12 +231,9 @@ class Inverter:
                         if callback is not None:
                             callback(Step(iteration, stage, losses[iteration], pixels, started))
                         bar.advance(stage, losses[iteration])
-                    history.append(stage)
             except KeyboardInterrupt:
                 interrupted = True
-                stage = self._stage_of(max(done - 1, 0))
-                history = [*(s for s in self.stages if s.start < stage.start),
-                           Stage(stage.start, done, stage.patches, stage.tokens)]  # fmt: skip
+        history = [replace(stage, end=min(stage.end, done)) for stage in self.stages if stage.start < done]
         losses = losses[:done].cpu()
         if not losses.isfinite().all():
             first = int((~losses.isfinite()).nonzero()[0])
@@ -245,9 +241,6 @@ class Inverter:
         return InversionResult(
             pixels.results().cpu(), pixels.keep.cpu(), targets.cpu(), losses, history, pixels.patch_size, interrupted
         )
-
-    def _stage_of(self, iteration: int) -> Stage:
-        return next(stage for stage in reversed(self.stages) if stage.start <= iteration)
 
     def _draw_views(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """(iterations, 3) or (iterations, B, 3) int32."""
@@ -335,16 +328,14 @@ class Pixels:
     @torch.no_grad()
     def stop(self, kept: Tensor) -> None:
         """Go on with the patches at the places `kept` (B, K') int64 of `keep`, and leave the others for good."""
-        self.kept.scatter(self.patches, self.canvas)
-        state = self.optimizer.state[self.patches]
         rows = (torch.arange(len(kept), device=kept.device)[:, None] * self.keep.shape[1] + kept).flatten()
-        self.keep = self.keep.gather(1, kept)
-        self.patches = nn.Parameter(self.patches[rows])
-        self.optimizer = self._adam()
-        self.optimizer.state[self.patches] = {
-            name: value if value.ndim == 0 else value[rows] for name, value in state.items()
-        }
+        state = self.optimizer.state[self.patches]
+        state = {name: value if value.ndim == 0 else value[rows] for name, value in state.items()}
+        self.kept.scatter(self.patches, self.canvas)
+        self.keep, self.patches = self.keep.gather(1, kept), nn.Parameter(self.patches[rows])
         self._pack()
+        self.optimizer = self._adam()
+        self.optimizer.state[self.patches] = state
 
     @torch.no_grad()
     def results(self) -> Tensor:
