@@ -232,7 +232,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         partial.chmod(mode)  # safetensors writes files that only their owner reads; follow the umask, as others do
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

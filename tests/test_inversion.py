@@ -7,6 +7,8 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_objectives import total_variation_by_pairs
 from torch import nn
 
@@ -97,15 +99,24 @@ def test_the_loop_gives_the_images_keep_and_losses_of_the_dense_oracle(model, se
     assert [(s.start, s.patches) for s in result.history] == [(0, 16), *zip(stops, (11, 7, 4))]  # noqa: B905
 
 
-def test_stopped_pixels_never_change_again_bit_for_bit(model):
-    stops, seen = {2: 0.5, 4: 0.5}, []
-    inverter = quiet(model, stopping=StoppingSchedule(stops), iterations=9, jitter=1 / 2)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    stops=st.dictionaries(st.integers(1, 7), st.sampled_from([0.2, 0.3, 0.5]), max_size=4),
+    draw=st.integers(0, 2**31),
+    per_image=st.booleans(),
+)
+def test_stopped_pixels_never_change_again_bit_for_bit(model, stops, draw, per_image):
+    schedule, seen = StoppingSchedule(sorted(stops.items())), []
+    inverter = quiet(model, stopping=schedule, iterations=9, jitter=1 / 2, seed=draw, view_per_image=per_image)
     inverter.run([0, 1, 2, 3], lambda step: seen.append((step.keep, step._pixels.images().detach().clone())))
     for (_, before), (keep, after) in itertools.pairwise(seen):
         stopped = ~grid_mask(keep).expand_as(before)
         assert torch.equal(before[stopped], after[stopped])
         assert not torch.equal(before[~stopped], after[~stopped])
-    assert [keep.shape[1] for keep, _ in seen] == [16, 16, 8, 8, 4, 4, 4, 4, 4]
+    counts = schedule.patches(16)
+    assert [keep.shape[1] for keep, _ in seen] == [
+        min([16, *(count for stop, count in counts.items() if stop <= iteration)]) for iteration in range(9)
+    ]
 
 
 def test_results_are_in_range_and_black_where_stopped(model):
