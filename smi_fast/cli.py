@@ -128,45 +128,39 @@ def invert_classes(args: argparse.Namespace) -> int:
     names = class_names(model)
     classes = parse_classes(args.classes, names)
     targets = torch.tensor(classes).repeat_interleave(args.images_per_class)
-    dtype = getattr(torch, args.dtype) if hasattr(args, "dtype") else None
-
-    def inverter(batch: int) -> Inverter:
-        return Inverter(
+    batches = targets.split(args.batch_size)
+    inverters = [
+        Inverter(
             model,
             stopping=stopping,
             objective=deep_inversion(tv_l2=settings["tv_l2"], l2=args.l2),
             iterations=settings["iterations"],
             lr=settings["lr"],
-            dtype=dtype,
+            dtype=getattr(torch, args.dtype) if hasattr(args, "dtype") else None,
             backend=args.backend,
-            seed=args.seed + batch,
+            seed=args.seed + number,
             progress=not args.quiet,
         )
-
-    print(
-        f"inverting {len(targets)} images of {len(classes)} classes with {args.model} on {report.device_name(device)}"
-    )
+        for number in range(len(batches))
+    ]
+    name = report.device_name(device)
+    print(f"inverting {len(targets)} images of {len(classes)} classes with {args.model} on {name}")
     started = time.perf_counter()
-    results, meter, snapshots = [], report.StageMeter(device), Snapshots(targets[: args.batch_size])
-    for number, batch in enumerate(targets.split(args.batch_size)):
+    results, meter, snapshots = [], report.StageMeter(device), Snapshots(batches[0])
+    for inverter, batch in zip(inverters, batches, strict=True):
+        callbacks = [meter] if results else [meter, snapshots]
         meter.begin_batch()
-        callbacks = [meter, snapshots] if number == 0 else [meter]
-        results.append(inverter(number).run(batch, lambda step, to=callbacks: [tell(step) for tell in to]))
+        results.append(inverter.run(batch, lambda step, to=callbacks: [tell(step) for tell in to]))
         meter.end_batch()
         if results[-1].interrupted:
             break
     seconds = time.perf_counter() - started
-    interrupted = results[-1].interrupted
     if not meter.costs:
         raise KeyboardInterrupt
 
-    first = inverter(0)
-    costs = list(meter.costs.values())
+    first, costs = inverters[0], list(meter.costs.values())
     for cost in costs:
-        cost.flops = report.iteration_flops(first, cost.stage, min(args.batch_size, len(targets)))
-    measured = [report.confidences(first.fast, r.images, r.keep, r.targets, first.mean, first.std) for r in results]
-    confidence, predicted = (torch.cat(parts) for parts in zip(*measured, strict=True))
-    done = torch.cat([r.targets for r in results])
+        cost.flops = report.iteration_flops(first, cost.stage, len(batches[0]))
     summary = {
         "model": args.model,
         "weights": str(args.checkpoint) if args.checkpoint else "pretrained" if args.pretrained else "inside",
@@ -177,34 +171,49 @@ def invert_classes(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "dtype": str(first.fast.compute_dtype).removeprefix("torch."),
         "backend": kernels.resolve_backend(args.backend, device),
-        "device": report.device_name(device),
+        "device": name,
         "versions": report.versions(),
-        "interrupted": interrupted,
+        "interrupted": results[-1].interrupted,
     }
-    outcome = {
-        "seconds": seconds,
-        "stages": report.stage_records(costs),
-        "classified_as_target": (predicted == done).float().mean().item(),
+    outcome = _outcome(first, results, names) | {"seconds": seconds, "stages": report.stage_records(costs)}
+    written = _write(args.out, results, names, snapshots, summary, outcome)
+    print(report.stage_table(costs))
+    _print_outcome(outcome, written, args.out)
+    if results[-1].interrupted:
+        print("interrupted: the results are those of the iterations that ran", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _outcome(inverter: Inverter, results: list[InversionResult], names: list[str]) -> dict:
+    """How sure the model is of each image's target, and the losses of the first batch."""
+    measured = [
+        report.confidences(inverter.fast, r.images, r.keep, r.targets, inverter.mean, inverter.std) for r in results
+    ]
+    confidence, predicted = (torch.cat(parts) for parts in zip(*measured, strict=True))
+    targets = torch.cat([r.targets for r in results])
+    return {
+        "classified_as_target": (predicted == targets).float().mean().item(),
         "mean_confidence": confidence.mean().item(),
         "images": [
             {"target": int(t), "class": names[t], "predicted": int(p), "confidence": float(c)}
-            for t, p, c in zip(done, predicted, confidence, strict=True)
+            for t, p, c in zip(targets, predicted, confidence, strict=True)
         ],
         "loss": results[0].losses.tolist(),
     }
-    written = _write(args.out, results, names, snapshots, summary, outcome)
 
-    print(report.stage_table(costs))
+
+def _print_outcome(outcome: dict, written: list[str], out: Path) -> None:
+    images = outcome["images"]
+    right = sum(image["predicted"] == image["target"] for image in images)
+    least = min(image["confidence"] for image in images)
     print(
-        f"{(predicted == done).sum()} of {len(done)} images are classified as their target from their kept patches "
-        f"alone; confidence {confidence.mean():.3f} in the mean, {confidence.min():.3f} at least"
+        f"{right} of {len(images)} images are classified as their target from their kept patches alone; "
+        f"confidence {outcome['mean_confidence']:.3f} in the mean, {least:.3f} at least"
     )
-    print(f"{seconds:.1f} s; wrote {', '.join(written)} to {args.out}")
+    print(f"{outcome['seconds']:.1f} s; wrote {', '.join(written)} to {out}")
     if "curve.png" not in written:
         print("curve.png needs matplotlib: pip install smi-fast[viz]")
-    if interrupted:
-        print("interrupted: the results are those of the iterations that ran", file=sys.stderr)
-    return INTERRUPTED if interrupted else 0
 
 
 class Snapshots:
