@@ -127,38 +127,57 @@ def select_patches(
     """The patches that matter: those with the highest importance.
 
     Args:
-        attention: importance (B, K), aligned to `keep`; what `fast(images, keep=keep, return_attention=True)` returns.
-        keep: the patches that `attention` belongs to, (B, K); None: patches 0 to K - 1.
-        fraction: stop this fraction, in (0, 1), of the K patches: int(K * (1 - fraction)) are kept, at least one. A tie
-            goes to the patch that comes first in `keep`.
+        attention: importance (B, K), aligned to `keep`, or packed (T,) where images keep different numbers: what
+            `fast(images, keep=keep, return_attention=True)` returns.
+        keep: the patches that `attention` belongs to: (B, K), or a list of B index tensors; None: patches 0 to K - 1.
+        fraction: stop this fraction, in (0, 1), of an image's K patches: int(K * (1 - fraction)) are kept, at least
+            one. A tie goes to the patch that comes first in `keep`.
         mass: keep the fewest patches whose importance sums to at least this share, in (0, 1], of the image's total.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        With `fraction` the kept patches (B, K') int64; with `mass` a list of B tensors (K_b',) int64. The order is that
-        of `keep`.
+        The kept patches in the order of `keep`: (B, K') int64 where `attention` is (B, K) and `fraction` is given, else
+        a list of B tensors (K_b',) int64.
 
     Raises:
         ValueError: neither or both of fraction and mass, or one out of range; importance that holds NaN; a `keep` that
-            is not (B, K).
+            does not fit `attention`.
     """
     if (fraction is None) == (mass is None):
         raise ValueError(f"give either fraction or mass, got fraction={fraction} and mass={mass}")
+    if fraction is not None and not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie in (0, 1), got {fraction}")
+    if attention.ndim == 1:
+        return _select_ragged(attention, keep, fraction=fraction, mass=mass, backend=backend)
     if attention.ndim != 2:
-        raise ValueError(f"attention has shape {tuple(attention.shape)}, expected (B, K)")
+        raise ValueError(f"attention has shape {tuple(attention.shape)}, expected (B, K) or packed (T,)")
     if isinstance(keep, PackedKeep):
         keep = keep.indices()
+    elif isinstance(keep, (list, tuple)) and all(row.shape == attention.shape[1:] for row in keep):
+        keep = torch.stack(tuple(keep))
     if keep is not None and (not isinstance(keep, Tensor) or keep.shape != attention.shape):
         shape = tuple(keep.shape) if isinstance(keep, Tensor) else f"a {type(keep).__name__}"
         raise ValueError(f"keep is {shape}, expected the shape of attention, {tuple(attention.shape)}")
     if fraction is not None:
-        if not 0 < fraction < 1:
-            raise ValueError(f"fraction must lie in (0, 1), got {fraction}")
         kept = max(1, kept_count(attention.shape[1], fraction))
         selection = select_tokens(attention, positions=keep, k=kept, backend=backend)
         return selection.positions.view(len(attention), kept).long()
     selection = select_tokens(attention, positions=keep, mass=mass, backend=backend)
     return list(selection.positions.long().split(selection.cu_seqlens.diff().tolist()))
+
+
+def _select_ragged(attention: Tensor, keep: Keep | None, **options) -> list[Tensor]:
+    """Image by image, of packed importance (T,)."""
+    if keep is None or isinstance(keep, (Tensor, PackedKeep)):
+        raise ValueError("packed attention (T,) needs keep as a list of index tensors, one an image")
+    lengths = [len(row) for row in keep]
+    if sum(lengths) != len(attention):
+        raise ValueError(f"keep lists {sum(lengths)} patches, attention is of {len(attention)}")
+    selected = [
+        select_patches(part[None], row[None], **options)
+        for part, row in zip(attention.split(lengths), keep, strict=True)
+    ]
+    return [rows[0] for rows in selected]
 
 
 def uniform_keep(indices: Tensor) -> PackedKeep:

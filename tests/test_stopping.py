@@ -86,6 +86,29 @@ def test_mass_keeps_the_fewest_patches_that_reach_it(count, mass, seed):
         assert set(attention[row][kept].tolist()) == set(ordered[: len(kept)].float().tolist())
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([{"fraction": 0.4}, {"mass": 0.6}]))
+def test_images_that_keep_different_numbers_are_selected_one_by_one(lengths, options):
+    attention, keep = torch.rand(sum(lengths)), [torch.randperm(50)[:n] for n in lengths]
+    for part, row, kept in zip(attention.split(lengths), keep, select_patches(attention, keep, **options), strict=True):
+        alone = select_patches(part[None], row[None], **options)[0]
+        assert torch.equal(kept, alone)
+        assert set(kept.tolist()) <= set(row.tolist())
+
+
+def test_a_list_of_equally_many_patches_is_selected_as_the_batch_it_is():
+    attention, keep = torch.rand(3, 6), torch.stack([torch.randperm(50)[:6] for _ in range(3)])
+    assert torch.equal(
+        select_patches(attention, list(keep), fraction=0.5), select_patches(attention, keep, fraction=0.5)
+    )
+
+
+def test_packed_attention_needs_the_list_that_it_is_packed_by():
+    with pytest.raises(ValueError, match="as a list"):
+        select_patches(torch.rand(5), fraction=0.5)
+    with pytest.raises(ValueError, match="4 patches, attention is of 5"):
+        select_patches(torch.rand(5), [torch.arange(2), torch.arange(2)], fraction=0.5)
+
+
 def test_nan_importance_is_an_error():
     attention = torch.rand(2, 5)
     attention[1, 3] = float("nan")

@@ -103,6 +103,15 @@ def test_a_mask_whose_rows_differ_gives_each_image_what_it_gives_alone(model, im
         torch.testing.assert_close(parts[number], alone_importance[0])
 
 
+def test_ragged_pruning_goes_on_from_what_the_forward_returned(model, images):
+    fast, keep = smi_fast.accelerate(model), None
+    for _ in range(3):
+        _, attention = fast(images, keep=keep, return_attention=True)
+        keep = smi_fast.select_patches(attention, keep, mass=0.7)
+    assert max(len(row) for row in keep) < 64 * 0.7
+    assert fast(images, keep=keep).isfinite().all()
+
+
 @pytest.mark.parametrize("per_image", [False, True])
 def test_a_view_is_the_rolled_and_mirrored_image_with_the_patches_where_they_went(model, images, per_image):
     fast = smi_fast.accelerate(model)
