@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights: safetensors, or a torch file")
     images = invert.add_argument_group("images")
     images.add_argument(
-        "--classes", default="0-9", metavar="LIST", help="such as 0,3,7-9, the model's class names, or all"
+        "--classes", default="first ten", metavar="LIST", help="such as 0,3,7-9, the model's class names, or all"
     )
     images.add_argument("--images-per-class", type=int, default=2, metavar="N", help="images of each class")
     images.add_argument("--batch-size", type=int, default=128, metavar="N", help="images inverted at once")
@@ -265,13 +265,13 @@ def _write(
 
 
 def parse_classes(text: str, names: list[str]) -> list[int]:
-    """Class numbers out of a list such as "0,3,7-9", of class names, or "all".
+    """Class numbers out of a list such as "0,3,7-9", of class names, "all", or "first ten" (all, where there are fewer).
 
     Raises:
         ValueError: a part that names no class.
     """
-    if text.strip() == "all":
-        return list(range(len(names)))
+    if text.strip() in ("all", "first ten"):
+        return list(range(len(names)))[: 10 if text.strip() == "first ten" else None]
     classes: list[int] = []
     for part in (part.strip() for part in text.split(",")):
         first, dash, last = part.partition("-")

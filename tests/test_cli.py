@@ -132,7 +132,7 @@ def test_batches_are_inverted_one_after_the_other_from_different_noise(tmp_path)
 
 def test_a_timm_model_is_inverted_from_a_checkpoint(tmp_path, seed):
     torch.save(timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "weights.pth")
-    arguments = ["--model", "test_vit", "--checkpoint", tmp_path / "weights.pth", "--classes", "all", *SHORT]
+    arguments = ["--model", "test_vit", "--checkpoint", tmp_path / "weights.pth", *SHORT]
     arguments = [*map(str, arguments), "--iterations", "3", "--stopping", "dense", "--out", str(tmp_path / "o")]
     assert main(["invert", *arguments]) == 0
     dataset = smi_fast.InvertedDataset.load(tmp_path / "o")
@@ -257,7 +257,9 @@ def test_info_tells_versions_device_backend_and_why(capsys):
 def test_classes_are_read_as_numbers_ranges_and_names():
     names = list(CIFAR10_CLASSES)
     assert parse_classes("3,0-2,ship,3", names) == [3, 0, 1, 2, 8]
-    assert parse_classes("all", names) == list(range(10))
+    assert parse_classes("all", names * 2) == list(range(20))
+    assert parse_classes("first ten", names * 2) == list(range(10))
+    assert parse_classes("first ten", names[:4]) == list(range(4))
     for text in ("", "5-3", "-1", "1.5", "0-10"):
         with pytest.raises(ValueError, match="--classes"):
             parse_classes(text, names)
