@@ -265,7 +265,7 @@ def _write(
 
 
 def parse_classes(text: str, names: list[str]) -> list[int]:
-    """Class numbers out of a list such as "0,3,7-9", of class names, "all", or "first ten" (all, where there are fewer).
+    """Class numbers out of a list such as "0,3,7-9", of class names, "all" or "first ten" (all, if there are fewer).
 
     Raises:
         ValueError: a part that names no class.
