@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import cdiv, jit, launch, next_power_of_2, resolve_backend, tl
-from .rows import gather_rows, sequence_of_tokens
+from .rows import gather_rows, padding
 
 MAX_HEAD_DIM = 128
 MAX_SEQLEN = 4096
@@ -86,7 +86,7 @@ def attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale:
         return qkv[:, 0] * 1  # a new tensor, and a gradient of zeros
     ragged = tokens != batch * max_seqlen
     if ragged:
-        slots, mask = _padding(cu_seqlens, max_seqlen, tokens)
+        slots, mask = padding(cu_seqlens, max_seqlen, tokens)
         mask = mask[:, None, None]  # (B, 1, 1, N), over the keys
         qkv = qkv.new_zeros(batch * max_seqlen, *qkv.shape[1:]).index_copy(0, slots, qkv)
     q, k, v = qkv.unflatten(0, (batch, max_seqlen)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
@@ -103,7 +103,7 @@ def class_attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, 
     q, k, _ = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unbind(1)
     ragged = tokens != batch * max_seqlen
     if ragged:
-        slots, mask = _padding(cu_seqlens, max_seqlen, tokens)
+        slots, mask = padding(cu_seqlens, max_seqlen, tokens)
         k = k.new_zeros(batch * max_seqlen, *k.shape[1:]).index_copy(0, slots, k)
     q = q[cu_seqlens[:-1].clamp(max=tokens - 1)]
     scores = torch.einsum("bhd,bnhd->bhn", q * scale, k.unflatten(0, (batch, max_seqlen)))
@@ -111,14 +111,6 @@ def class_attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, 
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
     row = scores.softmax(-1).mean(1).flatten().float()
     return row[slots] if ragged else row
-
-
-def _padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Where each of the T tokens lies in a padded batch (B * N, ...), and which of its places (B, N) are taken."""
-    sequence = sequence_of_tokens(cu_seqlens, tokens)
-    slots = torch.arange(tokens, device=cu_seqlens.device) - cu_seqlens[sequence] + sequence * max_seqlen
-    taken = torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
-    return slots, taken
 
 
 @jit

@@ -33,3 +33,11 @@ def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """(T,) int64, the sequence that each packed token belongs to; no synchronisation."""
     sequences = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
     return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=tokens)
+
+
+def padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Where each of the T tokens lies in a padded batch (B * N, ...), and which of its places (B, N) are taken."""
+    sequence = sequence_of_tokens(cu_seqlens, tokens)
+    slots = torch.arange(tokens, device=cu_seqlens.device) - cu_seqlens[sequence] + sequence * max_seqlen
+    taken = torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
+    return slots, taken

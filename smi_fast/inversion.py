@@ -13,9 +13,9 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from smi_fast.keep import PackedKeep
+from smi_fast.keep import PackedKeep, uniform_keep
 from smi_fast.objectives import KeptPixels, Loss, Objective, as_objective, deep_inversion
-from smi_fast.stopping import StoppingSchedule, select_patches, uniform_keep
+from smi_fast.stopping import StoppingSchedule, select_patches
 from smi_fast.views import random_views
 from smi_fast.vit import AcceleratedViT, accelerate
 

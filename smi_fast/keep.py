@@ -61,8 +61,7 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
             raise ValueError(f"keep is for {keep.batch_size} images, the batch has {batch_size}")
         return keep
     if keep is None:
-        positions = torch.arange(num_patches, dtype=torch.int32, device=device).repeat(batch_size)
-        return PackedKeep(positions, uniform_cu_seqlens(batch_size, num_patches, device), num_patches)
+        return uniform_keep(torch.arange(num_patches, dtype=torch.int32, device=device).expand(batch_size, -1))
     if isinstance(keep, Tensor):
         if keep.ndim != 2 or len(keep) != batch_size:
             raise ValueError(
@@ -75,9 +74,7 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
         if keep.shape[1] == 0 and batch_size:
             raise ValueError("keep names no patch in row 0: an image needs at least one")
         _check_values(keep, num_patches)
-        lengths = keep.shape[1]
-        cu_seqlens = uniform_cu_seqlens(batch_size, lengths, device)
-        return PackedKeep(keep.reshape(-1).to(torch.int32), cu_seqlens, lengths)
+        return uniform_keep(keep)
     rows = list(keep)
     if len(rows) != batch_size:
         raise ValueError(f"keep lists {len(rows)} images, the batch has {batch_size}")
@@ -92,6 +89,13 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
         _check_values(row[None], num_patches, first_row=number)
     cu_seqlens = torch.tensor([0] + [len(row) for row in rows], device=device).cumsum(0, dtype=torch.int32)
     return PackedKeep(torch.cat(rows).to(torch.int32), cu_seqlens, max(len(row) for row in rows))
+
+
+def uniform_keep(indices: Tensor) -> PackedKeep:
+    """Patch indices (B, K) that are known to be right, packed without a check."""
+    batch_size, count = indices.shape
+    cu_seqlens = uniform_cu_seqlens(batch_size, count, indices.device)
+    return PackedKeep(indices.reshape(-1).to(torch.int32), cu_seqlens, count)
 
 
 def _pack_mask(mask: Tensor, num_patches: int) -> PackedKeep:

@@ -47,8 +47,11 @@ def load_model(
     try:
         return timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # the hub, its client and timm raise a dozen types between them
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the pretrained weights of {name} cannot be had: {reason}") from error
+        raise ValueError(f"the pretrained weights of {name} cannot be had: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_name(name: str) -> None:
@@ -66,10 +69,8 @@ def _from_checkpoint(name: str, path: Path) -> nn.Module:
     try:
         weights = load_state_dict(str(path), device="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"the checkpoint {path} cannot be read, it is truncated or not of weights alone: {reason}"
-        ) from error
+        reason = f"it is truncated or not of weights alone: {_first_line(error)}"
+        raise ValueError(f"the checkpoint {path} cannot be read, {reason}") from error
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise ValueError(f"the checkpoint {path} holds no state dict")
     classes = {"num_classes": len(weights["head.weight"])} if "head.weight" in weights else {}

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from smi_fast.keep import Keep, PackedKeep
 from smi_fast.kernels import select_tokens
-from smi_fast.tokens import uniform_cu_seqlens
 
 
 class StoppingSchedule:
@@ -178,10 +177,3 @@ def _select_ragged(attention: Tensor, keep: Keep | None, **options) -> list[Tens
         for part, row in zip(attention.split(lengths), keep, strict=True)
     ]
     return [rows[0] for rows in selected]
-
-
-def uniform_keep(indices: Tensor) -> PackedKeep:
-    """Patch indices (B, K) that are known to be right, packed without a check."""
-    batch_size, count = indices.shape
-    cu_seqlens = uniform_cu_seqlens(batch_size, count, indices.device)
-    return PackedKeep(indices.reshape(-1).to(torch.int32), cu_seqlens, count)

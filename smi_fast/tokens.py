@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.rows import sequence_of_tokens
+from smi_fast.kernels.rows import padding, sequence_of_tokens
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,17 @@ def uniform_cu_seqlens(batch: int, length: int, device: torch.device | str) -> T
     return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)[: batch + 1]
 
 
-def token_slots(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Of each of T packed tokens, its sequence (T,) and its place in that sequence (T,), int64."""
-    sequence = sequence_of_tokens(cu_seqlens, tokens)
-    return sequence, torch.arange(tokens, device=cu_seqlens.device) - cu_seqlens[sequence]
-
-
 def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """Packed (T, ...) -> (B, max_seqlen, ...), zeros behind short sequences, and the mask (B, max_seqlen) of tokens."""
-    batch_size = len(cu_seqlens) - 1
-    mask = torch.arange(max_seqlen, device=x.device) < cu_seqlens.diff()[:, None]
-    if len(x) == batch_size * max_seqlen:
-        return x.unflatten(0, (batch_size, max_seqlen)), mask
-    return x.new_zeros(batch_size, max_seqlen, *x.shape[1:]).index_put(token_slots(cu_seqlens, len(x)), x), mask
+    slots, mask = padding(cu_seqlens, max_seqlen, len(x))
+    if len(x) < mask.numel():
+        x = x.new_zeros(mask.numel(), *x.shape[1:]).index_copy(0, slots, x)
+    return x.unflatten(0, mask.shape), mask
+
+
+def unpad(x: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The T packed tokens (T, ...) of what `pad` gave, (B, max_seqlen, ...)."""
+    return x.flatten(0, 1)[padding(cu_seqlens, x.shape[1], tokens)[0]]
 
 
 def prepend(prefix: Tensor, tokens: PackedTokens) -> PackedTokens:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from smi_fast import kernels
 from smi_fast.keep import Keep, pack_keep
 from smi_fast.kernels.linear import linear
-from smi_fast.tokens import PackedTokens, pad, prepend, rows_behind_prefix, token_slots
+from smi_fast.tokens import PackedTokens, pad, prepend, rows_behind_prefix, unpad
 
 
 class UnsupportedModelError(ValueError):
@@ -200,10 +200,8 @@ class AcceleratedViT(nn.Module):
                 f"patches have {patches.values.shape[1]} values each, the model's have {weight[0].numel()}"
             )
         embedded = embed.norm(linear(patches.values.to(weight.dtype), weight.flatten(1), embed.proj.bias))
-        prefix = [model.cls_token, getattr(model, "dist_token", None), model.reg_token]
-        prefix = torch.cat([embedded.new_zeros(1, 0, embedded.shape[1]), *(t for t in prefix if t is not None)], dim=1)[
-            0
-        ]
+        prefix = (model.cls_token, getattr(model, "dist_token", None), model.reg_token)  # (1, count, C) each, or None
+        prefix = torch.cat([embedded[:0], *(tokens[0] for tokens in prefix if tokens is not None)])
         if model.pos_embed is not None:
             count = 0 if model.no_embed_class else model.num_prefix_tokens
             pos_embed = model.pos_embed
@@ -308,7 +306,7 @@ class Attend:
         weights = mask[:, :asking].float()
         weights = weights / weights.sum(1, keepdim=True)
         received = torch.einsum("bhqk,bq->bk", attention, weights) / q.shape[2]  # [B, N]
-        return received[token_slots(self.cu_seqlens, packed)]
+        return unpad(received, self.cu_seqlens, packed)
 
 
 def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
@@ -504,4 +502,4 @@ def _pooling_attention(model: VisionTransformer, x: Tensor, attend: Attend) -> T
     k = pool.k_norm(k.unflatten(-1, (pool.num_heads, pool.head_dim)))  # [B, N, H, D]
     scores = torch.einsum("lhd,bnhd->bhln", q.float(), k.float()) * pool.scale
     attention = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
-    return attention.mean((1, 2))[token_slots(attend.cu_seqlens, len(tokens))]
+    return unpad(attention.mean((1, 2)), attend.cu_seqlens, len(tokens))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smi_fast.tokens import PackedTokens, pad, prepend, rows_behind_prefix, token_slots
+from smi_fast.tokens import PackedTokens, pad, prepend, rows_behind_prefix, unpad
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -45,7 +45,7 @@ def test_padding_puts_each_token_at_its_slot_and_zeros_elsewhere(lengths):
     assert mask.sum(1).tolist() == lengths
     assert (padded[~mask] == 0).all()
     assert all(torch.equal(row[:n], s) for row, n, s in zip(padded, lengths, tokens.sequences(), strict=True))
-    assert torch.equal(padded[token_slots(tokens.cu_seqlens, len(tokens.values))], tokens.values)
+    assert torch.equal(unpad(padded, tokens.cu_seqlens, len(tokens.values)), tokens.values)
 
 
 @given(lengths, st.integers(0, 3))
