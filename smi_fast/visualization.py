@@ -72,6 +72,7 @@ def save_curve(history: list[dict], path: str | os.PathLike) -> bool:
         raise ValueError("the history is empty")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         return False
     iteration, loss, tokens = ([record[key] for record in history] for key in ("iteration", "loss", "tokens"))
@@ -85,8 +86,9 @@ def save_curve(history: list[dict], path: str | os.PathLike) -> bool:
     right.set_ylabel("tokens per image", color="#d9822b")
     if min(loss) > 0:
         left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.yaxis.set_major_formatter("{x:g}")
-        left.yaxis.set_minor_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("")
     right.set_ylim(0, 1.05 * max(tokens))
     left.margins(x=0)
     left.grid(alpha=0.25)
