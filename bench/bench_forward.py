@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from duel import OURS
+from plain_loop import forward_flops
 from torch import Tensor, nn
 
 from smi_fast import accelerate
@@ -97,6 +98,30 @@ def test_sparse(case, device, enter):
         return {name: partial(run, form, images, keep) for name, form in forms.items()}
 
     enter("sparse forward", contestants, tolerance=TOLERANCE[case.dtype])
+
+
+@pytest.mark.contest(
+    contestants=[OURS, "timm dense", "timm dense, torch.compile"],
+    cpu=cases((TINY, BASE), 8, (46,)),
+    cuda=[Pass(model, 128, torch.bfloat16, 46) for model in (TINY, BASE)],
+)
+def test_what_sparsity_gains(case, device, enter):
+    """46 patches against all of them, to set beside the ratio of operations. Outputs differ and are not compared."""
+
+    def contestants():
+        model, images, keep = case.setup(device)
+        fast = accelerate(model)
+        forms = {OURS: partial(run, lambda images, keep: fast(images, keep=keep), images, keep)}
+        forms["timm dense"] = partial(run, model, images)
+        if device.type == "cuda":
+            forms["timm dense, torch.compile"] = partial(run, torch.compile(model), images)
+        return forms
+
+    with torch.device("meta"):
+        width = timm.create_model(case.model).embed_dim
+    flops, dense_flops = (case.batch * forward_flops(1 + kept, width) for kept in (case.kept, 196))
+    facts = {"floor_flops": flops, "floor_bytes": 0, "dense_flops": dense_flops}
+    enter("sparse forward beside dense", contestants, facts)
 
 
 TOME_REDUCTION = 16

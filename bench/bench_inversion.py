@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,16 +17,21 @@ import pytest
 import timm
 import torch
 from duel import OURS, check
+from plain_loop import PlainLoop, backward_flops, forward_flops
 from torch import Tensor, nn
 
 from smi_fast import Inverter, StoppingSchedule, accelerate
+from smi_fast.tokens import PackedTokens, uniform_cu_seqlens
 
 # 196 -> 137 -> 95 -> 66 -> 46 patches, within the iterations not timed. The published loop measures attention in one
 # iteration and prunes in the next; where two stoppings are neighbours it skips the first of them without a word.
 STOPS = {1: 0.3, 3: 0.3, 5: 0.3, 7: 0.3}
 ROUNDS = 5
-TIMED = 4  # iterations a round
+TIMED = 4  # figures a round
+# Iterations for one figure, and those that are not timed behind the stoppings: on a GPU the first run without a graph.
+EVERY, LEAD = {"cpu": 1, "cuda": 25}, {"cpu": 2, "cuda": 8}
 SIDE = 224
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -46,29 +51,38 @@ class Stage:
     def stops(self) -> dict[int, float]:
         return {} if self.kept == 196 else STOPS
 
-    @property
-    def iterations(self) -> int:
-        """The stoppings, one iteration that is not timed, and those that are."""
-        return max(self.stops, default=0) + 2 + TIMED
+    def iterations(self, every: int = 1, lead: int = 2) -> int:
+        """The stoppings, those that are not timed, and those that are."""
+        return max(self.stops, default=0) + lead + TIMED * every
+
+    def facts(self, model: nn.Module) -> dict[str, float]:
+        """Of one iteration, its operations, and bytes: weights and kept pixels, as if all else stayed in the chip."""
+        tokens, width, element = self.kept + 1, model.embed_dim, torch.empty((), dtype=self.dtype).element_size()
+        matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+        return {
+            "floor_flops": self.batch * (forward_flops(tokens, width) + backward_flops(tokens, width)),
+            "floor_bytes": 2 * element * matrices + self.batch * self.kept * 3 * 16 * 16 * (28 + 3 * element),
+        }
 
 
-BFLOAT16 = f"{OURS}, bfloat16"
+COMPILED = f"{OURS}, torch.compile"
+PLAIN = "plain PyTorch, compiled"
 PUBLISHED = "published SMI"
 FROZEN = "published SMI, frozen weights"
 TINY, BASE = "deit_tiny_patch16_224", "deit_base_patch16_224"
 
 
 @pytest.mark.contest(
-    contestants=[OURS, BFLOAT16, PUBLISHED, FROZEN],
-    cpu=[Stage(TINY, 8, 196), Stage(TINY, 8, 46)],
-    cuda=[Stage(model, 128, kept) for model in (TINY, BASE) for kept in (196, 46)],
+    contestants=[OURS, COMPILED, PLAIN, PUBLISHED, FROZEN],
+    cpu=[Stage(m, 8, kept, dtype) for m in (TINY, BASE) for dtype in TOLERANCE for kept in (196, 46)],
+    cuda=[Stage(model, 128, kept, torch.bfloat16) for model in (TINY, BASE) for kept in (46, 196)],
 )
 def test_iteration(case, device, enter, request):
     """Forward pass, loss with total variation, backward pass, Adam step and clamp, of the loop as it runs.
 
     A round is a short run; its first iterations, with the stoppings, are left out and the others are timed one by one.
     The published code trains nothing but its weights ask for gradients, and it gets them; the same code with its
-    weights frozen shows what that alone costs.
+    weights frozen shows what that alone costs. It computes in float32, as published, beside either dtype of ours.
     """
     checkout: Path | None = request.config.option.smi_checkout
 
@@ -76,8 +90,11 @@ def test_iteration(case, device, enter, request):
         model = timm.create_model(case.model).eval().to(device)
         targets = torch.arange(case.batch, device=device)
         rounds: dict[str, Callable | str] = {OURS: lambda: our_seconds(model, targets, case)}
-        if device.type == "cuda":  # what is the default there
-            rounds[BFLOAT16] = lambda: our_seconds(model, targets, replace(case, dtype=torch.bfloat16))
+        if device.type == "cuda":  # a CPU takes a minute to compile these, and is slower then
+            plain = PlainLoop(model, case.dtype)
+            compare_plain(model, plain, case, device)
+            rounds[COMPILED] = lambda: our_seconds(model, targets, case, compile=True)
+            rounds[PLAIN] = lambda: plain_seconds(plain, targets, case)
         if checkout is None:
             return rounds | dict.fromkeys((PUBLISHED, FROZEN), "needs --smi-checkout")
         published = Published(checkout, case, model, device)
@@ -86,26 +103,56 @@ def test_iteration(case, device, enter, request):
         rounds[FROZEN] = lambda: published.seconds(targets, weight_gradients=False)
         return rounds
 
+    with torch.device("meta"):
+        facts = case.facts(timm.create_model(case.model))
     # The peak of a run is that of its first, dense iterations.
-    enter("inversion, one iteration", contestants, measure=lambda run: run().tolist(), rounds=ROUNDS,
+    enter("inversion, one iteration", contestants, facts, measure=lambda run: run().tolist(), rounds=ROUNDS,
           memory=case.kept == 196)  # fmt: skip
 
 
-def our_seconds(model: nn.Module, targets: Tensor, case: Stage) -> Tensor:
+def our_seconds(model: nn.Module, targets: Tensor, case: Stage, *, compile: bool = False) -> Tensor:
     """Seconds of each timed iteration of an Inverter."""
     clock: list[float] = []
-    kept: list[int] = []
+    every, lead = EVERY[targets.device.type], LEAD[targets.device.type]
+    iterations = case.iterations(every, lead)
 
     def note(step) -> None:
-        clock.append(step.seconds())
-        kept.append(step.stage.patches)
+        left = iterations - 1 - step.iteration
+        if left <= TIMED * every and left % every == 0:
+            clock.append(step.seconds())
+            assert step.stage.patches == case.kept
 
     inverter = Inverter(
-        model, stopping=StoppingSchedule(case.stops), iterations=case.iterations, dtype=case.dtype, progress=False
-    )
+        model, stopping=StoppingSchedule(case.stops), iterations=iterations, dtype=case.dtype, compile=compile,
+        progress=False,
+    )  # fmt: skip
     inverter.run(targets, callback=note)
-    assert kept[-TIMED:] == [case.kept] * TIMED
-    return torch.tensor(clock, dtype=torch.float64).diff()[-TIMED:]
+    return torch.tensor(clock, dtype=torch.float64).diff() / every
+
+
+def plain_seconds(plain: PlainLoop, targets: Tensor, case: Stage) -> Tensor:
+    """Seconds of each timed iteration of the plain loop, whose pixels and kept patches are random."""
+    device = targets.device
+    images = torch.randn(case.batch, 3, SIDE, SIDE, device=device)
+    keep = torch.rand(case.batch, 196, device=device).argsort(1)[:, : case.kept]
+    bounds = torch.full((3,), -2.0, device=device), torch.full((3,), 2.0, device=device)
+    every, lead = EVERY[device.type], LEAD[device.type]
+    return plain.seconds(targets, images, keep, bounds, lead=lead, timed=TIMED, every=every)
+
+
+def compare_plain(model: nn.Module, plain: PlainLoop, case: Stage, device: torch.device) -> None:
+    """Raise AssertionError unless both compute the same logits, and the same gradient to the patches."""
+    keep = torch.rand(case.batch, 196, device=device).argsort(1)[:, : case.kept]
+    patches = torch.randn(case.batch * case.kept, 768, device=device, requires_grad=True)
+    positions, cu_seqlens = keep.flatten().int(), uniform_cu_seqlens(*keep.shape, device)
+    fast = accelerate(model.requires_grad_(False), dtype=case.dtype)
+    results = (
+        fast.forward_patches(PackedTokens(patches, positions, cu_seqlens, case.kept)).float(),
+        plain.logits(patches.view(*keep.shape, -1).to(case.dtype), keep).float(),
+    )
+    weights = torch.randn_like(results[0])
+    ours, theirs = ((y, torch.autograd.grad((y * weights).sum(), patches)[0]) for y in results)
+    check(PLAIN, theirs, ours, TOLERANCE[case.dtype])
 
 
 class Published:
@@ -131,8 +178,8 @@ class Published:
             Path(directory, "0.png").touch()  # its data loader refuses an empty folder
             synthesis = self.smi.SMI(
                 teacher, self.case.model, nn.Identity(), 1000, (3, SIDE, SIDE), 16,
-                iterations=self.case.iterations + 1, synthesis_batch_size=len(targets), sample_batch_size=len(targets),
-                tv2=1e-4, save_dir=directory, device=self.device,
+                iterations=self.case.iterations() + 1, synthesis_batch_size=len(targets),
+                sample_batch_size=len(targets), tv2=1e-4, save_dir=directory, device=self.device,
                 normalizer=self.normalizer(),
             )  # fmt: skip
             synthesis.synthesize(targets, **(schedule if self.case.stops else {}))
@@ -176,7 +223,7 @@ def compare_logits(model: nn.Module, teacher: nn.Module, case: Stage, device: to
     tokens = torch.cat((keep.new_zeros(case.batch, 1), keep + 1), dim=1)
     with torch.no_grad():
         theirs, _, _ = teacher(images, tokens, tokens)
-        check(PUBLISHED, (theirs,), (accelerate(model, dtype=case.dtype)(images, keep=keep),), 1e-4)
+        check(PUBLISHED, (theirs,), (accelerate(model, dtype=torch.float32)(images, keep=keep),), 1e-4)
 
 
 def imported(checkout: Path, *names: str) -> list[ModuleType]:

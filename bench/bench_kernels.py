@@ -1,51 +1,126 @@
-"""Kernels against what PyTorch and others offer for the same operation."""
+"""Kernels against what PyTorch and others offer for the same operation.
+
+A group's inputs are drawn once. Peers that know no lengths see a ragged batch padded to its longest sequence, under a
+mask; the padding in and the comparison out of it are not timed, nor is the making of masks and document tables, which
+favours them. Every contestant reads the qkv tensor that a projection leaves, packed or padded, and hands back its
+gradient in the same layout.
+
+What runs under torch.compile is compiled with sizes that are not known (the selection: with a batch size that is not),
+so that a run takes minutes. A graph break is an error there, and so is a shape too many, either of which would else run
+eagerly under the name of compiled code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from duel import OURS
+from duel import OURS, Round
+from smi_fast.kernels.rows import padding, sequence_of_tokens
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smi_fast import kernels
-from smi_fast.tokens import uniform_cu_seqlens
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+GPU_ONLY = "compared on a GPU only"
+SHORTEST, LONGEST = 24, 197  # of a ragged mix
+torch._dynamo.config.recompile_limit = 64
+
+
+@cache
+def compiled(function: Callable, dynamic: bool = False) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
+
+
+def drawn_lengths(batch: int) -> list[int]:
+    """The ragged mix of this batch size: the same lengths in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(SHORTEST, LONGEST + 1, (batch,), generator=generator).tolist()
+
+
+class Sequences:
+    """Where the tokens of B sequences lie: packed (T, ...), and padded (B, N, ...) for peers that know no lengths."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device):
+        self.batch, self.longest, self.tokens = len(lengths), max(lengths), sum(lengths)
+        self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        self.slots, self.taken = padding(self.cu_seqlens, self.longest, self.tokens)
+        self.ragged = self.tokens != self.batch * self.longest
+
+    def padded(self, packed: Tensor) -> Tensor:
+        """(T, ...) -> (B, N, ...); of equal lengths the same memory."""
+        if self.ragged:
+            zeros = packed.new_zeros(self.batch * self.longest, *packed.shape[1:])
+            packed = zeros.index_copy_(0, self.slots, packed)
+        return packed.unflatten(0, (self.batch, self.longest))
+
+    def packed(self, padded: Tensor) -> Tensor:
+        """(B, N, ...) -> (T, ...)"""
+        return padded.flatten(0, 1)[self.slots]
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to scores of the keys of padded sequences: (B, N), 0 or -inf."""
+        zeros = torch.zeros(self.batch, self.longest, device=self.taken.device, dtype=dtype)
+        return zeros.masked_fill_(~self.taken, -torch.inf) if self.ragged else None
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sequences of equal length, as the qkv projection of a ViT leaves them."""
+    """Sequences of equal length, or where `tokens` is None a ragged mix, as the qkv projection of a ViT leaves them."""
 
     batch: int
-    tokens: int
+    tokens: int | None
     heads: int
-    head_dim: int
-    dtype: torch.dtype = torch.float32
+    head_dim: int = 64
+    dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
+        tokens = f"{SHORTEST} to {LONGEST}" if self.tokens is None else self.tokens
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.batch} x {self.tokens} tokens, {self.heads} heads of {self.head_dim}, {dtype}"
+        return f"{self.batch} x {tokens} tokens, {self.heads} heads of {self.head_dim}, {dtype}"
 
-    def qkv(self, device: torch.device) -> Tensor:
-        """(B, N, 3, H, D)"""
-        return torch.randn(self.batch, self.tokens, 3, self.heads, self.head_dim, device=device, dtype=self.dtype)
+    @property
+    def lengths(self) -> list[int]:
+        return drawn_lengths(self.batch) if self.tokens is None else [self.tokens] * self.batch
+
+    def sequences(self, device: torch.device) -> Sequences:
+        return Sequences(self.lengths, device)
+
+    def randn(self, *shape: int, device: torch.device) -> Tensor:
+        return torch.randn(*shape, self.heads, self.head_dim, device=device, dtype=self.dtype)
+
+    def facts(self, rows: int, products: int, queries: int = 0, attention: bool = False) -> dict[str, float]:
+        """The group's numbers, and its floor: `rows` of H D values a token have to move, and of one query a sequence
+        `queries` more, and the float32 `attention` of one token; each of the `products` is N^2 D multiplications and
+        additions a head and sequence of N tokens, of one query N D."""
+        tokens, width = sum(self.lengths), self.heads * self.head_dim
+        scores = tokens if queries else sum(length**2 for length in self.lengths)
+        moved = (rows * tokens + queries * self.batch) * width * self.dtype.itemsize
+        return {
+            "length": tokens / self.batch,
+            "ragged": self.tokens is None,
+            "floor_bytes": moved + attention * 4 * self.heads * tokens,
+            "floor_flops": 2 * products * scores * width,
+        }
 
 
-CPU_TOKENS = [Tokens(8, 197, 3, 64), Tokens(8, 47, 3, 64), Tokens(8, 47, 12, 64), Tokens(8, 47, 3, 64, torch.bfloat16)]
-CUDA_TOKENS = [
-    Tokens(128, tokens, heads, 64, dtype)
-    for heads in (3, 12)
-    for tokens in (197, 138, 96, 67, 47)
-    for dtype in (torch.bfloat16, torch.float32)
+CPU_TOKENS = [
+    Tokens(8, 197, 3, dtype=torch.float32),
+    Tokens(8, 47, 3, dtype=torch.float32),
+    Tokens(8, 47, 12, dtype=torch.float32),
+    Tokens(8, 47, 3),
+    Tokens(8, None, 3, dtype=torch.float32),
 ]
+LENGTHS = (47, 67, 96, 138, 197, None)
+CUDA_TOKENS = [Tokens(b, n, h) for h in (3, 6, 12) for b in (32, 128, 512) for n in LENGTHS]
+CUDA_TOKENS_OF_ONE_BATCH = [case for case in CUDA_TOKENS if case.batch == 128]
 SDPA = {
     "SDPA math": SDPBackend.MATH,
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -55,210 +130,505 @@ SDPA = {
 ATTENTION = [OURS, *SDPA, "varlen", "FlexAttention", "xFormers", "flash-attn"]
 
 
-def attention_forms(case: Tokens, device: torch.device) -> dict[str, Callable[[Tensor], Tensor] | str]:
-    """qkv (B, N, 3, H, D) -> (B, N, H, D), as each contestant does it; or why it cannot."""
-    cu_seqlens = uniform_cu_seqlens(case.batch, case.tokens, device)
-    count = case.tokens
+class Form(NamedTuple):
+    """One way to attend: (T, 3, H, D) -> (T, H, D), or of padded sequences (B, N, 3, H, D) -> (B, N, H, D)."""
+
+    attend: Callable
+    padded: bool = False
+
+
+def attention_forms(case: Tokens, sequences: Sequences) -> dict[str, Form | str]:
+    """How each contestant attends, or why it cannot."""
+    cu_seqlens, longest, mask = sequences.cu_seqlens, sequences.longest, sequences.mask(case.dtype)
+    mask = None if mask is None else mask[:, None, None]
 
     def ours(qkv: Tensor) -> Tensor:
-        return kernels.attention(qkv.flatten(0, 1), cu_seqlens, count).unflatten(0, (case.batch, count))
+        return kernels.attention(qkv, cu_seqlens, longest)
 
     def sdpa(backend: SDPBackend, qkv: Tensor) -> Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+            return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).contiguous()
 
     def varlen(attend: Callable, qkv: Tensor) -> Tensor:
-        q, k, v = qkv.flatten(0, 1).unbind(1)  # (T, H, D) each
-        return attend(q, k, v, cu_seqlens, cu_seqlens, count, count).unflatten(0, (case.batch, count))
+        return attend(*qkv.unbind(1), cu_seqlens, cu_seqlens, longest, longest)
 
-    def flex(attend: Callable, qkv: Tensor) -> Tensor:
-        return attend(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).contiguous()
-
-    forms = {OURS: ours} | {name: partial(sdpa, backend) for name, backend in SDPA.items()}
-    if device.type != "cuda":
+    forms: dict[str, Form | str] = {OURS: Form(ours)}
+    forms |= {name: Form(partial(sdpa, backend), padded=True) for name, backend in SDPA.items()}
+    if cu_seqlens.device.type != "cuda":
         return forms | dict.fromkeys(ATTENTION[len(forms) :], "runs on a GPU only")
     forms |= dict.fromkeys(ATTENTION[len(forms) :], "not installed")
     with suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn
 
-        forms["varlen"] = partial(varlen, varlen_attn)
+        forms["varlen"] = Form(partial(varlen, varlen_attn))
     with suppress(ImportError):
-        from torch.nn.attention.flex_attention import flex_attention
-
-        forms["FlexAttention"] = partial(flex, torch.compile(flex_attention))
+        forms["FlexAttention"] = flex_form(sequences)
     with suppress(ImportError):
-        from xformers.ops import memory_efficient_attention
-
-        forms["xFormers"] = lambda qkv: memory_efficient_attention(*qkv.unbind(2))
+        forms["xFormers"] = xformers_form(case, sequences)
     with suppress(ImportError):
         from flash_attn import flash_attn_varlen_func
 
-        forms["flash-attn"] = partial(varlen, flash_attn_varlen_func)
+        forms["flash-attn"] = Form(partial(varlen, flash_attn_varlen_func))
     return forms
 
 
-def forward(form: Callable[[Tensor], Tensor], qkv: Tensor) -> Tensor:
+def flex_form(sequences: Sequences) -> Form:
+    """Equal lengths as a batch, others packed into one sequence under a document mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    attend = compiled(flex_attention, dynamic=True)
+    if not sequences.ragged:
+        return Form(lambda qkv: attend(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).contiguous(), padded=True)
+    document = sequence_of_tokens(sequences.cu_seqlens, sequences.tokens)
+
+    def same_document(_, __, query: Tensor, key: Tensor) -> Tensor:
+        return document[query] == document[key]
+
+    mask = create_block_mask(same_document, None, None, sequences.tokens, sequences.tokens, device=document.device)
+
+    def packed(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.permute(1, 2, 0, 3)[:, :, None]  # (H, 1, T, D) each: a batch of any size is compiled once
+        return attend(q, k, v, block_mask=mask)[:, 0].transpose(0, 1).contiguous()
+
+    return Form(packed)
+
+
+def xformers_form(case: Tokens, sequences: Sequences) -> Form:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    if not sequences.ragged:
+        return Form(lambda qkv: memory_efficient_attention(*qkv.unbind(2)), padded=True)
+    mask = BlockDiagonalMask.from_seqlens(case.lengths)
+    return Form(lambda qkv: memory_efficient_attention(*qkv[None].unbind(2), attn_bias=mask)[0])
+
+
+def forward(form: Callable, *inputs: Tensor) -> object:
     with torch.no_grad():
-        return form(qkv)
+        return form(*inputs)
 
 
-def forward_backward(form: Callable[[Tensor], Tensor], leaf: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    out = form(leaf)
-    return out, *torch.autograd.grad(out, leaf, grad)
+def forward_backward(form: Callable, leaves: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """What the form returns, and the gradients of the leaves, from that of the first that it returns."""
+    outputs = form(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return (*outputs, *torch.autograd.grad(outputs[0], leaves, grad))
 
 
-@pytest.mark.contest(contestants=ATTENTION, cpu=CPU_TOKENS, cuda=CUDA_TOKENS)
-def test_attention_forward(case, device, enter):
-    def contestants():
-        qkv = case.qkv(device)
-        forms = attention_forms(case, device)
-        return {name: form if isinstance(form, str) else partial(forward, form, qkv) for name, form in forms.items()}
+def pass_of(form: Callable, inputs: tuple[Tensor, ...], grad: Tensor | None) -> Callable:
+    """A forward pass without gradients, or with the gradient of what the form returns the backward pass too."""
+    if grad is None:
+        return partial(forward, form, *inputs)
+    return partial(forward_backward, form, tuple(x.detach().requires_grad_() for x in inputs), grad)
 
-    enter("attention, forward", contestants, tolerance=TOLERANCE[case.dtype])
+
+def attention_rounds(
+    case: Tokens, device: torch.device, make_forms: Callable[..., dict[str, Form | str]], backward: bool
+) -> dict[str, Round | str]:
+    """Rounds of `make_forms(case, sequences, qkv)`, all of which return tensors of tokens first."""
+    sequences = case.sequences(device)
+    qkv = case.randn(sequences.tokens, 3, device=device)
+    grad = torch.randn_like(qkv[:, 0]) if backward else None
+    rounds: dict[str, Round | str] = {}
+    for name, form in make_forms(case, sequences, qkv).items():
+        if isinstance(form, str):
+            rounds[name] = form
+        elif form.padded:
+            padded_grad = None if grad is None else sequences.padded(grad)
+            call = pass_of(form.attend, (sequences.padded(qkv),), padded_grad)
+            rounds[name] = Round(call, lambda *outputs: tuple(map(sequences.packed, outputs)))
+        else:
+            rounds[name] = Round(pass_of(form.attend, (qkv,), grad))
+    return rounds
 
 
 @pytest.mark.contest(contestants=ATTENTION, cpu=CPU_TOKENS, cuda=CUDA_TOKENS)
 def test_attention_forward_backward(case, device, enter):
-    def contestants():
-        qkv = case.qkv(device).requires_grad_()
-        grad = torch.randn_like(qkv[:, :, 0])
-        return {
-            name: form if isinstance(form, str) else partial(forward_backward, form, qkv, grad)
-            for name, form in attention_forms(case, device).items()
-        }
+    """Forward: qkv is read and the output written, in two products. Backward: qkv and the gradient of the output are
+    read and that of qkv is written, in four products; the scores, which could be kept, are not counted again."""
+    enter(
+        "attention, forward and backward",
+        partial(attention_rounds, case, device, lambda case, sequences, _: attention_forms(case, sequences), True),
+        facts=case.facts(rows=4 + 7, products=2 + 4),
+        tolerance=TOLERANCE[case.dtype],
+    )
 
-    enter("attention, forward and backward", contestants, tolerance=TOLERANCE[case.dtype])
+
+ROWLESS = f"{OURS}, no row"
+EAGER_ROW = "SDPA + eager row"
+WITH_ROW = [OURS, ROWLESS, *(f"{name} + row" for name in ATTENTION[1:]), EAGER_ROW, "all rows"]
 
 
-@pytest.mark.contest(contestants=[OURS, "SDPA, row beside it", "all rows"], cpu=CPU_TOKENS, cuda=CUDA_TOKENS)
-def test_attention_with_class_row(case, device, enter):
-    """The class token's attention to all tokens too: (B, N) float32, averaged over the heads."""
+def class_rows(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Each head's softmax row of one query: (B, H, D) and (B, N, H, D) -> (B, N, H) float32. Compiled, this reads the
+    keys once."""
+    scores = (q[:, None].float() * k.float()).sum(-1) * scale
+    return (scores if mask is None else scores + mask[..., None]).softmax(1)
 
-    def contestants():
-        qkv = case.qkv(device)
-        cu_seqlens = uniform_cu_seqlens(case.batch, case.tokens, device)
-        scale = case.head_dim**-0.5
 
-        def ours():
-            out, row = kernels.attention(qkv.flatten(0, 1), cu_seqlens, case.tokens, return_class_attention=True)
-            return out.view_as(qkv[:, :, 0]), row.view(case.batch, case.tokens)
+def packed_class_rows(q: Tensor, k: Tensor, document: Tensor, slots: Tensor, places: Tensor, scale: float) -> Tensor:
+    """The same of packed keys, (B, H, D) and (T, H, D) -> (T, H): only the scores are padded, to those of `places`."""
+    scores = (q[document].float() * k.float()).sum(-1) * scale  # (T, H)
+    padded = torch.full_like(places, -torch.inf).index_copy(0, slots, scores)  # (B * N, H)
+    return padded.unflatten(0, (len(q), -1)).softmax(1).flatten(0, 1).index_select(0, slots)
 
-        def row_beside():
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            row = (q[:, :, :1] @ k.transpose(-2, -1) * scale).softmax(-1, dtype=torch.float32)
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous(), row[:, :, 0].mean(1)
 
-        def all_rows():
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            weights = (q @ k.transpose(-2, -1) * scale).softmax(-1)
-            return (weights @ v).transpose(1, 2).contiguous(), weights[:, :, 0].float().mean(1)
+def class_rows_by_product(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`class_rows` as one would write it, by a matrix product, which copies the keys first."""
+    scores = (q[:, :, None] @ k.permute(0, 2, 3, 1))[:, :, 0].float() * scale  # (B, H, N)
+    return (scores if mask is None else scores + mask[:, None]).softmax(-1).transpose(1, 2)
 
-        return {OURS: ours, "SDPA, row beside it": row_beside, "all rows": all_rows}
 
-    enter("attention with the class row, forward", contestants, tolerance=TOLERANCE[case.dtype])
+def class_row_forms(case: Tokens, sequences: Sequences, qkv: Tensor) -> dict[str, Form | str]:
+    """Ours with the row and without, and the others with the row beside them, in plain torch, compiled on a GPU. A row
+    is handed back as (T, H) or (B, N, H)."""
+    mask, scale = sequences.mask(case.dtype), case.head_dim**-0.5
+    document = sequence_of_tokens(sequences.cu_seqlens, sequences.tokens)
+    places = torch.empty(sequences.batch * sequences.longest, case.heads, device=qkv.device)
+    fuse = partial(compiled, dynamic=True) if qkv.is_cuda else lambda function: function
+
+    def ours(qkv: Tensor) -> tuple[Tensor, Tensor]:
+        out, row = kernels.attention(qkv, sequences.cu_seqlens, sequences.longest, return_class_attention=True)
+        return out, row.transpose(0, 1)
+
+    @torch.no_grad()
+    def padded_row(qkv: Tensor, rows: Callable = class_rows) -> Tensor:
+        return rows(qkv[:, 0, 0], qkv[:, :, 1], mask, scale)
+
+    @torch.no_grad()
+    def packed_row(qkv: Tensor) -> Tensor:
+        if not sequences.ragged:
+            return padded_row(sequences.padded(qkv), fuse(class_rows)).flatten(0, 1)
+        first = sequences.cu_seqlens[:-1].long()
+        return fuse(packed_class_rows)(qkv[first, 0], qkv[:, 1], document, sequences.slots, places, scale)
+
+    def eager(qkv: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+        return out.transpose(1, 2).contiguous(), padded_row(qkv, class_rows_by_product)
+
+    def all_rows(qkv: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) * scale
+        weights = (scores if mask is None else scores + mask[:, None, None]).softmax(-1)
+        return (weights @ v).transpose(1, 2).contiguous(), weights[:, :, 0].float().transpose(1, 2)
+
+    forms: dict[str, Form | str] = {OURS: Form(ours)}
+    row = ours(qkv)[1]  # of before, for ours without it: nothing else differs
+    for name, form in attention_forms(case, sequences).items():
+        if name == OURS:
+            forms[ROWLESS] = Form(lambda qkv, attend=form.attend: (attend(qkv), row))
+        elif isinstance(form, str):
+            forms[f"{name} + row"] = form
+        else:
+            beside = partial(padded_row, rows=fuse(class_rows)) if form.padded else packed_row
+            attend = partial(lambda attend, beside, qkv: (attend(qkv), beside(qkv)), form.attend, beside)
+            forms[f"{name} + row"] = Form(attend, form.padded)
+    return forms | {EAGER_ROW: Form(eager, padded=True), "all rows": Form(all_rows, padded=True)}
+
+
+@pytest.mark.contest(contestants=WITH_ROW, cpu=CPU_TOKENS, cuda=CUDA_TOKENS)
+def test_attention_with_class_row_forward(case, device, enter):
+    """The class token's attention to all tokens too, of each head, in float32."""
+    enter(
+        "attention with the class row, forward",
+        partial(attention_rounds, case, device, class_row_forms, False),
+        facts=case.facts(rows=4, products=2, attention=True),
+        tolerance=TOLERANCE[case.dtype],
+    )
+
+
+@pytest.mark.contest(contestants=WITH_ROW, cpu=CPU_TOKENS, cuda=CUDA_TOKENS_OF_ONE_BATCH)
+def test_attention_with_class_row_forward_backward(case, device, enter):
+    enter(
+        "attention with the class row, forward and backward",
+        partial(attention_rounds, case, device, class_row_forms, True),
+        facts=case.facts(rows=4 + 7, products=2 + 4, attention=True),
+        tolerance=TOLERANCE[case.dtype],
+    )
+
+
+def distinct_attention(batch: int, heads: int, patches: int, device: torch.device) -> Tensor:
+    """(H, B, N) float32 whose means over the heads are all different in an image, and exact, so that what stays hangs
+    neither on how a contestant rounds nor on how it breaks ties."""
+    importance = 64 * (1 + torch.rand(batch, patches, device=device).argsort(1))
+    apart = torch.arange(1 - heads, heads, 2, device=device)[:, None, None]  # (H, 1, 1), their sum is 0
+    return (importance + apart * torch.randint(0, 4, (batch, patches), device=device)) / 2**14
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Patches to choose from, of a ViT of that width."""
+    """Patches to choose from, of a ViT of that width with heads of 64; where `patches` is None a ragged mix. `kept` of
+    them stay, or where that is None those that hold MASS."""
 
     batch: int
-    heads: int
-    patches: int
-    kept: int
+    patches: int | None
+    kept: int | None
     width: int
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
+        patches = f"{SHORTEST - 1} to {LONGEST - 1}" if self.patches is None else self.patches
+        kept = f"{MASS} of the mass" if self.kept is None else self.kept
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.batch} x {self.kept} of {self.patches} patches, {self.heads} heads, {self.width} wide, {dtype}"
+        return f"{self.batch} x {kept} of {patches} patches, {self.heads} heads, {self.width} wide, {dtype}"
+
+    @property
+    def heads(self) -> int:
+        return self.width // 64
+
+    @property
+    def lengths(self) -> list[int]:
+        """With the class token."""
+        return drawn_lengths(self.batch) if self.patches is None else [1 + self.patches] * self.batch
+
+    def facts(self) -> dict[str, float]:
+        """The attention is read, and the tokens that stay are read and written, with their int32 positions. How many
+        stay by mass is known to nobody before, so that no floor is given."""
+        facts = {"length": sum(self.lengths) / self.batch - 1, "ragged": self.patches is None}
+        if self.kept is None:
+            return facts
+        read, kept = 4 * self.heads * self.batch * self.patches, self.batch * (1 + self.kept)
+        return facts | {"floor_bytes": read + kept * (2 * self.width * self.dtype.itemsize + 4), "floor_flops": 0}
+
+
+MASS = 0.7
+STAGES = ((196, 137), (137, 95), (95, 66), (66, 46))
+SELECTION = [OURS, "torch", "torch.compile"]
+WIDTHS, BATCHES = (192, 384, 768), (32, 128, 512)
+
+
+def top_k(attention: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(B, H, N) and (B, 1 + N, C) -> the tokens (B, 1 + K, C) that stay, and which they are, in plain torch."""
+    kept = attention.mean(1).topk(k, dim=1).indices.sort(dim=1).values
+    rows = F.pad(kept + 1, (1, 0))
+    return values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1])), kept
 
 
 @pytest.mark.contest(
-    contestants=[OURS, "torch", "torch.compile"],
-    cpu=[Candidates(8, 3, 196, 137, 192), Candidates(8, 3, 66, 46, 192)],
-    cuda=[Candidates(128, 12, a, b, 768, torch.bfloat16) for a, b in ((196, 137), (137, 95), (95, 66), (66, 46))],
+    contestants=SELECTION,
+    cpu=[Candidates(8, 196, 137, 192, torch.float32), Candidates(8, 66, 46, 192, torch.float32)],
+    cuda=[Candidates(batch, n, k, width) for width in WIDTHS for n, k in STAGES for batch in BATCHES],
 )
 def test_selection(case, device, enter):
     """Class attention of each head -> the most important patches in order, and their tokens behind the class token."""
 
     def contestants():
-        attention = torch.rand(case.batch, case.heads, case.patches, device=device)
+        # As attention leaves it: a head's row holds the tokens of all images, class tokens among them.
+        attention = distinct_attention(case.batch, case.heads, 1 + case.patches, device).transpose(0, 1)[:, :, 1:]
         values = torch.randn(case.batch, 1 + case.patches, case.width, device=device, dtype=case.dtype)
 
         def ours():
             kept = kernels.select_tokens(attention, values, k=case.kept, num_prefix_tokens=1)
             return kept.values.view(case.batch, 1 + case.kept, -1), kept.positions.view(case.batch, -1)[:, 1:]
 
-        def plain(attention: Tensor, values: Tensor):
-            kept = attention.mean(1).topk(case.kept, dim=1).indices.sort(dim=1).values
-            rows = F.pad(kept + 1, (1, 0))
-            return values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1])), kept
+        fused: Callable | str = GPU_ONLY
+        if device.type == "cuda":
+            for tensor in (attention, values):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            fused = partial(compiled(top_k), attention, values, case.kept)
+        return {OURS: ours, "torch": partial(top_k, attention, values, case.kept), "torch.compile": fused}
 
-        compiled = torch.compile(plain) if device.type == "cuda" else None
+    enter("selection", contestants, facts=case.facts(), tolerance=0)
+
+
+def top_mass(attention: Tensor, values: Tensor, slots: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """(H, T) and (T, C), class tokens first in each sequence -> the packed tokens that stay and their rows, in plain
+    torch. The `places` (B, N) of padded sequences are zero; token t takes place slots[t]."""
+    importance = places.flatten().index_copy(0, slots, attention.mean(0)).view_as(places)[:, 1:]
+    highest, order = importance.sort(1, descending=True)
+    before = highest.double().cumsum(1) - highest
+    stays = before < MASS * highest.double().sum(1, keepdim=True)
+    stays = torch.zeros_like(stays).scatter(1, order, stays)
+    rows = F.pad(stays, (1, 0), value=True).flatten()[slots].nonzero()[:, 0]
+    return values.index_select(0, rows), rows
+
+
+@pytest.mark.contest(
+    contestants=SELECTION,
+    cpu=[Candidates(8, 196, None, 192, torch.float32), Candidates(8, None, None, 192, torch.float32)],
+    cuda=[Candidates(batch, n, None, width) for n in (196, None) for width in WIDTHS for batch in BATCHES],
+)
+def test_selection_by_mass(case, device, enter):
+    """As many of the most important patches as hold a share of the attention: a ragged result, for whose size the host
+    has to wait, whoever computes it. Not one of these can be a CUDA graph."""
+
+    def contestants():
+        sequences = Sequences(case.lengths, device)
+        attention = distinct_attention(case.batch, case.heads, sequences.longest, device)
+        attention = attention.flatten(1)[:, sequences.slots]  # (H, T)
+        values = torch.randn(sequences.tokens, case.width, device=device, dtype=case.dtype)
+        first = sequences.cu_seqlens[:-1].long()
+        places = torch.zeros(sequences.batch, sequences.longest, device=device)
+
+        def ours():
+            kept = kernels.select_tokens(
+                attention, values, mass=MASS, num_prefix_tokens=1,
+                cu_seqlens=sequences.cu_seqlens, max_seqlen=sequences.longest,
+            )  # fmt: skip
+            return kept.values, kept.positions
+
+        def comparable(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            image = torch.bucketize(rows, first, right=True) - 1
+            return values, (rows - first[image] - 1).int()
+
+        inputs = attention, values, sequences.slots, places
+        # Not compiled as a whole: how many rows stay is unknown to a compiler.
+        fused = torch.compile(top_mass, dynamic=True) if device.type == "cuda" else None
         return {
             OURS: ours,
-            "torch": partial(plain, attention, values),
-            "torch.compile": partial(compiled, attention, values) if compiled else "compared on a GPU only",
+            "torch": Round(partial(top_mass, *inputs), comparable),
+            "torch.compile": Round(partial(fused, *inputs), comparable) if fused else GPU_ONLY,
         }
 
-    enter("selection", contestants, tolerance=0)
+    enter("selection by mass", contestants, facts=case.facts(), tolerance=0)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Kept patches of 16 x 16 pixels of 224 x 224 images."""
+    """Kept patches of 16 x 16 pixels of 224 x 224 images; where `kept` is None a ragged mix."""
 
     batch: int
-    kept: int
+    kept: int | None
 
     def __str__(self) -> str:
-        return f"{self.batch} x {self.kept} of 196 patches"
+        return f"{self.batch} x {f'{SHORTEST - 1} to {LONGEST - 1}' if self.kept is None else self.kept} of 196 patches"
+
+    @property
+    def counts(self) -> list[int]:
+        return [n - 1 for n in drawn_lengths(self.batch)] if self.kept is None else [self.kept] * self.batch
+
+    def facts(self, backward: bool) -> dict[str, float]:
+        """Kept pixels are read and written; backward their gradients are read and those of all pixels written."""
+        kept, all_pixels = 768 * sum(self.counts), 3 * 224 * 224 * self.batch
+        return {
+            "length": sum(self.counts) / self.batch,
+            "ragged": self.kept is None,
+            "floor_bytes": 4 * (2 * kept + backward * (kept + all_pixels)),
+            "floor_flops": 0,
+        }
 
 
-KEPT = {"cpu": [Kept(8, 196), Kept(8, 46)], "cuda": [Kept(128, kept) for kept in (196, 137, 95, 66, 46)]}
+VIEW = (-21, 10, 1)  # dy, dx, flip
+COUNTS = (196, 137, 95, 66, 46, None)
+KEPT = {
+    "cpu": [Kept(8, 196), Kept(8, 46), Kept(8, None)],
+    "cuda": [Kept(batch, kept) for kept in COUNTS for batch in BATCHES],
+}
+PATCHES = [OURS, "torch", "torch, reshaped", "torch.compile"]
 
 
-def patch_forms(case: Kept, device: torch.device) -> dict[str, Callable[[Tensor], Tensor] | str]:
-    """images (B, 3, 224, 224) -> the kept patches (T, 768) as seen through one view."""
-    view = torch.tensor([-21, 10, 1], dtype=torch.int32, device=device)
-    dy, dx, flip = view.tolist()
-    keep = torch.rand(case.batch, 196, device=device).argsort(1)[:, : case.kept].sort(1).values
-    positions, cu_seqlens = keep.flatten().int(), uniform_cu_seqlens(case.batch, case.kept, device)
+def viewed_patches(images: Tensor, positions: Tensor, image: Tensor, view: Tensor, reshape: bool = False) -> Tensor:
+    """(B, 3, 224, 224) -> the patches (T, 768) at positions (T,) of images (T,) as seen through VIEW, in plain torch:
+    by unfold, or by reshaping, which copies less."""
+    dy, dx, _ = VIEW
+    viewed = images.roll((dy, dx), dims=(2, 3)).flip(3)
+    if reshape:
+        patches = viewed.unflatten(3, (14, 16)).unflatten(2, (14, 16)).permute(0, 2, 4, 1, 3, 5).reshape(-1, 768)
+    else:
+        patches = F.unfold(viewed, 16, stride=16).transpose(1, 2).reshape(-1, 768)
+    cells = kernels.view_cells(positions, view, (14, 14), (16, 16))
+    return patches.index_select(0, image * 196 + cells)
+
+
+def patches_contest(case: Kept, device: torch.device, backward: bool) -> dict[str, Callable | str]:
+    view = torch.tensor(VIEW, dtype=torch.int32, device=device)
+    positions = [torch.randperm(196)[:count].sort().values for count in case.counts]
+    positions = torch.cat(positions).to(device, torch.int32)
+    cu_seqlens = torch.tensor([0, *case.counts]).cumsum(0).to(device, torch.int32)
+    image = sequence_of_tokens(cu_seqlens, len(positions))
+    images = torch.randn(case.batch, 3, 224, 224, device=device)
+    grad = torch.randn(len(positions), 768, device=device) if backward else None
 
     def ours(images: Tensor) -> Tensor:
         return kernels.gather_patches(images, positions, cu_seqlens, view, patch_size=16)[0]
 
-    def plain(images: Tensor) -> Tensor:
-        viewed = images.roll((dy, dx), dims=(2, 3))
-        viewed = viewed.flip(3) if flip else viewed
-        patches = F.unfold(viewed, 16, stride=16).transpose(1, 2)
-        cells = kernels.view_cells(keep, view, (14, 14), (16, 16))
-        return patches.gather(1, cells[..., None].expand(-1, -1, 768)).flatten(0, 1)
+    def plain(images: Tensor, form: Callable = viewed_patches, **options) -> Tensor:
+        return form(images, positions, image, view, **options)
 
-    compiled = torch.compile(plain) if device.type == "cuda" else "compared on a GPU only"
-    return {OURS: ours, "torch": plain, "torch.compile": compiled}
+    forms = {OURS: ours, "torch": plain, "torch, reshaped": partial(plain, reshape=True), "torch.compile": GPU_ONLY}
+    if device.type == "cuda":
+        forms["torch.compile"] = partial(plain, form=compiled(viewed_patches, dynamic=True))
+    return {name: form if isinstance(form, str) else pass_of(form, (images,), grad) for name, form in forms.items()}
 
 
-@pytest.mark.contest(contestants=[OURS, "torch", "torch.compile"], **KEPT)
+@pytest.mark.contest(contestants=PATCHES, **KEPT)
 def test_patches_forward(case, device, enter):
-    def contestants():
-        images = torch.randn(case.batch, 3, 224, 224, device=device)
-        forms = patch_forms(case, device)
-        return {name: form if isinstance(form, str) else partial(forward, form, images) for name, form in forms.items()}
-
-    enter("patches through a view, forward", contestants, tolerance=0)
+    rounds = partial(patches_contest, case, device, backward=False)
+    enter("patches through a view, forward", rounds, facts=case.facts(backward=False), tolerance=0)
 
 
-@pytest.mark.contest(contestants=[OURS, "torch", "torch.compile"], **KEPT)
+@pytest.mark.contest(contestants=PATCHES, **KEPT)
 def test_patches_forward_backward(case, device, enter):
-    def contestants():
-        images = torch.randn(case.batch, 3, 224, 224, device=device, requires_grad=True)
-        grad = torch.randn(case.batch * case.kept, 768, device=device)
-        return {
-            name: form if isinstance(form, str) else partial(forward_backward, form, images, grad)
-            for name, form in patch_forms(case, device).items()
-        }
+    rounds = partial(patches_contest, case, device, backward=True)
+    enter("patches through a view, forward and backward", rounds, facts=case.facts(backward=True), tolerance=0)
 
-    enter("patches through a view, forward and backward", contestants, tolerance=0)
+
+def query_rounds(case: Tokens, device: torch.device, backward: bool) -> dict[str, Round | str]:
+    """Attention of one query a sequence: q (B, H, D) and kv (T, 2, H, D) -> (B, H, D)."""
+    sequences = case.sequences(device)
+    cu_seqlens, longest, mask = sequences.cu_seqlens, sequences.longest, sequences.mask(case.dtype)
+    mask = None if mask is None else mask[:, None, None]
+    one_each = torch.arange(case.batch + 1, dtype=torch.int32, device=device)
+    q, kv = case.randn(case.batch, device=device), case.randn(sequences.tokens, 2, device=device)
+    grad = torch.randn_like(q) if backward else None
+
+    def ours(q: Tensor, kv: Tensor) -> Tensor:
+        return kernels.class_attention(q, kv, cu_seqlens, longest)
+
+    def sdpa(backend: SDPBackend, q: Tensor, kv: Tensor) -> Tensor:
+        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q[:, :, None], k, v, mask)[:, :, 0]
+
+    def varlen(q: Tensor, kv: Tensor) -> Tensor:
+        return varlen_attn(q, *kv.unbind(1), one_each, cu_seqlens, 1, longest)
+
+    def comparable(out: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return out, *grads[:1], *map(sequences.packed, grads[1:])
+
+    rounds: dict[str, Round | str] = {OURS: Round(pass_of(ours, (q, kv), grad))}
+    padded = q, sequences.padded(kv)
+    rounds |= {name: Round(pass_of(partial(sdpa, backend), padded, grad), comparable) for name, backend in SDPA.items()}
+    if device.type != "cuda":
+        return rounds | {"varlen": "runs on a GPU only"}
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return rounds | {"varlen": "not installed"}
+    return rounds | {"varlen": Round(pass_of(varlen, (q, kv), grad))}
+
+
+QUERY = [OURS, *SDPA, "varlen"]
+
+
+@pytest.mark.contest(contestants=QUERY, cpu=CPU_TOKENS, cuda=CUDA_TOKENS_OF_ONE_BATCH)
+def test_class_query_forward(case, device, enter):
+    """What the last block of a classifier needs: the class token's output alone."""
+    enter(
+        "attention of one query, forward",
+        partial(query_rounds, case, device, backward=False),
+        facts=case.facts(rows=2, queries=2, products=2),
+        tolerance=TOLERANCE[case.dtype],
+    )
+
+
+@pytest.mark.contest(contestants=QUERY, cpu=CPU_TOKENS, cuda=CUDA_TOKENS_OF_ONE_BATCH)
+def test_class_query_forward_backward(case, device, enter):
+    enter(
+        "attention of one query, forward and backward",
+        partial(query_rounds, case, device, backward=True),
+        facts=case.facts(rows=2 + 4, queries=2 + 3, products=2 + 4),
+        tolerance=TOLERANCE[case.dtype],
+    )
+
+
+@pytest.mark.contest(contestants=ATTENTION, cpu=CPU_TOKENS, cuda=CUDA_TOKENS)
+def test_attention_forward(case, device, enter):
+    enter(
+        "attention, forward",
+        partial(attention_rounds, case, device, lambda case, sequences, _: attention_forms(case, sequences), False),
+        facts=case.facts(rows=4, products=2),
+        tolerance=TOLERANCE[case.dtype],
+    )

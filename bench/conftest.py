@@ -9,12 +9,13 @@ rounds that were measured side by side.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from duel import OURS, Outcome, duel
+from duel import OURS, Outcome, ceilings, duel
 
 
 def pytest_addoption(parser):
@@ -23,6 +24,8 @@ def pytest_addoption(parser):
     group.addoption("--tome-checkout", type=Path, help="a work tree of facebookresearch/ToMe")
     group.addoption("--bench-device", choices=("cpu", "cuda"), help="where to run; the GPU if there is one")
     group.addoption("--threads", type=int, help="CPU threads; as torch chooses")
+    group.addoption("--stop-after", type=float, help="seconds after which no further group begins, so that what was "
+                    "measured is written in time")  # fmt: skip
 
 
 def pytest_configure(config):
@@ -55,6 +58,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["device"] = config.option.bench_device
     if config.option.bench_device == "cuda":
         machine_info["gpu"] = torch.cuda.get_device_name()
+        machine_info["ceilings"] = ceilings(torch.device("cuda"))
 
 
 class RecordedClock:
@@ -87,32 +91,54 @@ def device(request) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def duels() -> dict[str, dict[str, Outcome]]:
-    """The outcomes of the groups that have run, by name."""
+def begun() -> float:
+    return time.monotonic()
+
+
+@pytest.fixture(scope="session")
+def duels() -> dict[str, dict[str, Outcome] | Exception]:
+    """The outcomes of the groups that have run, by name, or the error that one ended in."""
     return {}
 
 
 @pytest.fixture
-def enter(benchmark, duels, case, contestant, device) -> Callable:
-    """Record this contestant's rounds: `enter(title, contestants, **duel's arguments)`, where `contestants` is called
-    once a group and makes the rounds of all of them."""
+def enter(request, benchmark, begun, duels, case, contestant, device) -> Callable:
+    """Record this contestant's rounds: `enter(title, contestants, facts, **duel's arguments)`, where `contestants` is
+    called once a group and makes the rounds of all of them, and `facts` are numbers of the group that report.py reads:
+    the `length` of a sequence, whether lengths are `ragged`, and of the floor the `floor_bytes` that must move and the
+    `floor_flops` that must be computed."""
 
-    def enter(title: str, contestants: Callable[[], dict], **options) -> None:
+    def enter(title: str, contestants: Callable[[], dict], facts: dict[str, float] | None = None, **options) -> None:
         group = f"{title}: {case}"
         if group not in duels:
+            limit = request.config.option.stop_after
+            if limit is not None and time.monotonic() - begun > limit:
+                benchmark.skipped = True
+                pytest.skip(f"not begun {limit:g} s into the run")
             torch.manual_seed(0)
-            duels[group] = duel(contestants(), device=device, **options)
-        outcome = duels[group].get(contestant, Outcome(absent=f"does not run on {device.type}"))
+            try:
+                duels[group] = duel(contestants(), device=device, **options)
+            except Exception as error:  # of the first contestant, which leaves nothing to compare with
+                duels[group] = error
+        outcomes = duels[group]
+        if isinstance(outcomes, Exception):
+            raise outcomes
+        outcome = outcomes.get(contestant, Outcome(absent=f"does not run on {device.type}"))
+        if outcome.wrong:
+            pytest.fail(outcome.wrong)
         if outcome.absent:
             benchmark.skipped = True
             pytest.skip(outcome.absent)
         benchmark.group = group
         benchmark.extra_info.update(
+            title=title,
             contestant=contestant,
             **{name: str(value) for name, value in vars(case).items()},
+            **(facts or {}),
             median_ms=outcome.median * 1e3,
-            ratio=outcome.median / duels[group][OURS].median,
+            ratio=outcome.median / outcomes[OURS].median,
             peak_bytes=outcome.peak_bytes,
+            graph=outcome.graph,
         )
         CLOCK.replay(benchmark, outcome.seconds)
 

@@ -12,22 +12,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smi_fast.graphs import capture, rehearse
+
 OURS = "smi-fast"
-SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 2.0, 7, 200
+SECONDS = {"cpu": 2.0, "cuda": 0.15}  # of a group's rounds
+ROUNDS = {"cpu": (7, 200), "cuda": (11, 31)}  # at least and at most, of each contestant
 Call = Callable[[], object]
 Measure = Callable[[Call], Sequence[float]]
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a contestant, and what makes its outputs comparable with the first contestant's, which is not timed:
+    taking the padding out, say."""
+
+    call: Call
+    comparable: Callable[..., Outputs] = lambda *outputs: outputs
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one contestant did: seconds of every round, and the most bytes of tensors that one round held at once.
 
-    `peak_bytes` is None where that was not measured. `absent` says why a contestant did not run; it then has no times.
+    `peak_bytes` is None where that was not measured. `graph` says whether a round was the replay of a CUDA graph; None
+    where that was not tried. `absent` says why a contestant did not run, and `wrong` what it computed wrongly; it then
+    has no times.
     """
 
     seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None
+    graph: bool | None = None
     absent: str = ""
+    wrong: str = ""
 
     @property
     def median(self) -> float:
@@ -35,7 +52,7 @@ class Outcome:
 
 
 def duel(
-    contestants: dict[str, Call | str],
+    contestants: dict[str, Call | Round | str],
     *,
     device: torch.device,
     tolerance: float | None = None,
@@ -45,55 +62,83 @@ def duel(
 ) -> dict[str, Outcome]:
     """Check the contestants against each other, warm them up, and time single rounds of all of them in turn.
 
-    Each round starts with another contestant, so that none always runs behind the same neighbour.
+    Each round starts with another contestant, so that none always runs behind the same neighbour. On a GPU a round is
+    captured as a CUDA graph where it can be, and its replay is checked like the round itself and timed in its place:
+    kernels of a few microseconds would otherwise wait for the host that launches them.
 
     Args:
         contestants: name -> one round of it, or a sentence that says why it cannot run here. A peer (not the first)
-            whose first round raises RuntimeError, ValueError or NotImplementedError is absent with that message.
+            whose first round raises is absent with that message.
         tolerance: what a round returns (a tensor, or a tuple of tensors) may differ from what the first contestant
             returns by at most this, relative to the largest value; None: nothing is compared.
-        rounds: how many to time of each; None: what SECONDS are enough for, within LEAST_ROUNDS and MOST_ROUNDS.
+        rounds: how many to time of each; None: what SECONDS are enough for, within ROUNDS.
         memory: measure the peak too, in one more round of each.
-        measure: runs a round and returns its seconds, one or several; None: a stopwatch for the device.
+        measure: runs a round and returns its seconds, one or several; None: a stopwatch for the device, on graphs.
 
     Raises:
-        AssertionError: a contestant computes something else than the first.
+        AssertionError: the first contestant's replay computes something else than its round.
     """
+    capture = device.type == "cuda" and measure is None
     measure = measure or stopwatch(device)
-    outcomes = {name: Outcome(absent=call) for name, call in contestants.items() if isinstance(call, str)}
-    running = {name: call for name, call in contestants.items() if not isinstance(call, str)}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the graphs of the last group held
+    outcomes: dict[str, Outcome] = {}
+    running: dict[str, Call] = {}
     reference = None
-    for number, (name, call) in enumerate(list(running.items())):
-        try:
-            output = _detached(call())
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            if number == 0:
-                raise
-            outcomes[name] = Outcome(absent=f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            del running[name]
-            continue
-        reference = output if number == 0 else reference
-        if tolerance is not None:
-            check(name, output, reference, tolerance)
+    with without_gc():
+        for name, contestant in contestants.items():
+            if isinstance(contestant, str):
+                outcomes[name] = Outcome(absent=contestant)
+                continue
+            one = contestant if isinstance(contestant, Round) else Round(contestant)
+            try:
+                output = one.comparable(*_detached(one.call()))
+                peak = peak_bytes(one.call, device) if memory else None
+                replay = captured(one.call) if capture else None
+            except Exception as error:
+                if reference is None:
+                    raise
+                outcomes[name] = Outcome(absent=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+                continue
+            first, reference = reference is None, output if reference is None else reference
+            try:
+                if tolerance is not None:
+                    check(name, output, reference, tolerance)
+                    if replay:
+                        check(f"{name}, replayed", one.comparable(*replay()), reference, tolerance)
+            except AssertionError as error:
+                if first:
+                    raise
+                outcomes[name] = Outcome(wrong=str(error))
+                continue
+            outcomes[name] = Outcome(peak_bytes=peak, graph=bool(replay) if capture else None)
+            running[name] = replay or one.call
+        times = _in_turn(running, measure, rounds, device)
+    for name, seconds in times.items():
+        outcomes[name] = Outcome(tuple(seconds), outcomes[name].peak_bytes, outcomes[name].graph)
+    return outcomes
+
+
+def _in_turn(
+    running: dict[str, Call], measure: Measure, rounds: int | None, device: torch.device
+) -> dict[str, list[float]]:
     if rounds is None:
         started = time.perf_counter()
         for call in running.values():
             measure(call)
-        rounds = int(SECONDS / max(time.perf_counter() - started, 1e-9))
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, rounds))
+        least, most = ROUNDS[device.type]
+        rounds = int(SECONDS[device.type] / max(time.perf_counter() - started, 1e-9))
+        rounds = max(least, min(most, rounds))
     times: dict[str, list[float]] = {name: [] for name in running}
     order = list(running)
-    with without_gc():
-        for number in range(rounds):
-            turn = number % len(order)
-            for name in order[turn:] + order[:turn]:
-                times[name].extend(measure(running[name]))
-    for name, call in running.items():
-        outcomes[name] = Outcome(tuple(times[name]), peak_bytes(call, device) if memory else None)
-    return {name: outcomes[name] for name in contestants}
+    for number in range(rounds):
+        turn = number % len(order)
+        for name in order[turn:] + order[:turn]:
+            times[name].extend(measure(running[name]))
+    return times
 
 
-def check(name: str, output: tuple[Tensor, ...], reference: tuple[Tensor, ...], tolerance: float) -> None:
+def check(name: str, output: Outputs, reference: Outputs, tolerance: float) -> None:
     """Raise AssertionError unless `output` is `reference` up to `tolerance` times the largest value of each tensor."""
     assert len(output) == len(reference), f"{name} returns {len(output)} tensors, expected {len(reference)}"
     for number, (ours, theirs) in enumerate(zip(reference, output, strict=True)):
@@ -102,10 +147,29 @@ def check(name: str, output: tuple[Tensor, ...], reference: tuple[Tensor, ...], 
         assert error <= tolerance, f"{name}: output {number} is off by {error:.1e}, more than {tolerance:.1e}"
 
 
-def _detached(output: object) -> tuple[Tensor, ...]:
+def _detached(output: object) -> Outputs:
     if output is None:
         return ()
     return tuple(tensor.detach() for tensor in (output if isinstance(output, tuple) else (output,)))
+
+
+def captured(call: Call) -> Callable[[], Outputs] | None:
+    """One round as a CUDA graph: a function that replays it and returns the outputs, which lie where each replay writes
+    them; None where the round cannot be captured, because it waits for the device, say. What `call` reads has to stay
+    where it is."""
+    outputs: list[Outputs] = []
+    stream = torch.cuda.Stream()
+    try:
+        rehearse(call, stream)
+        graph = capture(lambda: outputs.append(_detached(call())), torch.cuda.graph_pool_handle(), stream)
+    except RuntimeError:
+        return None
+
+    def replay() -> Outputs:
+        graph.replay()
+        return outputs[0]
+
+    return replay
 
 
 def stopwatch(device: torch.device) -> Measure:
@@ -134,9 +198,22 @@ def stopwatch(device: torch.device) -> Measure:
     return on_device
 
 
+def ceilings(device: torch.device, *, copied: int = 2**32, side: int = 8192) -> dict[str, float]:
+    """What the device reaches at best: bytes a second, read and written, of a large copy, and floating-point operations
+    a second of a large bfloat16 matrix product."""
+    measure = stopwatch(device)
+    source = torch.randint(0, 127, (copied,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    copy, product = (
+        statistics.median(second for _ in range(11) for second in measure(call))
+        for call in (lambda: target.copy_(source), lambda: a @ b)
+    )
+    return {"bytes_per_second": 2 * copied / copy, "flops_per_second": 2 * side**3 / product}
+
+
 def peak_bytes(call: Call, device: torch.device) -> int:
     """The most bytes that tensors made during one call hold at once; what lay there before does not count."""
-    gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -157,9 +234,10 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 @contextmanager
 def without_gc():
-    """No garbage collection in the middle of a round."""
+    """No garbage collection in the middle of a round. What is young is collected before; all of it would take longer
+    than many a group of kernels."""
     enabled = gc.isenabled()
-    gc.collect()
+    gc.collect(1)
     gc.disable()
     try:
         yield

@@ -1,19 +1,26 @@
-"""Tables of what was measured: python bench/report.py RESULTS.json [--markdown]"""
+"""Tables and plots of what was measured: python bench/report.py RESULTS.json ... [--markdown] [--targets] [--plots DIR]
+
+Several results are those of one machine on one day; what they say of it is taken from the first.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from duel import OURS
 
-COLUMNS = ("", "median ms", "IQR ms", f"x {OURS}", "rounds", "peak MiB")
+Entries = dict[str, dict]  # of a group, by contestant
 
 
-def tables(results: dict) -> dict[str, list[tuple[str, ...]]]:
-    """A table a group: a row a contestant, of the columns COLUMNS.
+def groups_of(results: dict) -> dict[str, Entries]:
+    """The entries of each group.
 
     Args:
         results: what pytest-benchmark wrote with --benchmark-json.
@@ -21,27 +28,296 @@ def tables(results: dict) -> dict[str, list[tuple[str, ...]]]:
     Raises:
         ValueError: a group without smi-fast, so that there is nothing to divide by.
     """
-    groups: dict[str, dict[str, dict]] = defaultdict(dict)
+    groups: dict[str, Entries] = defaultdict(dict)
     for entry in results["benchmarks"]:
         groups[entry["group"]][entry["extra_info"]["contestant"]] = entry
-    return {group: _rows(group, entries) for group, entries in groups.items()}
+    for group, entries in groups.items():
+        if OURS not in entries:
+            raise ValueError(f"{group}: no entry of {OURS}, so there is no ratio")
+    return groups
 
 
-def _rows(group: str, entries: dict[str, dict]) -> list[tuple[str, ...]]:
-    if OURS not in entries:
-        raise ValueError(f"{group}: no entry of {OURS}, so there is no ratio")
-    ours = entries[OURS]["stats"]["median"]
-    return [
-        (
-            name,
-            f"{entry['stats']['median'] * 1e3:.4g}",
-            f"{entry['stats']['iqr'] * 1e3:.2g}",
-            f"{entry['stats']['median'] / ours:.2f}",
-            str(entry["stats"]["rounds"]),
-            "-" if entry["extra_info"]["peak_bytes"] is None else f"{entry['extra_info']['peak_bytes'] / 2**20:.1f}",
-        )
-        for name, entry in entries.items()
-    ]
+def median(entry: dict) -> float:
+    return entry["stats"]["median"]
+
+
+def floor(entry: dict, results: dict) -> float | None:
+    """The seconds below which the GPU cannot do it: the bytes that must move at the bandwidth of a large copy, or the
+    operations at the rate of a large matrix product, whichever takes longer. None where either is unknown."""
+    ceilings, facts = results["machine_info"].get("ceilings"), entry["extra_info"]
+    if ceilings is None or "floor_bytes" not in facts:
+        return None
+    moving = facts["floor_bytes"] / ceilings["bytes_per_second"]
+    return max(moving, facts["floor_flops"] / ceilings["flops_per_second"])
+
+
+def tables(results: dict) -> dict[str, list[tuple[str, ...]]]:
+    """A table a group: the head, and a row a contestant. Ratios are to smi-fast and, where known, to the floor."""
+    return {group: _table(entries, results) for group, entries in groups_of(results).items()}
+
+
+def _table(entries: Entries, results: dict) -> list[tuple[str, ...]]:
+    ours = entries[OURS]
+    columns: dict[str, Callable[[dict], str]] = {
+        "": lambda entry: entry["extra_info"]["contestant"],
+        "median ms": lambda entry: f"{median(entry) * 1e3:.4g}",
+        "IQR ms": lambda entry: f"{entry['stats']['iqr'] * 1e3:.2g}",
+        f"x {OURS}": lambda entry: f"{median(entry) / median(ours):.2f}",
+    }
+    if floor(ours, results) is not None:
+        columns["x floor"] = lambda entry: f"{median(entry) / floor(entry, results):.2f}"
+    columns["rounds"] = lambda entry: str(entry["stats"]["rounds"])
+    if ours["extra_info"].get("graph") is not None:
+        columns["graph"] = lambda entry: "yes" if entry["extra_info"]["graph"] else "no"
+    columns["peak MiB"] = lambda entry: _mebibytes(entry["extra_info"]["peak_bytes"])
+    return [tuple(columns), *(tuple(cell(entry) for cell in columns.values()) for entry in entries.values())]
+
+
+def _mebibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.1f}"
+
+
+class Target(NamedTuple):
+    """A figure to reach in every group of a title to which it applies.
+
+    `ratio` takes the group's entries and smi-fast's floor and returns what is compared with `limit`, None where a group
+    has no such figure; `least` tells a ratio that has to be at least the limit from one that may be at most that.
+    """
+
+    figure: str
+    title: str
+    limit: float
+    least: bool
+    ratio: Callable[[Entries, float | None], float | None]
+    applies: Callable[[dict], bool] = lambda facts: True
+
+
+def _of_fastest_peer(entries: Entries, _: float | None) -> float | None:
+    peers = [median(entry) for name, entry in entries.items() if not name.startswith(OURS)]
+    return min(peers) / median(entries[OURS]) if peers else None
+
+
+def _of(name: str, *, inverse: bool = False) -> Callable[[Entries, float | None], float | None]:
+    def ratio(entries: Entries, _: float | None) -> float | None:
+        if name not in entries:
+            return None
+        ratio = median(entries[name]) / median(entries[OURS])
+        return 1 / ratio if inverse else ratio
+
+    return ratio
+
+
+def _of_floor(entries: Entries, floor: float | None) -> float | None:
+    return None if floor is None else median(entries[OURS]) / floor
+
+
+def _of_rate(per_second: float) -> Callable[[Entries, float | None], float | None]:
+    return lambda entries, _: 1 / median(entries[OURS]) / per_second
+
+
+def _of_memory(entries: Entries, _: float | None) -> float | None:
+    ours, theirs = (entries.get(name, {"extra_info": {}})["extra_info"].get("peak_bytes") for name in (OURS, PUBLISHED))
+    return ours / theirs if ours and theirs else None
+
+
+def _of_operations(entries: Entries, _: float | None) -> float | None:
+    """The gain over a dense forward pass, as a share of what fewer operations promise."""
+    name, facts = "timm dense, torch.compile", entries[OURS]["extra_info"]
+    promised = facts["dense_flops"] / facts["floor_flops"]
+    return median(entries[name]) / median(entries[OURS]) / promised if name in entries else None
+
+
+def _stage(model: str) -> Callable[[dict], bool]:
+    return lambda facts: facts["model"].startswith(model) and facts["kept"] == "46"
+
+
+def _large(facts: dict) -> bool:
+    return int(facts["batch"]) >= 128
+
+
+ATTENTION, CLASS_ROW, QUERY, PATCHES = (
+    [f"{title}, {passes}" for passes in ("forward", "forward and backward")]
+    for title in ("attention", "attention with the class row", "attention of one query", "patches through a view")
+)
+SELECTION = ["selection", "selection by mass"]
+ITERATION, GAIN = "inversion, one iteration", "sparse forward beside dense"
+PLAIN, PUBLISHED = "plain PyTorch, compiled", "published SMI"
+FLOOR = "time over the floor, batch >= 128"
+TARGETS = [
+    Target("fastest peer over smi-fast", ATTENTION[1], 1.3, True, _of_fastest_peer),
+    Target("the same at 47 tokens", ATTENTION[1], 1.6, True, _of_fastest_peer, lambda facts: facts["tokens"] == "47"),
+    *(Target("with the row over without", title, 1.05, False, _of(f"{OURS}, no row", inverse=True))
+      for title in CLASS_ROW),
+    *(Target(f"{peer} over smi-fast", title, limit, True, _of(peer))
+      for title in SELECTION for peer, limit in (("torch", 4), ("torch.compile", 2))),
+    Target(FLOOR, SELECTION[0], 1.5, False, _of_floor, _large),
+    *(Target("torch over smi-fast", title, 5, True, _of("torch")) for title in PATCHES),
+    *(Target(FLOOR, title, 1.5, False, _of_floor, _large) for title in PATCHES),
+    Target("published code over smi-fast, deit_base", ITERATION, 15, True, _of(PUBLISHED), _stage("deit_base")),
+    Target("plain loop over smi-fast, deit_base", ITERATION, 1.5, True, _of(PLAIN), _stage("deit_base")),
+    Target("plain loop over smi-fast, deit_tiny", ITERATION, 2, True, _of(PLAIN), _stage("deit_tiny")),
+    Target("time over the floor, deit_base", ITERATION, 1 / 0.6, False, _of_floor, _stage("deit_base")),
+    Target("iterations/s over 1500, deit_tiny", ITERATION, 1, True, _of_rate(1500), _stage("deit_tiny")),
+    Target("peak memory over the published code's", ITERATION, 0.25, False, _of_memory),
+    Target("dense compiled timm over smi-fast", GAIN, 4, True, _of("timm dense, torch.compile")),
+    Target("the same over the ratio of operations", GAIN, 0.9, True, _of_operations),
+]  # fmt: skip
+
+
+def targets(results: dict) -> list[tuple[str, ...]]:
+    """The figures to reach on an NVIDIA H200: a head, and for each of them its limit, the worst and the median ratio,
+    in how many groups it was reached, where it was worst, and whether it is met."""
+    rows = [("figure", "kernel", "limit", "worst", "median", "reached in", "worst at", "met")]
+    groups = groups_of(results)
+    for target in TARGETS:
+        ratios = {}
+        for group, entries in groups.items():
+            facts = entries[OURS]["extra_info"]
+            if facts.get("title") == target.title and target.applies(facts):
+                ratio = target.ratio(entries, floor(entries[OURS], results))
+                if ratio is not None:
+                    ratios[group] = ratio
+        limit = f"{'>=' if target.least else '<='} {target.limit:g}"
+        if not ratios:
+            rows.append((target.figure, target.title, limit, "-", "-", "-", "-", "not measured"))
+            continue
+        worst = (min if target.least else max)(ratios, key=ratios.get)
+        reached = [ratio >= target.limit if target.least else ratio <= target.limit for ratio in ratios.values()]
+        rows.append(
+            (
+                target.figure, target.title, limit, f"{ratios[worst]:.3g}", f"{statistics.median(ratios.values()):.3g}",
+                f"{sum(reached)} of {len(ratios)}", worst.removeprefix(f"{target.title}: "),
+                "yes" if all(reached) else "no",
+            )
+        )  # fmt: skip
+    return rows
+
+
+class Figure(NamedTuple):
+    """A picture: panels in rows and columns by what two of the facts say, time against `axis` in each."""
+
+    file: str
+    titles: list[str]
+    row: str
+    column: str
+    axis: str
+
+
+FIGURES = [
+    Figure("attention-forward", ATTENTION[:1], "batch", "heads", "tokens in a sequence"),
+    Figure("attention-forward-backward", ATTENTION[1:], "batch", "heads", "tokens in a sequence"),
+    Figure("class-query", QUERY, "title", "heads", "tokens in a sequence"),
+    Figure("selection", SELECTION[:1], "batch", "width", "patches to choose from"),
+    Figure("patches", PATCHES, "title", "batch", "kept patches"),
+]
+COLORS = {
+    OURS: "#d62728",
+    "SDPA math": "#8c8c8c", "SDPA flash": "#1f77b4", "SDPA efficient": "#17becf", "SDPA cuDNN": "#2ca02c",
+    "varlen": "#9467bd", "FlexAttention": "#ff7f0e", "xFormers": "#8c564b", "flash-attn": "#bcbd22",
+    "torch": "#1f77b4", "torch, reshaped": "#17becf", "torch.compile": "#ff7f0e",
+}  # fmt: skip
+BEYOND = 40  # times smi-fast: a contestant that is slower all along would flatten the others, and is left out
+
+
+def plots(results: dict, directory: Path) -> list[Path]:
+    """Draw each of FIGURES that something was measured for, as a PNG in the directory; returns the files.
+
+    A line is a contestant at equal lengths; a hollow mark is a ragged mix, at its mean length.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    paths, entered = [], groups_of(results).values()
+    for figure in FIGURES:
+        groups = [entries for entries in entered if entries[OURS]["extra_info"].get("title") in figure.titles]
+        if groups:
+            paths.append(directory / f"{figure.file}.png")
+            _draw(figure, groups, results, paths[-1])
+    return paths
+
+
+def _draw(figure: Figure, groups: list[Entries], results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    def panel(entries: Entries) -> tuple[str, str]:
+        facts = entries[OURS]["extra_info"]
+        return facts[figure.row], facts[figure.column]
+
+    rows, columns = (sorted({panel(entries)[side] for entries in groups}, key=_numerically) for side in (0, 1))
+    shape = len(rows), len(columns)
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    picture, axes = plt.subplots(
+        *shape, figsize=(1.6 + 3.2 * shape[1], 1.3 + 2.5 * shape[0]), squeeze=False, sharex=True, layout="constrained"
+    )
+    handles = {}
+    for row, row_axes in zip(rows, axes, strict=True):
+        for column, axis in zip(columns, row_axes, strict=True):
+            inside = [entries for entries in groups if panel(entries) == (row, column)]
+            handles |= _draw_panel(axis, inside, results)
+            said = f"{row}\n" if figure.row == "title" else f"{figure.row} {row}, "
+            axis.set_title(f"{said}{figure.column} {column}", fontsize=9)
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+            lengths = {entries[OURS]["extra_info"]["length"] for entries in inside if not _ragged(entries)}
+            if lengths:
+                axis.set_xticks(sorted(lengths), [f"{length:g}" for length in sorted(lengths)])
+    for axis in axes[-1]:
+        axis.set_xlabel(figure.axis)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("time in µs")
+    order = sorted(handles, key=[*COLORS, "floor"].index)
+    picture.legend(
+        [handles[name] for name in order], order, loc="outside lower center", ncols=min(len(order), 6), frameon=False
+    )
+    heading = [figure.titles[0]] if figure.row != "title" else []  # else each panel says it
+    heading.append(machine(results))
+    if any(map(_ragged, groups)):
+        heading.append("hollow: a ragged mix, at its mean length")
+    picture.suptitle("\n".join(heading), fontsize=9, color="#555555")
+    picture.savefig(path, dpi=120)
+    plt.close(picture)
+
+
+def _draw_panel(axis, groups: list[Entries], results: dict) -> dict[str, object]:
+    """Draw the lines of a panel; returns a handle for each name."""
+    series: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
+    for entries in groups:
+        length, ragged = entries[OURS]["extra_info"]["length"], _ragged(entries)
+        for name, entry in entries.items():
+            series[name].append((length, median(entry) * 1e6, ragged))
+        least = floor(entries[OURS], results)
+        if least is not None:
+            series["floor"].append((length, least * 1e6, ragged))
+    own = {length: time for length, time, _ in series[OURS]}
+    handles = {}
+    for name, points in series.items():
+        if name != "floor" and (name not in COLORS or all(time > BEYOND * own[length] for length, time, _ in points)):
+            continue
+        is_floor = name == "floor"
+        style = {"color": COLORS.get(name, "black"), "zorder": 3 if name == OURS else 2}
+        lines, mixed = ([(x, y) for x, y, ragged in sorted(points) if ragged is kind] for kind in (False, True))
+        (handles[name],) = axis.plot(
+            [x for x, _ in lines], [y for _, y in lines], linestyle="--" if is_floor else "-",
+            linewidth=2.2 if name == OURS else 1.1, marker="" if is_floor else "o", markersize=3, **style,
+        )  # fmt: skip
+        axis.plot(
+            [x for x, _ in mixed], [y for _, y in mixed], linestyle="", marker="_" if is_floor else "o", markersize=5.5,
+            markerfacecolor="white", **style,
+        )  # fmt: skip
+    return handles
+
+
+def _ragged(entries: Entries) -> bool:
+    return entries[OURS]["extra_info"]["ragged"]
+
+
+def _numerically(text: str) -> tuple[float, str]:
+    return (float(text), "") if text.isdigit() else (0.0, text)
 
 
 def machine(results: dict) -> str:
@@ -56,10 +332,20 @@ def machine(results: dict) -> str:
     return f"{', '.join(where)}; torch {info['torch']}; {results['datetime'][:10]}; {commit}"
 
 
-def as_text(rows: list[tuple[str, ...]]) -> str:
+def measured_ceilings(results: dict) -> str:
+    """A line that says what the floors are reckoned with; empty where there are none."""
+    ceilings = results["machine_info"].get("ceilings")
+    if ceilings is None:
+        return ""
+    copy, product = ceilings["bytes_per_second"] / 1e12, ceilings["flops_per_second"] / 1e12
+    return f"floors: {copy:.2f} TB/s, of a large copy, and {product:.0f} TFLOP/s, of a large bfloat16 matrix product"
+
+
+def as_text(rows: list[tuple[str, ...]], *, left: tuple[int, ...] = (0,)) -> str:
+    """Lines of cells, those of the columns `left` aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(cell.rjust(width) if number else cell.ljust(width) for number, (cell, width) in enumerate(pairs))
+        "  ".join(cell.ljust(width) if n in left else cell.rjust(width) for n, (cell, width) in enumerate(pairs))
         for pairs in (list(zip(row, widths, strict=True)) for row in rows)
     ]
     return "\n".join(lines)
@@ -71,21 +357,40 @@ def as_markdown(rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
 
 
-def report(results: dict, *, markdown: bool = False) -> str:
+def report(results: dict, *, markdown: bool = False, with_targets: bool = False) -> str:
     """All tables, under a line that names the machine. A ratio above 1 is a contestant slower than smi-fast."""
     title, table = ("### {}", as_markdown) if markdown else ("{}", as_text)
-    parts = [machine(results)]
+    parts = [line for line in (machine(results), measured_ceilings(results)) if line]
+    if with_targets:
+        parts += [title.format("figures to reach on an NVIDIA H200"), table(targets(results))]
     for group, rows in tables(results).items():
-        parts += [title.format(group), table([COLUMNS, *rows])]
+        parts += [title.format(group), table(rows)]
     return ("\n\n" if markdown else "\n").join(parts) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, help="the JSON that pytest-benchmark wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="the JSON that pytest-benchmark wrote")
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--targets", action="store_true", help="begin with the figures to reach, and whether they are")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw time against length, as PNGs in there")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the tables there")
     arguments = parser.parse_args()
-    print(report(json.loads(arguments.results.read_text()), markdown=arguments.markdown), end="")
+    there = [path for path in arguments.results if path.exists()]
+    for path in set(arguments.results).difference(there):
+        print(f"there is no {path}", file=sys.stderr)
+    if not there:
+        sys.exit(2)
+    results, *others = (json.loads(path.read_text()) for path in there)
+    for other in others:
+        results["benchmarks"] += other["benchmarks"]
+    text = report(results, markdown=arguments.markdown, with_targets=arguments.targets)
+    if arguments.output:
+        arguments.output.write_text(text)
+    else:
+        print(text, end="")
+    if arguments.plots:
+        plots(results, arguments.plots)
 
 
 if __name__ == "__main__":

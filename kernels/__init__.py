@@ -2,14 +2,19 @@
 
 from .attention import MAX_HEAD_DIM, attention
 from .backend import resolve_backend, triton_status
+from .class_attention import class_attention
 from .patches import gather_patches, view_cells
+from .pixels import patch_sites, pixel_step
 from .selection import Selection, select_tokens
 
 __all__ = [
     "MAX_HEAD_DIM",
     "Selection",
     "attention",
+    "class_attention",
     "gather_patches",
+    "patch_sites",
+    "pixel_step",
     "resolve_backend",
     "select_tokens",
     "triton_status",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import cdiv, jit, launch, next_power_of_2, resolve_backend, tl
+from .backend import cdiv, jit, launch, resolve_backend, tl
+from .dispatch import choose_attention, padded_head_dim
 from .rows import gather_rows, padding
 
 MAX_HEAD_DIM = 128
@@ -38,8 +38,8 @@ def attention(
         backend: "auto", "triton" or "torch".
 
     Returns:
-        out (T, H, D), contiguous; and on request class_attention (T,) float32, the first token's softmax row averaged
-        over the heads, which sums to 1 in each sequence and carries no gradient.
+        out (T, H, D), contiguous; and on request class_attention (H, T) float32, each head's softmax row of the first
+        token, which sums to 1 in each sequence and carries no gradient.
 
     Raises:
         ValueError: a shape, dtype, device or size outside of the above.
@@ -55,10 +55,8 @@ def attention(
         return out
     if qkv.dtype == torch.float64:
         raise ValueError('qkv has dtype torch.float64, which backend "triton" does not compute')
-    out, statistics = attention_op(qkv, cu_seqlens, max_seqlen, scale)
-    if return_class_attention:
-        return out, class_attention_op(qkv.detach(), statistics.detach(), cu_seqlens, max_seqlen, scale)
-    return out
+    out, class_attention, _ = attention_op(qkv, cu_seqlens, max_seqlen, scale, return_class_attention)
+    return (out, class_attention) if return_class_attention else out
 
 
 def _check_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
@@ -96,21 +94,21 @@ def attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale:
 
 @torch.no_grad()
 def class_attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """The class attention row in plain torch: (T, 3, H, D) -> (T,) float32."""
+    """The class attention in plain torch: (T, 3, H, D) -> (H, T) float32."""
     batch, tokens = len(cu_seqlens) - 1, len(qkv)
     if tokens == 0:
-        return qkv.new_zeros(0, dtype=torch.float32)
+        return qkv.new_zeros(qkv.shape[2], 0, dtype=torch.float32)
     q, k, _ = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unbind(1)
     ragged = tokens != batch * max_seqlen
     if ragged:
         slots, mask = padding(cu_seqlens, max_seqlen, tokens)
         k = k.new_zeros(batch * max_seqlen, *k.shape[1:]).index_copy(0, slots, k)
     q = q[cu_seqlens[:-1].clamp(max=tokens - 1)]
-    scores = torch.einsum("bhd,bnhd->bhn", q * scale, k.unflatten(0, (batch, max_seqlen)))
+    scores = torch.einsum("bhd,bnhd->hbn", q * scale, k.unflatten(0, (batch, max_seqlen)))
     if ragged:
-        scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    row = scores.softmax(-1).mean(1).flatten().float()
-    return row[slots] if ragged else row
+        scores = scores.masked_fill(~mask, -torch.inf)
+    rows = scores.softmax(-1).flatten(1).float()
+    return rows[:, slots] if ragged else rows
 
 
 @jit
@@ -120,200 +118,300 @@ def _dot(a, b):
 
 
 @jit
-def _forward_kernel(
+def _locate(cu_seqlens, heads):
+    """Where this program's sequence starts, how long it is, and the program's head."""
+    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    return start, tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start.to(tl.int32), head.to(tl.int64)
+
+
+@jit
+def _tile(rows, length, stride, D: tl.constexpr, BD: tl.constexpr):
+    """Offsets and mask [BR, BD] of rows [BR] of a sequence; an offset within 4096 tokens fits 32 bits."""
+    d = tl.arange(0, BD)  # [BD]
+    return rows[:, None] * stride + d[None, :], (rows[:, None] < length) & (d[None, :] < D)
+
+
+@jit
+def _tile_forward_kernel(
     out,
-    statistics,
-    q,
-    k,
-    v,
+    class_attention,
+    highests,
+    shares,
+    qkv,
     cu_seqlens,
     scale_log2,
     tokens,
     heads,
-    stride_token,
-    stride_head,
     D: tl.constexpr,
     BD: tl.constexpr,
+    CLASS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """A sequence of up to BN tokens: reads q, k and v once and writes out once (4 N D elements a head and sequence of N
+    tokens) and, with CLASS, N floats; 4 N^2 D operations."""
+    start, length, head = _locate(cu_seqlens, heads)
+    n = tl.arange(0, BN)  # [BN]
+    if length > 0:
+        width = heads * D
+        offsets, mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
+        qkv += start * 3 * width + head * D
+        q = tl.load(qkv + offsets, mask=mask, other=0.0)  # [BN, BD]
+        k = tl.load(qkv + width + offsets, mask=mask, other=0.0)  # [BN, BD]
+        v = tl.load(qkv + 2 * width + offsets, mask=mask, other=0.0)  # [BN, BD]
+        scores = tl.where(n[None, :] < length, _dot(q, tl.trans(k)) * scale_log2, float("-inf"))  # [BN, BN]
+        highest = tl.max(scores, 1)  # [BN]
+        p = tl.exp2(scores - highest[:, None])  # [BN, BN]
+        share = 1 / tl.sum(p, 1)  # [BN]
+        row = head * tokens + start + n  # [BN], of what is (H, T)
+        if STATISTICS:
+            tl.store(highests + row, highest, mask=n < length)
+            tl.store(shares + row, share, mask=n < length)
+        if CLASS:
+            # Stored from where it lies: to sum it out of the tile would cost a reduction over all warps.
+            class_row = class_attention + row[None, :] + tl.zeros([BN, 1], tl.int32)  # [BN, BN]
+            tl.store(class_row, p * share[:, None], mask=(n[:, None] == 0) & (n[None, :] < length))
+        acc = _dot(p.to(v.dtype), v) * share[:, None]  # [BN, BD]
+        offsets, mask = _tile(n, length, width, D, BD)
+        tl.store(out + start * width + head * D + offsets, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _blocks_forward_kernel(
+    out,
+    class_attention,
+    highests,
+    shares,
+    qkv,
+    cu_seqlens,
+    scale_log2,
+    tokens,
+    heads,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    CLASS: tl.constexpr,
+    STATISTICS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Reads q and writes out once (2 T H D elements), reads k and v once a block of BM queries; 4 N^2 D operations a
     head and sequence of N tokens. The statistics of a row are its highest score, times log2(e), and 1 / its sum: their
     logsumexp in one float would cost the backward pass a rounding error that plain torch does not make."""
-    sequence, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start.to(tl.int32)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
-    d = tl.arange(0, BD)  # [BD]
-    if tl.program_id(1) * BM < length:
-        base = start * stride_token + head * stride_head
-        m_mask = (m[:, None] < length) & (d[None, :] < D)  # [BM, BD]
-        q_tile = tl.load(q + base + m[:, None] * stride_token + d[None, :], mask=m_mask, other=0.0)  # [BM, BD]
+    start, length, head = _locate(cu_seqlens, heads)
+    first_m = tl.program_id(1) * BM
+    m = first_m + tl.arange(0, BM)  # [BM]
+    if first_m < length:
+        width = heads * D
+        qkv += start * 3 * width + head * D
+        offsets, mask = _tile(m, length, 3 * width, D, BD)  # [BM, BD]
+        q = tl.load(qkv + offsets, mask=mask, other=0.0)  # [BM, BD]
         highest = tl.full([BM], float("-inf"), tl.float32)  # [BM]
         total = tl.zeros([BM], tl.float32)  # [BM]
         acc = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
-        for first in range(0, length, BN):
-            n = first + tl.arange(0, BN)  # [BN]
-            n_mask = (n[:, None] < length) & (d[None, :] < D)  # [BN, BD]
-            offsets = base + n[:, None] * stride_token + d[None, :]  # [BN, BD]
-            k_tile = tl.load(k + offsets, mask=n_mask, other=0.0)  # [BN, BD]
-            scores = _dot(q_tile, tl.trans(k_tile)) * scale_log2  # [BM, BN]
-            scores = tl.where(n[None, :] < length, scores, float("-inf"))
+        for first_n in range(0, length, BN):
+            n = first_n + tl.arange(0, BN)  # [BN]
+            n_offsets, n_mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
+            k = tl.load(qkv + width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
+            v = tl.load(qkv + 2 * width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
+            scores = tl.where(n[None, :] < length, _dot(q, tl.trans(k)) * scale_log2, float("-inf"))  # [BM, BN]
             new_highest = tl.maximum(highest, tl.max(scores, 1))
             p = tl.exp2(scores - new_highest[:, None])  # [BM, BN]
             shrink = tl.exp2(highest - new_highest)  # [BM]
             total = total * shrink + tl.sum(p, 1)
+            acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
             highest = new_highest
-            v_tile = tl.load(v + offsets, mask=n_mask, other=0.0)  # [BN, BD]
-            acc = acc * shrink[:, None] + _dot(p.to(v_tile.dtype), v_tile)
-        out_offsets = ((start + m)[:, None] * heads + head) * D + d[None, :]  # [BM, BD]
-        tl.store(out + out_offsets, (acc / total[:, None]).to(out.dtype.element_ty), mask=m_mask)
-        statistic = head * tokens + start + m  # [BM]
-        tl.store(statistics + statistic, highest, mask=m < length)
-        tl.store(statistics + heads * tokens + statistic, 1 / total, mask=m < length)
+        share = 1 / total  # [BM]
+        offsets, mask = _tile(m, length, width, D, BD)
+        tl.store(out + start * width + head * D + offsets, (acc * share[:, None]).to(out.dtype.element_ty), mask=mask)
+        row = head * tokens + start  # of what is (H, T)
+        if STATISTICS:
+            tl.store(highests + row + m, highest, mask=m < length)
+            tl.store(shares + row + m, share, mask=m < length)
+        if CLASS and first_m == 0:
+            d = tl.arange(0, BD)  # [BD]
+            query = tl.load(qkv + d, mask=d < D, other=0.0).to(tl.float32)  # [BD]
+            class_highest = tl.sum(tl.where(m == 0, highest, 0.0), 0)
+            class_share = tl.sum(tl.where(m == 0, share, 0.0), 0)
+            for first_n in range(0, length, BN):
+                n = first_n + tl.arange(0, BN)  # [BN]
+                n_offsets, n_mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
+                k = tl.load(qkv + width + n_offsets, mask=n_mask, other=0.0).to(tl.float32)  # [BN, BD]
+                scores = tl.sum(query[None, :] * k, 1) * scale_log2  # [BN]
+                tl.store(class_attention + row + n, tl.exp2(scores - class_highest) * class_share, mask=n < length)
 
 
 @jit
-def _class_kernel(
-    class_attention,
-    q,
-    k,
-    statistics,
+def _tile_backward_kernel(
+    grad,
+    grad_out,
+    qkv,
     cu_seqlens,
+    scale,
     scale_log2,
-    tokens,
     heads,
-    stride_token,
-    stride_head,
     D: tl.constexpr,
     BD: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Reads k once (T H D elements) and writes T floats; 2 N H D operations a sequence of N tokens."""
-    sequence = tl.program_id(0)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start.to(tl.int32)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)  # [BN]
-    d = tl.arange(0, BD)  # [BD]
-    if tl.program_id(1) * BN < length:
-        n_mask = (n[:, None] < length) & (d[None, :] < D)  # [BN, BD]
-        acc = tl.zeros([BN], tl.float32)  # [BN]
-        q_offsets = start * stride_token + d  # [BD], of the first head
-        k_offsets = start * stride_token + n[:, None] * stride_token + d[None, :]  # [BN, BD]
-        statistic = start
-        for _ in range(heads):
-            query = tl.load(q + q_offsets, mask=d < D, other=0.0).to(tl.float32)  # [BD]
-            k_tile = tl.load(k + k_offsets, mask=n_mask, other=0.0).to(tl.float32)  # [BN, BD]
-            scores = tl.sum(query[None, :] * k_tile, 1) * scale_log2  # [BN]
-            highest, share = tl.load(statistics + statistic), tl.load(statistics + heads * tokens + statistic)
-            acc += tl.exp2(scores - highest) * share
-            q_offsets += stride_head
-            k_offsets += stride_head
-            statistic += tokens
-        tl.store(class_attention + start + n, acc / heads, mask=n < length)
+    """A sequence of up to BN tokens: reads q, k, v and grad_out once and writes dq, dk and dv once (7 N D elements a
+    head and sequence of N tokens); 10 N^2 D operations. Nothing of the forward pass is needed but its input."""
+    start, length, head = _locate(cu_seqlens, heads)
+    n = tl.arange(0, BN)  # [BN]
+    if length > 0:
+        width = heads * D
+        offsets, mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
+        out_offsets, _ = _tile(n, length, width, D, BD)  # [BN, BD]
+        base = start * 3 * width + head * D
+        qkv += base
+        q = tl.load(qkv + offsets, mask=mask, other=0.0)  # [BN, BD]
+        k = tl.load(qkv + width + offsets, mask=mask, other=0.0)  # [BN, BD]
+        v = tl.load(qkv + 2 * width + offsets, mask=mask, other=0.0)  # [BN, BD]
+        do = tl.load(grad_out + start * width + head * D + out_offsets, mask=mask, other=0.0)  # [BN, BD]
+        scores = tl.where(n[None, :] < length, _dot(q, tl.trans(k)) * scale_log2, float("-inf"))  # [BN, BN]
+        p = tl.exp2(scores - tl.max(scores, 1)[:, None])  # [BN, BN]
+        p *= (1 / tl.sum(p, 1))[:, None]
+        grad += base
+        dv = _dot(tl.trans(p.to(do.dtype)), do)  # [BN, BD]
+        tl.store(grad + 2 * width + offsets, dv.to(grad.dtype.element_ty), mask=mask)
+        dp = _dot(do, tl.trans(v))  # [BN, BN]
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)  # [BN, BN]
+        dq = _dot(ds, k)  # [BN, BD]
+        tl.store(grad + offsets, dq.to(grad.dtype.element_ty), mask=mask)
+        dk = _dot(tl.trans(ds), q)  # [BN, BD]
+        tl.store(grad + width + offsets, dk.to(grad.dtype.element_ty), mask=mask)
 
 
 @jit
-def _delta_kernel(
-    delta,
+def _rows_backward_kernel(
+    grad,
+    grad_out,
+    qkv,
     out,
-    grad_out,
-    tokens,
-    heads,
-    grad_stride_token,
-    grad_stride_head,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """Reads out and its gradient (2 T H D elements), writes T H floats: delta (H, T), their products summed over D."""
-    t = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
-    head = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BD)  # [BD]
-    mask = (t[:, None] < tokens) & (d[None, :] < D)  # [BM, BD]
-    o = tl.load(out + (t[:, None] * heads + head) * D + d[None, :], mask=mask, other=0.0)  # [BM, BD]
-    grad_offsets = t[:, None] * grad_stride_token + head * grad_stride_head + d[None, :]
-    do = tl.load(grad_out + grad_offsets, mask=mask, other=0.0)  # [BM, BD]
-    tl.store(delta + head * tokens + t, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1), mask=t < tokens)
-
-
-@jit
-def _dq_kernel(
-    dq,
-    q,
-    k,
-    v,
-    grad_out,
-    statistics,
-    delta,
+    highests,
+    shares,
     cu_seqlens,
     scale,
     scale_log2,
     tokens,
     heads,
-    stride_token,
-    stride_head,
-    grad_stride_token,
-    grad_stride_head,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
 ):
-    """Reads q and grad_out and writes dq once (3 T H D elements), reads k and v once a block of BM queries; 6 N^2 D
-    operations a head and sequence of N tokens."""
-    sequence, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start.to(tl.int32)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
-    d = tl.arange(0, BD)  # [BD]
-    if tl.program_id(1) * BM < length:
-        base = start * stride_token + head * stride_head
-        grad_base = start * grad_stride_token + head * grad_stride_head
-        m_mask = (m[:, None] < length) & (d[None, :] < D)  # [BM, BD]
-        q_tile = tl.load(q + base + m[:, None] * stride_token + d[None, :], mask=m_mask, other=0.0)  # [BM, BD]
-        grad_offsets = grad_base + m[:, None] * grad_stride_token + d[None, :]
-        do_tile = tl.load(grad_out + grad_offsets, mask=m_mask, other=0.0)  # [BM, BD]
+    """A sequence of up to BM tokens, whose rows stay while its keys pass in blocks of BN: reads q, k, v, out and
+    grad_out once and writes dq, dk and dv once (8 N D elements a head and sequence of N tokens); 10 N^2 D
+    operations."""
+    start, length, head = _locate(cu_seqlens, heads)
+    m = tl.arange(0, BM)  # [BM], all rows
+    if length > 0:
+        width = heads * D
+        base = start * 3 * width + head * D
+        qkv += base
+        grad += base
+        offsets, mask = _tile(m, length, 3 * width, D, BD)  # [BM, BD]
+        q = tl.load(qkv + offsets, mask=mask, other=0.0)  # [BM, BD]
+        out_offsets, _ = _tile(m, length, width, D, BD)  # [BM, BD]
+        out_base = start * width + head * D
+        do = tl.load(grad_out + out_base + out_offsets, mask=mask, other=0.0)  # [BM, BD]
+        o = tl.load(out + out_base + out_offsets, mask=mask, other=0.0)  # [BM, BD]
+        delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
         row = head * tokens + start + m  # [BM]
-        highest = tl.load(statistics + row, mask=m < length, other=0.0)  # [BM]
-        share = tl.load(statistics + heads * tokens + row, mask=m < length, other=0.0)  # [BM]
-        row_delta = tl.load(delta + row, mask=m < length, other=0.0)  # [BM]
-        acc = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
-        for first in range(0, length, BN):
-            n = first + tl.arange(0, BN)  # [BN]
-            n_mask = (n[:, None] < length) & (d[None, :] < D)  # [BN, BD]
-            offsets = base + n[:, None] * stride_token + d[None, :]  # [BN, BD]
-            k_tile = tl.load(k + offsets, mask=n_mask, other=0.0)  # [BN, BD]
-            v_tile = tl.load(v + offsets, mask=n_mask, other=0.0)  # [BN, BD]
-            scores = _dot(q_tile, tl.trans(k_tile)) * scale_log2  # [BM, BN]
+        highest = tl.load(highests + row, mask=m < length, other=0.0)  # [BM]
+        share = tl.load(shares + row, mask=m < length, other=0.0)  # [BM]
+        dq = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
+        for first_n in range(0, length, BN):
+            n = first_n + tl.arange(0, BN)  # [BN]
+            n_offsets, n_mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
+            k = tl.load(qkv + width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
+            v = tl.load(qkv + 2 * width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
+            scores = _dot(q, tl.trans(k)) * scale_log2  # [BM, BN]
             # Behind the end k is zero, but the score 0 can lie so far above the highest that p would be infinite.
             p = tl.where(n[None, :] < length, tl.exp2(scores - highest[:, None]) * share[:, None], 0.0)  # [BM, BN]
-            dp = _dot(do_tile, tl.trans(v_tile))  # [BM, BN]
-            ds = p * (dp - row_delta[:, None])  # [BM, BN]
-            acc += _dot(ds.to(k_tile.dtype), k_tile)
-        dq_offsets = ((start + m)[:, None] * 3 * heads + head) * D + d[None, :]  # [BM, BD]
-        tl.store(dq + dq_offsets, (acc * scale).to(dq.dtype.element_ty), mask=m_mask)
+            dp = _dot(do, tl.trans(v))  # [BM, BN]
+            ds = (p * (dp - delta[:, None]) * scale).to(q.dtype)  # [BM, BN]
+            dq += _dot(ds, k)
+            # Tensor cores of sm_90 want at least 64 rows: channels where keys are fewer.
+            if CHANNELS_FIRST:
+                dv = tl.trans(_dot(tl.trans(do), p.to(do.dtype)))  # [BN, BD]
+                dk = tl.trans(_dot(tl.trans(q), ds))  # [BN, BD]
+            else:
+                dv = _dot(tl.trans(p.to(do.dtype)), do)  # [BN, BD]
+                dk = _dot(tl.trans(ds), q)  # [BN, BD]
+            tl.store(grad + 2 * width + n_offsets, dv.to(grad.dtype.element_ty), mask=n_mask)
+            tl.store(grad + width + n_offsets, dk.to(grad.dtype.element_ty), mask=n_mask)
+        offsets, mask = _tile(m, length, 3 * width, D, BD)
+        tl.store(grad + offsets, dq.to(grad.dtype.element_ty), mask=mask)
 
 
 @jit
-def _dkv_kernel(
-    dk,
-    dv,
-    q,
-    k,
-    v,
-    grad_out,
-    statistics,
+def _blocks_dq_kernel(
+    grad,
     delta,
+    grad_out,
+    qkv,
+    out,
+    highests,
+    shares,
     cu_seqlens,
     scale,
     scale_log2,
     tokens,
     heads,
-    stride_token,
-    stride_head,
-    grad_stride_token,
-    grad_stride_head,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Reads q, out and grad_out and writes dq once (4 T H D elements), reads k and v once a block of BM queries;
+    6 N^2 D operations a head and sequence of N tokens. Leaves delta (H, T), the sum over D of out and its gradient."""
+    start, length, head = _locate(cu_seqlens, heads)
+    first_m = tl.program_id(1) * BM
+    m = first_m + tl.arange(0, BM)  # [BM]
+    if first_m < length:
+        width = heads * D
+        base = start * 3 * width + head * D
+        qkv += base
+        offsets, mask = _tile(m, length, 3 * width, D, BD)  # [BM, BD]
+        q = tl.load(qkv + offsets, mask=mask, other=0.0)  # [BM, BD]
+        out_offsets, _ = _tile(m, length, width, D, BD)  # [BM, BD]
+        out_base = start * width + head * D
+        do = tl.load(grad_out + out_base + out_offsets, mask=mask, other=0.0)  # [BM, BD]
+        o = tl.load(out + out_base + out_offsets, mask=mask, other=0.0)  # [BM, BD]
+        row = head * tokens + start + m  # [BM]
+        row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
+        tl.store(delta + row, row_delta, mask=m < length)
+        highest = tl.load(highests + row, mask=m < length, other=0.0)  # [BM]
+        share = tl.load(shares + row, mask=m < length, other=0.0)  # [BM]
+        dq = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
+        for first_n in range(0, length, BN):
+            n = first_n + tl.arange(0, BN)  # [BN]
+            n_offsets, n_mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
+            k = tl.load(qkv + width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
+            v = tl.load(qkv + 2 * width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
+            scores = _dot(q, tl.trans(k)) * scale_log2  # [BM, BN]
+            # Behind the end k is zero, but the score 0 can lie so far above the highest that p would be infinite.
+            p = tl.where(n[None, :] < length, tl.exp2(scores - highest[:, None]) * share[:, None], 0.0)  # [BM, BN]
+            ds = p * (_dot(do, tl.trans(v)) - row_delta[:, None])  # [BM, BN]
+            dq += _dot(ds.to(k.dtype), k)
+        tl.store(grad + base + offsets, (dq * scale).to(grad.dtype.element_ty), mask=mask)
+
+
+@jit
+def _blocks_dkv_kernel(
+    grad,
+    delta,
+    grad_out,
+    qkv,
+    highests,
+    shares,
+    cu_seqlens,
+    scale,
+    scale_log2,
+    tokens,
+    heads,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
@@ -321,147 +419,107 @@ def _dkv_kernel(
 ):
     """Reads k and v and writes dk and dv once (4 T H D elements), reads q and grad_out once a block of BN keys; 8 N^2 D
     operations a head and sequence of N tokens."""
-    sequence, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start.to(tl.int32)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)  # [BN]
-    d = tl.arange(0, BD)  # [BD]
-    if tl.program_id(1) * BN < length:
-        base = start * stride_token + head * stride_head
-        grad_base = start * grad_stride_token + head * grad_stride_head
-        n_mask = (n[:, None] < length) & (d[None, :] < D)  # [BN, BD]
-        offsets = base + n[:, None] * stride_token + d[None, :]  # [BN, BD]
-        k_tile = tl.load(k + offsets, mask=n_mask, other=0.0)  # [BN, BD]
-        v_tile = tl.load(v + offsets, mask=n_mask, other=0.0)  # [BN, BD]
-        dk_acc = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
-        dv_acc = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
-        for first in range(0, length, BM):
-            m = first + tl.arange(0, BM)  # [BM]
-            m_mask = (m[:, None] < length) & (d[None, :] < D)  # [BM, BD]
-            q_tile = tl.load(q + base + m[:, None] * stride_token + d[None, :], mask=m_mask, other=0.0)  # [BM, BD]
-            grad_offsets = grad_base + m[:, None] * grad_stride_token + d[None, :]
-            do_tile = tl.load(grad_out + grad_offsets, mask=m_mask, other=0.0)  # [BM, BD]
-            row = head * tokens + start + m  # [BM]
-            highest = tl.load(statistics + row, mask=m < length, other=0.0)  # [BM]
-            share = tl.load(
-                statistics + heads * tokens + row, mask=m < length, other=0.0
-            )  # [BM], p is 0 behind the end
-            row_delta = tl.load(delta + row, mask=m < length, other=0.0)  # [BM]
-            scores = _dot(k_tile, tl.trans(q_tile)) * scale_log2  # [BN, BM]
+    start, length, head = _locate(cu_seqlens, heads)
+    first_n = tl.program_id(1) * BN
+    n = first_n + tl.arange(0, BN)  # [BN]
+    if first_n < length:
+        width = heads * D
+        base = start * 3 * width + head * D
+        qkv += base
+        grad += base
+        grad_out += start * width + head * D
+        row = head * tokens + start  # of what is (H, T)
+        offsets, mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
+        k = tl.load(qkv + width + offsets, mask=mask, other=0.0)  # [BN, BD]
+        v = tl.load(qkv + 2 * width + offsets, mask=mask, other=0.0)  # [BN, BD]
+        dk = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
+        dv = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
+        for first_m in range(0, length, BM):
+            m = first_m + tl.arange(0, BM)  # [BM]
+            m_offsets, m_mask = _tile(m, length, 3 * width, D, BD)  # [BM, BD]
+            q = tl.load(qkv + m_offsets, mask=m_mask, other=0.0)  # [BM, BD]
+            out_offsets, _ = _tile(m, length, width, D, BD)  # [BM, BD]
+            do = tl.load(grad_out + out_offsets, mask=m_mask, other=0.0)  # [BM, BD]
+            highest = tl.load(highests + row + m, mask=m < length, other=0.0)  # [BM]
+            share = tl.load(shares + row + m, mask=m < length, other=0.0)  # [BM]; with 0, p is 0 behind the end
+            row_delta = tl.load(delta + row + m, mask=m < length, other=0.0)  # [BM]
+            scores = _dot(k, tl.trans(q)) * scale_log2  # [BN, BM]
             p = tl.exp2(scores - highest[None, :]) * share[None, :]  # [BN, BM]
-            dv_acc += _dot(p.to(do_tile.dtype), do_tile)
-            dp = _dot(v_tile, tl.trans(do_tile))  # [BN, BM]
-            ds = p * (dp - row_delta[None, :])  # [BN, BM]
-            dk_acc += _dot(ds.to(q_tile.dtype), q_tile)
-        out_offsets = ((start + n)[:, None] * 3 * heads + head) * D + d[None, :]  # [BN, BD]
-        tl.store(dk + out_offsets, (dk_acc * scale).to(dk.dtype.element_ty), mask=n_mask)
-        tl.store(dv + out_offsets, dv_acc.to(dv.dtype.element_ty), mask=n_mask)
+            dv += _dot(p.to(do.dtype), do)
+            ds = p * (_dot(v, tl.trans(do)) - row_delta[None, :])  # [BN, BM]
+            dk += _dot(ds.to(q.dtype), q)
+        tl.store(grad + width + offsets, (dk * scale).to(grad.dtype.element_ty), mask=mask)
+        tl.store(grad + 2 * width + offsets, dv.to(grad.dtype.element_ty), mask=mask)
 
 
-class Tiles(NamedTuple):
-    """Launch configuration of a kernel: BM queries and BN keys a tile."""
-
-    BM: int
-    BN: int
-    num_warps: int
-    num_stages: int = 1
-
-
-def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of "forward", "dq" or "dkv": none spills registers on sm_80 or sm_90, for any head_dim."""
-    if dtype == torch.float32:
-        return Tiles(16, 16, num_warps=8) if head_dim > 64 else Tiles(32, 32, num_warps=8 if head_dim > 16 else 4)
-    if head_dim > 64:
-        return Tiles(64, 64, num_warps=8)
-    if head_dim > 32 and kernel != "forward":
-        return Tiles(64, 32, num_warps=4) if kernel == "dq" else Tiles(32, 32, num_warps=4)
-    return Tiles(64, 64, num_warps=4)
-
-
-def _head_dims(head_dim: int) -> dict[str, int]:
-    """The constants D and BD: a tile holds a power of two of at least 16 channels."""
-    return {"D": head_dim, "BD": max(16, next_power_of_2(head_dim))}
-
-
-def _addressable(x: Tensor) -> Tensor:
-    """x, or a copy, so that the channels are contiguous and offsets within a sequence fit 32 bits."""
-    return x if x.stride(-1) == 1 and x.stride(0) * MAX_SEQLEN < 2**31 else x.contiguous()
-
-
-def launch_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The forward pass in Triton: out (T, H, D) and the statistics (2, H, T) of the softmax."""
+def launch_attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, with_class: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward pass in Triton: out (T, H, D), the class attention (H, T) where it is asked for and (H, 0) elsewhere,
+    and the statistics of the softmax, (2, H, T) where the backward pass needs them and (2, H, 0) elsewhere."""
     tokens, _, heads, head_dim = qkv.shape
-    out, statistics = _fake_attention(qkv, cu_seqlens, max_seqlen, scale)
+    out, row, statistics = _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class)
     if tokens:
-        qkv, tile = _addressable(qkv), tiles("forward", head_dim, qkv.dtype)
-        grid = ((len(cu_seqlens) - 1) * heads, cdiv(max_seqlen, tile.BM))
-        launch(
-            _forward_kernel, grid,
-            out, statistics, *qkv.unbind(1), cu_seqlens, scale * LOG2_E, tokens, heads, qkv.stride(0), qkv.stride(2),
-            **_head_dims(head_dim), **tile._asdict(),
-        )  # fmt: skip
-    return out, statistics
+        form, tiles = choose_attention("attention_forward", qkv, max_seqlen)
+        tensors = out, row, *statistics, qkv.contiguous(), cu_seqlens
+        constants = {"D": head_dim, "BD": padded_head_dim(head_dim), "CLASS": with_class}
+        constants["STATISTICS"] = statistics.numel() > 0
+        programs = (len(cu_seqlens) - 1) * heads
+        if form == "tile":
+            kernel, grid = _tile_forward_kernel, (programs,)
+        else:
+            kernel, grid = _blocks_forward_kernel, (programs, cdiv(max_seqlen, tiles["BM"]))
+        launch(kernel, grid, *tensors, scale * LOG2_E, tokens, heads, **constants, **tiles)
+    return out, row, statistics
 
 
 attention_op = torch.library.custom_op("smi_fast::attention", launch_attention, mutates_args=())
 
 
 @attention_op.register_fake
-def _fake_attention(qkv, cu_seqlens, max_seqlen, scale):
+def _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class):
     tokens, _, heads, head_dim = qkv.shape
-    return qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(2, heads, tokens, dtype=torch.float32)
+    kept = tokens if needs_statistics(qkv, max_seqlen) else 0
+    row = qkv.new_empty(heads, tokens if with_class else 0, dtype=torch.float32)
+    return qkv.new_empty(tokens, heads, head_dim), row, qkv.new_empty(2, heads, kept, dtype=torch.float32)
 
 
-def launch_class_attention(
-    qkv: Tensor, statistics: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
-) -> Tensor:
-    """The first token's softmax row (T,), averaged over the heads in their order."""
-    tokens, _, heads, head_dim = qkv.shape
-    row = _fake_class_attention(qkv, statistics, cu_seqlens, max_seqlen, scale)
-    if tokens:
-        qkv, block = _addressable(qkv), 32
-        grid = (len(cu_seqlens) - 1, cdiv(max_seqlen, block))
-        launch(
-            _class_kernel, grid,
-            row, qkv[:, 0], qkv[:, 1], statistics, cu_seqlens, scale * LOG2_E, tokens, heads,
-            qkv.stride(0), qkv.stride(2), **_head_dims(head_dim), BN=block, num_warps=4,
-        )  # fmt: skip
-    return row
-
-
-class_attention_op = torch.library.custom_op("smi_fast::class_attention", launch_class_attention, mutates_args=())
-
-
-@class_attention_op.register_fake
-def _fake_class_attention(qkv, statistics, cu_seqlens, max_seqlen, scale):
-    return qkv.new_empty(len(qkv), dtype=torch.float32)
+def needs_statistics(qkv: Tensor, max_seqlen: int) -> bool:
+    """Whether the backward pass wants the softmax's statistics, and out: not where one tile holds a sequence."""
+    return choose_attention("attention_backward", qkv, max_seqlen)[0] != "tile"
 
 
 def launch_attention_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, statistics: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor | None,
+    statistics: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
 ) -> Tensor:
-    """The gradient (T, 3, H, D) of qkv: every element is written once, by one program."""
+    """The gradient (T, 3, H, D) of qkv: every element is written once, by one program. `out` and `statistics` are those
+    of the forward pass, or None where they are not needed."""
     tokens, _, heads, head_dim = qkv.shape
     grad = _fake_attention_backward(grad_out, qkv, out, statistics, cu_seqlens, max_seqlen, scale)
     if tokens:
-        qkv, grad_out = _addressable(qkv), _addressable(grad_out)
-        constants = _head_dims(head_dim)
-        delta, block = torch.empty_like(statistics[0]), 32
-        launch(
-            _delta_kernel, (cdiv(tokens, block), heads),
-            delta, out, grad_out, tokens, heads, grad_out.stride(0), grad_out.stride(1),
-            **constants, BM=block, num_warps=4,
-        )  # fmt: skip
-        inputs = (
-            *qkv.unbind(1), grad_out, statistics, delta, cu_seqlens, scale, scale * LOG2_E, tokens, heads,
-            qkv.stride(0), qkv.stride(2), grad_out.stride(0), grad_out.stride(1),
-        )  # fmt: skip
-        dq, dk, dv = grad.unbind(1)
-        programs = (len(cu_seqlens) - 1) * heads
-        tile = tiles("dq", head_dim, qkv.dtype)
-        launch(_dq_kernel, (programs, cdiv(max_seqlen, tile.BM)), dq, *inputs, **constants, **tile._asdict())
-        tile = tiles("dkv", head_dim, qkv.dtype)
-        launch(_dkv_kernel, (programs, cdiv(max_seqlen, tile.BN)), dk, dv, *inputs, **constants, **tile._asdict())
+        form, tiles = choose_attention("attention_backward", qkv, max_seqlen)
+        qkv, grad_out = qkv.contiguous(), grad_out.contiguous()
+        constants = {"D": head_dim, "BD": padded_head_dim(head_dim)}
+        scales, programs = (scale, scale * LOG2_E), (len(cu_seqlens) - 1) * heads
+        if form == "tile":
+            inputs = grad_out, qkv, cu_seqlens, *scales, heads
+            launch(_tile_backward_kernel, (programs,), grad, *inputs, **constants, **tiles)
+        elif form == "rows":
+            inputs = grad_out, qkv, out, *statistics, cu_seqlens, *scales, tokens, heads
+            launch(_rows_backward_kernel, (programs,), grad, *inputs, **constants, **tiles)
+        else:
+            delta = torch.empty_like(statistics[0])
+            inputs = *statistics, cu_seqlens, *scales, tokens, heads
+            grid = programs, cdiv(max_seqlen, tiles["dq"]["BM"])
+            launch(_blocks_dq_kernel, grid, grad, delta, grad_out, qkv, out, *inputs, **constants, **tiles["dq"])
+            grid = programs, cdiv(max_seqlen, tiles["dkv"]["BN"])
+            launch(_blocks_dkv_kernel, grid, grad, delta, grad_out, qkv, *inputs, **constants, **tiles["dkv"])
     return grad
 
 
@@ -476,13 +534,15 @@ def _fake_attention_backward(grad_out, qkv, out, statistics, cu_seqlens, max_seq
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
-    ctx.save_for_backward(qkv, *output, cu_seqlens)
-    ctx.mark_non_differentiable(output[1])
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, _ = inputs
+    out, row, statistics = output
+    kept = (out, statistics) if needs_statistics(qkv, ctx.max_seqlen) else (None, None)
+    ctx.save_for_backward(qkv, *kept, cu_seqlens)
+    ctx.mark_non_differentiable(row, statistics)
 
 
-def _backward(ctx, grad_out, _):
-    return attention_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None
+def _backward(ctx, grad_out, *_):
+    return attention_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None, None
 
 
 attention_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -26,7 +26,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N) in the dtype that torch's linear would give.
     """
-    return _OneDnnLinear.apply(x, weight, bias) if _suits_onednn(x, weight, bias) else F.linear(x, weight, bias)
+    if not _suits_onednn(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return onednn_op(x, weight, bias) if torch.compiler.is_compiling() else _OneDnnLinear.apply(x, weight, bias)
 
 
 def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -36,7 +38,6 @@ def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() >= MIN_ROWS * x.shape[-1]
         and not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # the compiler chooses its own products
         and torch.backends.mkldnn.enabled
         and HAS_ONEDNN
     )
@@ -68,3 +69,27 @@ class _OneDnnLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return _onednn(grad, weight.t(), None), None, None
+
+
+def _compiled_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product as an operator, since torch's compiler takes oneDNN's own for weights that it has packed only."""
+    return _onednn(x, weight, bias)
+
+
+onednn_op = torch.library.custom_op("smi_fast::onednn_linear", _compiled_onednn, mutates_args=())
+
+
+@onednn_op.register_fake
+def _fake_onednn(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx, grad):
+    return onednn_op(grad, ctx.saved_tensors[0].t(), None), None, None
+
+
+onednn_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import cdiv, jit, launch, next_power_of_2, resolve_backend, tl
+from .backend import cdiv, jit, launch, resolve_backend, tl
+from .dispatch import choose
 from .rows import gather_rows, sequence_of_tokens
 
 
@@ -17,8 +18,9 @@ def gather_patches(
     *,
     patch_size: int | tuple[int, int],
     dtype: torch.dtype | None = None,
+    return_inverse: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """The patches at `positions` of B images, cut out of the images as seen through a view.
 
     The viewed image is the image rolled by (dy, dx) and then, if flip, mirrored left-right; a patch is cut out at the
@@ -31,11 +33,13 @@ def gather_patches(
         view: (dy, dx, flip), int32 or int64: (3,) for all images or (B, 3); None is the plain view. Read on its device.
         patch_size: (ph, pw), which divide (H, W).
         dtype: of the patches; that of the images by default.
+        return_inverse: return the inverse of cells too.
         backend: "auto", "triton" or "torch".
 
     Returns:
         patches (T, C * ph * pw) in the order of a convolution's weight (C, ph, pw), and cells (T,) int32, the grid cell
-        that each was cut out at (for the position embedding).
+        that each was cut out at (for the position embedding). With `return_inverse` also (B, rows, columns) int32, the
+        row of `patches` that was cut out at each cell, or -1, as `pixel_step` takes it.
 
     Raises:
         ValueError: a shape, dtype, device or size outside of the above.
@@ -43,9 +47,14 @@ def gather_patches(
     patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     _check_patches(images, positions, cu_seqlens, view, patch_size)
     if resolve_backend(backend, images.device) == "torch":
-        return patches_reference(images, positions, cu_seqlens, view, patch_size, dtype or images.dtype)
-    patches, cells, _ = gather_patches_op(images, positions, cu_seqlens, view, *patch_size, dtype or images.dtype)
-    return patches, cells
+        patches, cells = patches_reference(images, positions, cu_seqlens, view, patch_size, dtype or images.dtype)
+        grid_size = images.shape[2] // patch_size[0], images.shape[3] // patch_size[1]
+        inverse = inverse_reference(cells, cu_seqlens, grid_size) if return_inverse else None
+    else:
+        patches, cells, inverse = gather_patches_op(
+            images, positions, cu_seqlens, view, *patch_size, dtype or images.dtype
+        )
+    return (patches, cells, inverse) if return_inverse else (patches, cells)
 
 
 def _check_patches(images, positions, cu_seqlens, view, patch_size) -> None:
@@ -127,10 +136,25 @@ def patches_reference(
     return patches.view(tokens, channels * ph * pw).to(dtype), cells
 
 
+def inverse_reference(cells: Tensor, cu_seqlens: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """The row (B, rows, columns) int32 of the patch that lies in each cell, -1 where none does."""
+    batch, size = len(cu_seqlens) - 1, grid_size[0] * grid_size[1]
+    inverse = torch.full((batch * size,), -1, dtype=torch.int32, device=cells.device)
+    taken = sequence_of_tokens(cu_seqlens, len(cells)) * size + cells
+    rows = torch.arange(len(cells), dtype=torch.int32, device=cells.device)
+    return inverse.scatter_(0, taken, rows).view(batch, *grid_size)
+
+
 @jit
 def _modulo(a, n):
     """a modulo n in 0..n-1, also for negative a."""
     return ((a % n) + n) % n
+
+
+@jit
+def _wrap(a, n):
+    """a modulo n for a of 0..2n-1: below n, a - n is beyond any a as an unsigned integer."""
+    return tl.minimum(a.to(tl.uint32), (a - n).to(tl.uint32)).to(tl.int32)
 
 
 @jit
@@ -143,6 +167,43 @@ def _load_view(view, image, stride_image, height, width):
 
 
 @jit
+def _cell(
+    position, dy, dx, flip,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, VIEW: tl.constexpr,
+):  # fmt: skip
+    """Row and column of `view_cells`, for offsets of 0..height-1 and 0..width-1."""
+    row, column = position // COLUMNS, position % COLUMNS
+    if VIEW:
+        row = _wrap(row + (2 * dy + PH) // (2 * PH), ROWS)
+        column = _wrap(column + (2 * dx + PW) // (2 * PW), COLUMNS)
+        column = tl.where(flip, COLUMNS - 1 - column, column)
+    return row, column
+
+
+@jit
+def _pixels(
+    row, column, e, dy, dx, flip, stride_channel, stride_y, stride_x,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, VIEW: tl.constexpr,
+):  # fmt: skip
+    """Where in its image [BT, BE] the elements [BE] lie of the patches that the viewed image has in some cells [BT]."""
+    height, width = ROWS * PH, COLUMNS * PW
+    y, x = row * PH, column * PW  # [BT], the first pixel of the patch
+    along_y, along_x = e // PW % PH, e % PW  # [BE]
+    within = (e // (PH * PW)).to(tl.int64) * stride_channel  # [BE]
+    if VIEW:
+        y = _wrap(y + height - dy, height)  # [BT], in the image
+        x = _wrap(tl.where(flip, width - PW - x, x) + width - dx, width)
+        along_x = tl.where(flip, PW - 1 - along_x, along_x)
+        y, x = y[:, None] + along_y[None, :], x[:, None] + along_x[None, :]  # [BT, BE]
+        y, x = _wrap(y, height), _wrap(x, width)
+        pixels = within[None, :] + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+    else:
+        within += along_y.to(tl.int64) * stride_y + along_x.to(tl.int64) * stride_x
+        pixels = (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[:, None] + within[None, :]
+    return pixels
+
+
+@jit
 def _gather_kernel(
     patches,
     cells,
@@ -151,7 +212,6 @@ def _gather_kernel(
     positions,
     cu_seqlens,
     view,
-    batch,
     stride_image,
     stride_channel,
     stride_y,
@@ -163,42 +223,47 @@ def _gather_kernel(
     PH: tl.constexpr,
     PW: tl.constexpr,
     VIEW: tl.constexpr,
-    HALVINGS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
 ):
-    """Reads and writes each of T C PH PW pixels once, and writes two integers a patch; no arithmetic but addresses."""
-    token = tl.program_id(0).to(tl.int64)
-    # The patch belongs to the last image that starts at or before it.
-    image, end = tl.full([], 0, tl.int32), batch
-    for _ in range(HALVINGS):
-        middle = (image + end) // 2
-        starts_later = tl.load(cu_seqlens + middle) > token
-        end = tl.where(starts_later, middle, end)
-        image = tl.where(starts_later, image, middle)
-    image = image.to(tl.int64)
-    position = tl.load(positions + token)
-    row, column = position // COLUMNS, position % COLUMNS
+    """Reads and writes each of T C PH PW pixels once, and writes two integers a patch and one a cell; no arithmetic but
+    addresses."""
+    image = tl.program_id(0).to(tl.int64)
+    start = tl.load(cu_seqlens + image).to(tl.int64)
+    count = (tl.load(cu_seqlens + image + 1) - start).to(tl.int32)
+    dy, dx, flip = 0, 0, False
     if VIEW:
         dy, dx, flip = _load_view(view, image, view_stride_image, ROWS * PH, COLUMNS * PW)
-        row = (row + (2 * dy + PH) // (2 * PH)) % ROWS
-        column = (column + (2 * dx + PW) // (2 * PW)) % COLUMNS
-        column = tl.where(flip, COLUMNS - 1 - column, column)
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], elements of the patch in the order (C, PH, PW)
-    y = row * PH + e // PW % PH  # [BLOCK], in the viewed image
-    x = column * PW + e % PW  # [BLOCK]
-    if VIEW:
-        y = (y + ROWS * PH - dy) % (ROWS * PH)  # [BLOCK], in the image
-        x = tl.where(flip, COLUMNS * PW - 1 - x, x)
-        x = (x + COLUMNS * PW - dx) % (COLUMNS * PW)
-    offsets = image * stride_image + (e // (PH * PW)).to(tl.int64) * stride_channel
-    offsets += y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x  # [BLOCK]
-    mask = e < C * PH * PW  # [BLOCK]
-    pixels = tl.load(images + offsets, mask=mask)  # [BLOCK]
-    tl.store(patches + token * (C * PH * PW) + e, pixels.to(patches.dtype.element_ty), mask=mask)
-    if tl.program_id(1) == 0:
-        cell = row * COLUMNS + column
-        tl.store(cells + token, cell)
-        tl.store(inverse + image * (ROWS * COLUMNS) + cell, token.to(tl.int32))
+    first = tl.program_id(1) * BT
+    if first == 0:
+        inverse += image * (ROWS * COLUMNS)
+        for g in range(0, ROWS * COLUMNS, BE):
+            cell = g + tl.arange(0, BE)  # [BE]
+            tl.store(inverse + cell, -1, mask=cell < ROWS * COLUMNS)
+        tl.debug_barrier()  # what follows overwrites what other threads stored
+        for g in range(0, count, BE):
+            t = g + tl.arange(0, BE)  # [BE]
+            position = tl.load(positions + start + t, mask=t < count, other=0)
+            row, column = _cell(position, dy, dx, flip, ROWS, COLUMNS, PH, PW, VIEW)
+            cell = row * COLUMNS + column
+            tl.store(cells + start + t, cell, mask=t < count)
+            tl.store(inverse + cell, (start + t).to(tl.int32), mask=t < count)
+    if first >= count:
+        return
+    t = first + tl.arange(0, BT)  # [BT]
+    position = tl.load(positions + start + t, mask=t < count, other=0)
+    row, column = _cell(position, dy, dx, flip, ROWS, COLUMNS, PH, PW, VIEW)
+    images += image * stride_image
+    patches += (start + t)[:, None] * (C * PH * PW)  # [BT, 1]
+    # Flat where pixels lie apart, so that neighbouring threads take neighbouring ones; else a thread takes 16 bytes.
+    SHAPE: tl.constexpr = [BT * BE] if VIEW else [BT, BE]
+    for block in range(0, C * PH * PW, BE):
+        e = block + tl.arange(0, BE)  # [BE], elements of a patch in the order (C, PH, PW)
+        mask = (t < count)[:, None] & (e < C * PH * PW)[None, :]  # [BT, BE]
+        source = _pixels(row, column, e, dy, dx, flip, stride_channel, stride_y, stride_x, ROWS, COLUMNS, PH, PW, VIEW)
+        pixels = tl.load(images + tl.reshape(source, SHAPE), mask=tl.reshape(mask, SHAPE))
+        pixels = tl.reshape(pixels, [BT, BE])
+        tl.store(patches + e[None, :], pixels.to(patches.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -207,7 +272,6 @@ def _gather_backward_kernel(
     patch_grad,
     inverse,
     view,
-    grad_stride_token,
     view_stride_image,
     C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -215,25 +279,33 @@ def _gather_backward_kernel(
     PH: tl.constexpr,
     PW: tl.constexpr,
     VIEW: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BT: tl.constexpr,
+    BE: tl.constexpr,
 ):
     """Reads the T C PH PW gradients of the patches once and writes those of all B C H W pixels once; no arithmetic but
     addresses."""
     image = tl.program_id(0).to(tl.int64)
     height, width = ROWS * PH, COLUMNS * PW
-    p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], pixels of the image in the order (C, H, W)
-    channel, y, x = p // (height * width), p // width % height, p % width  # [BLOCK] each
+    dy, dx, flip = 0, 0, False
     if VIEW:
         dy, dx, flip = _load_view(view, image, view_stride_image, height, width)
-        y = (y + dy) % height  # [BLOCK], in the viewed image
-        x = (x + dx) % width
-        x = tl.where(flip, width - 1 - x, x)
-    mask = p < C * height * width  # [BLOCK]
-    cell = y // PH * COLUMNS + x // PW  # [BLOCK]
-    token = tl.load(inverse + image * (ROWS * COLUMNS) + cell, mask=mask, other=-1).to(tl.int64)  # [BLOCK]
-    offsets = token * grad_stride_token + (channel * PH + y % PH) * PW + x % PW  # [BLOCK]
-    pixels = tl.load(patch_grad + offsets, mask=mask & (token >= 0), other=0.0)  # [BLOCK]
-    tl.store(grad + image * (C * height * width) + p, pixels.to(grad.dtype.element_ty), mask=mask)
+    cell = tl.program_id(1) * BT + tl.arange(0, BT)  # [BT]
+    in_grid = cell < ROWS * COLUMNS  # [BT]
+    token = tl.load(inverse + image * (ROWS * COLUMNS) + cell, mask=in_grid, other=-1).to(tl.int64)  # [BT]
+    grad += image * (C * height * width)
+    patch_grad += token[:, None] * (C * PH * PW)  # [BT, 1]
+    # Flat where pixels lie apart, so that neighbouring threads take neighbouring ones; else a thread takes 16 bytes.
+    SHAPE: tl.constexpr = [BT * BE] if VIEW else [BT, BE]
+    for block in range(0, C * PH * PW, BE):
+        e = block + tl.arange(0, BE)  # [BE], elements of a patch in the order (C, PH, PW)
+        in_patch = (e < C * PH * PW)[None, :]  # [1, BE]
+        pixels = tl.load(patch_grad + e[None, :], mask=(token >= 0)[:, None] & in_patch, other=0.0)  # [BT, BE]
+        target = _pixels(
+            cell // COLUMNS, cell % COLUMNS, e, dy, dx, flip, height * width, width, 1, ROWS, COLUMNS, PH, PW, VIEW
+        )
+        mask = in_grid[:, None] & in_patch  # [BT, BE]
+        pixels = tl.reshape(pixels.to(grad.dtype.element_ty), SHAPE)
+        tl.store(grad + tl.reshape(target, SHAPE), pixels, mask=tl.reshape(mask, SHAPE))
 
 
 def _view_stride(view: Tensor | None) -> int:
@@ -248,16 +320,15 @@ def launch_gather_patches(
     is seen in each cell, -1 where none is."""
     batch, channels, _, _ = images.shape
     patches, cells, inverse = _fake_gather_patches(images, positions, cu_seqlens, view, ph, pw, dtype)
-    inverse.fill_(-1)
-    if len(positions):
+    _, rows, columns = inverse.shape
+    if inverse.numel():
         view = None if view is None else view.contiguous()
-        block = min(1024, next_power_of_2(patches.shape[1]))
+        _, tiles = choose("gather_patches", images.device, patches.shape[1])
         launch(
-            _gather_kernel, (len(positions), cdiv(patches.shape[1], block)),
-            patches, cells, inverse, images, positions.contiguous(), cu_seqlens, view, batch,
+            _gather_kernel, (batch, cdiv(rows * columns, tiles["BT"])),
+            patches, cells, inverse, images, positions.contiguous(), cu_seqlens, view,
             *images.stride(), _view_stride(view),
-            C=channels, ROWS=inverse.shape[1], COLUMNS=inverse.shape[2], PH=ph, PW=pw, VIEW=view is not None,
-            HALVINGS=(batch - 1).bit_length(), BLOCK=block, num_warps=4,
+            C=channels, ROWS=rows, COLUMNS=columns, PH=ph, PW=pw, VIEW=view is not None, **tiles,
         )  # fmt: skip
     return patches, cells, inverse
 
@@ -281,12 +352,11 @@ def launch_gather_patches_backward(
     out = _fake_gather_patches_backward(grad, inverse, view, channels, ph, pw, dtype)
     if out.numel():
         view = None if view is None else view.contiguous()
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        block = 1024
+        _, tiles = choose("gather_patches_backward", grad.device, channels * ph * pw)
         launch(
-            _gather_backward_kernel, (batch, cdiv(out[0].numel(), block)),
-            out, grad, inverse, view, grad.stride(0), _view_stride(view),
-            C=channels, ROWS=rows, COLUMNS=columns, PH=ph, PW=pw, VIEW=view is not None, BLOCK=block, num_warps=4,
+            _gather_backward_kernel, (batch, cdiv(rows * columns, tiles["BT"])),
+            out, grad.contiguous(), inverse, view, _view_stride(view),
+            C=channels, ROWS=rows, COLUMNS=columns, PH=ph, PW=pw, VIEW=view is not None, **tiles,
         )  # fmt: skip
     return out
 
@@ -307,6 +377,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.channels, ctx.dtype = images.shape[1], images.dtype
     ctx.save_for_backward(output[2], view)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros are written for each of them
 
 
 def _backward(ctx, grad, *_):

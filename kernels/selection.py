@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import cdiv, jit, launch, next_power_of_2, resolve_backend, tl
-from .rows import gather_rows
+from .backend import INTERPRETED, cdiv, jit, launch, resolve_backend, tl
+from .dispatch import choose
+from .rows import gather_rows, padding
 
 MAX_CANDIDATES = 4096
 LEAST_MASS = 2.0**-60  # of a total below 2^52 this is less than the least unit: any smaller share means the same
+FIXED_POINT_BITS = 40  # of an importance: 4096 of them sum to at most 2^52, up to which float64 counts exactly
 
 
 class Selection(NamedTuple):
-    """The tokens that stay, packed: the fields of PackedTokens. `values` is None where none were given."""
+    """The tokens that stay, packed: the fields of PackedTokens. `values` is None where none were given.
+
+    `lengths` are those of the sequences, on the host; None where one `k` for all makes each of them max_seqlen."""
 
     values: Tensor | None
     positions: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    lengths: list[int] | None = None
 
 
 def select_tokens(
@@ -29,295 +36,380 @@ def select_tokens(
     values: Tensor | None = None,
     positions: Tensor | None = None,
     *,
-    k: int | None = None,
+    k: int | Sequence[int] | None = None,
     mass: float | None = None,
     num_prefix_tokens: int = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     backend: str = "auto",
 ) -> Selection:
-    """Keep the most important of N patches per image, and gather their tokens.
+    """Keep the most important candidates of each image, and gather their tokens.
 
     Importance is the mean of `attention` over the heads, in float32. The highest stay; of equals the lower index stays;
-    what stays is in ascending order of index. The pick is the same on every device and backend.
+    what stays is in ascending order of index. The pick is the same on every device and backend, and that of an image is
+    the same whatever else is in the batch.
 
     Args:
         attention: (B, H, N) the class token's attention to each of up to 4096 candidates, or (B, N); float32, bfloat16
             or float16. No gradient flows to it.
         values: (B, P + N, C) tokens of any float dtype, prefix tokens first. Gradients flow to those that stay.
         positions: (B, N) index of each candidate in the patch grid; 0..N-1 by default.
-        k: how many patches of each image stay, 1..N.
-        mass: keep the fewest patches whose importance sums to at least this share, in (0, 1], of the image's total; one
-            where that total is zero. Synchronises with the host once, to learn how many that is.
+        k: how many candidates of each image stay, 1..N; or B integers, one for each image.
+        mass: keep the fewest candidates whose importance sums to at least this share, in (0, 1], of the image's total;
+            one where that total is zero. Synchronises with the host once, to learn how many that is. Importance counts
+            in units of about 2^-40 of the image's greatest, so that sums are exact.
         num_prefix_tokens: P, tokens that always stay; token p of them gets position p - P.
+        cu_seqlens: (B + 1,) int32, for a packed input: attention is (H, T) or (T,), values (T, C) and positions (T,),
+            of all tokens of all sequences. What attention says of prefix tokens is ignored; their positions, where any
+            are given, are carried along.
+        max_seqlen: the length of the longest sequence of a packed input, at most P + 4096.
         backend: "auto", "triton" or "torch".
 
     Raises:
         ValueError: an argument outside of the above; on a CPU also an importance that is NaN (with `mass`: negative or
-            infinite), which on a GPU is a device-side assertion.
+            infinite) and a packed sequence of fewer than k candidates, which on a GPU are device-side assertions.
     """
-    if attention.dim() == 2:
-        attention = attention.unsqueeze(1)
-    _check_selection(attention, values, positions, k, mass, num_prefix_tokens)
+    if attention.dim() == (2 if cu_seqlens is None else 1):
+        attention = attention.unsqueeze(-2)
     attention = attention.detach()
-    if resolve_backend(backend, attention.device) == "torch":
-        return select_reference(attention, values, positions, k, mass, num_prefix_tokens)
-    cu_seqlens, max_seqlen = None, num_prefix_tokens + (k or 0)
-    tokens = len(attention) * max_seqlen
+    _check_selection(attention, values, positions, k, mass, num_prefix_tokens, cu_seqlens, max_seqlen)
+    if cu_seqlens is None:
+        max_seqlen = num_prefix_tokens + attention.shape[-1]
+    max_seqlen = max(max_seqlen, num_prefix_tokens + 1)  # which it is, but for a packed batch of no images
+    plain = resolve_backend(backend, attention.device) == "torch"
+    starts = limits = lengths = None
+    if mass is None and not isinstance(k, int):
+        lengths = [num_prefix_tokens + count for count in k]
+        starts = cumulative(lengths, attention.device)
+    if plain or INTERPRETED:
+        _assert_valid(attention, cu_seqlens, starts, k, mass, num_prefix_tokens, max_seqlen)
     if mass is not None:
-        counts, valid = count_mass_op(attention, mass, num_prefix_tokens)
-        _assert_valid(valid, mass)
-        cu_seqlens, tokens, max_seqlen = _pack(counts)
-    packed, positions, cu_seqlens, _, valid = select_op(
-        attention, values, positions, cu_seqlens, k or 0, mass or 0.0, num_prefix_tokens, tokens
+        count = count_mass_reference if plain else count_mass_op
+        counts, limits = count(attention, cu_seqlens, mass, num_prefix_tokens, max_seqlen)
+        starts, lengths = counts.cumsum(0, dtype=torch.int32), counts.tolist()[1:]
+    if lengths is None:
+        batch, longest = len(attention) if cu_seqlens is None else len(cu_seqlens) - 1, num_prefix_tokens + k
+        tokens = batch * longest
+    else:
+        k, tokens, longest = 0, sum(lengths), max(lengths, default=0)
+    select = select_reference if plain else select_op
+    packed, positions, starts, *_ = select(
+        attention, values, positions, cu_seqlens, starts, limits, k, num_prefix_tokens, max_seqlen, tokens
     )
-    if mass is None:
-        _assert_valid(valid, mass)
-    return Selection(None if values is None else packed, positions, cu_seqlens, max_seqlen)
+    return Selection(None if values is None else packed, positions, starts, longest, lengths)
 
 
-def _check_selection(attention, values, positions, k, mass, num_prefix_tokens) -> None:
-    if attention.dim() != 3 or attention.shape[1] == 0:
-        raise ValueError(f"attention has shape {tuple(attention.shape)}, not (batch, [heads,] patches)")
+def cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Cumulative lengths (B + 1,) int32 on a device, shipped without waiting for it."""
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
+    return starts.to(device, non_blocking=True)
+
+
+def _check_selection(attention, values, positions, k, mass, num_prefix_tokens, cu_seqlens, max_seqlen) -> None:
+    dense = cu_seqlens is None
+    if dense != (max_seqlen is None):
+        raise ValueError(f"cu_seqlens and max_seqlen={max_seqlen} go together: both or neither")
+    if attention.dim() != (3 if dense else 2) or attention.shape[-2] == 0:
+        expected = "(batch, [heads,] patches)" if dense else "([heads,] tokens), as cu_seqlens need it"
+        raise ValueError(f"attention has shape {tuple(attention.shape)}, not {expected}")
     if attention.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"attention has dtype {attention.dtype}; float32, bfloat16 and float16 are possible")
-    batch, _, candidates = attention.shape
-    if not 1 <= candidates <= MAX_CANDIDATES:
+    if num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens={num_prefix_tokens} is negative")
+    if not dense and (cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype != torch.int32):
+        raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, not (batch + 1,) torch.int32")
+    batch = len(attention) if dense else len(cu_seqlens) - 1
+    candidates = attention.shape[-1] if dense else max_seqlen - num_prefix_tokens
+    if not 1 <= candidates <= MAX_CANDIDATES and (dense or batch):
         raise ValueError(f"attention has {candidates} patches, outside 1..{MAX_CANDIDATES}")
     if (k is None) == (mass is None):
         raise ValueError(f"exactly one of k and mass is needed, not k={k} and mass={mass}")
-    if k is not None and not 1 <= k <= candidates:
-        raise ValueError(f"k={k} is outside 1..{candidates}")
     if mass is not None and not 0 < mass <= 1:
         raise ValueError(f"mass={mass} is outside (0, 1]")
-    if values is None and num_prefix_tokens != 0:
+    if k is not None and not isinstance(k, int) and len(k) != batch:
+        raise ValueError(f"k has {len(k)} counts for {batch} images")
+    for count in [] if k is None else [k] if isinstance(k, int) else k:
+        if not 1 <= count <= candidates:
+            raise ValueError(f"k={count} is outside 1..{candidates}")
+    if dense and values is None and num_prefix_tokens != 0:
         raise ValueError(f"num_prefix_tokens={num_prefix_tokens} without values that hold them")
-    if num_prefix_tokens < 0:
-        raise ValueError(f"num_prefix_tokens={num_prefix_tokens} is negative")
+    rows = (batch, num_prefix_tokens + candidates) if dense else (attention.shape[-1],)
     if values is not None:
-        if values.dim() != 3 or values.shape[:2] != (batch, num_prefix_tokens + candidates):
-            raise ValueError(
-                f"values has shape {tuple(values.shape)}, not ({batch}, {num_prefix_tokens + candidates}, channels)"
-            )
+        if values.shape[:-1] != rows:
+            raise ValueError(f"values has shape {tuple(values.shape)}, not ({', '.join(map(str, rows))}, channels)")
         if not values.is_floating_point():
             raise ValueError(f"values has dtype {values.dtype}, not a floating-point one")
     if positions is not None:
-        if positions.shape != (batch, candidates):
-            raise ValueError(f"positions has shape {tuple(positions.shape)}, not ({batch}, {candidates})")
+        expected = (batch, candidates) if dense else rows
+        if positions.shape != expected:
+            raise ValueError(f"positions has shape {tuple(positions.shape)}, not {expected}")
         if positions.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"positions has dtype {positions.dtype}, not torch.int32 or torch.int64")
-    for name, tensor in (("values", values), ("positions", positions)):
+    for name, tensor in (("values", values), ("positions", positions), ("cu_seqlens", cu_seqlens)):
         if tensor is not None and tensor.device != attention.device:
             raise ValueError(f"{name} is on {tensor.device}, attention on {attention.device}")
+
+
+def _assert_valid(attention, cu_seqlens, starts, k, mass, num_prefix_tokens, max_seqlen) -> None:
+    """What the kernels assert on a device, for where they do not run, or are interpreted: at once on a CPU."""
+    importance, present = candidates_of(attention, cu_seqlens, num_prefix_tokens, max_seqlen)
+    needed = "importance must not be NaN" if mass is None else "importance must be neither NaN, negative nor infinite"
+    valid = importance == importance if mass is None else (importance >= 0) & (importance < torch.inf)
+    _assert_rows(valid.all(1), needed)
+    if cu_seqlens is not None:
+        least = starts.diff() - num_prefix_tokens if starts is not None else k or 1
+        _assert_rows(present.sum(1) >= least, "an image must have as many candidates as are to stay, and at least one")
+
+
+def _assert_rows(valid: Tensor, needed: str) -> None:
+    """Raise unless all of (B,) images are valid: at once on a CPU, by an assertion on the device elsewhere."""
+    if valid.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(valid.all(), needed)
+    elif not valid.all():
+        raise ValueError(f"{needed}, which fails in row {int(valid.logical_not().nonzero()[0])}")
+
+
+def candidates_of(attention, cu_seqlens, num_prefix_tokens: int, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """Importance (B, N) of each image's candidates, 0 behind the last, and the mask (B, N) of those that there are."""
+    importance = mean_over_heads(attention)
+    if cu_seqlens is None:
+        return importance, torch.ones_like(importance, dtype=torch.bool)
+    slots, taken = padding(cu_seqlens, max_seqlen, len(importance))
+    padded = importance.new_zeros(taken.numel()).index_copy(0, slots, importance).view(taken.shape)
+    return padded[:, num_prefix_tokens:], taken[:, num_prefix_tokens:]
+
+
+def count_mass_reference(
+    attention: Tensor, cu_seqlens: Tensor | None, mass: float, num_prefix_tokens: int, max_seqlen: int
+) -> tuple[Tensor, None]:
+    """How many tokens of each image stay where `mass` decides: (B + 1,) int32, behind a zero for cumulative sums."""
+    importance, _ = candidates_of(attention, cu_seqlens, num_prefix_tokens, max_seqlen)
+    units = fixed_point(importance).sort(dim=1, descending=True).values
+    target = units.sum(1, keepdim=True).double() * max(mass, LEAST_MASS)
+    kept = ((units.cumsum(1) - units).double() < target).sum(1).clamp(min=1)
+    return F.pad(num_prefix_tokens + kept, (1, 0)).int(), None
 
 
 def select_reference(
     attention: Tensor,
     values: Tensor | None,
     positions: Tensor | None,
-    k: int | None,
-    mass: float | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
+    limits: None,
+    k: int,
     num_prefix_tokens: int,
-) -> Selection:
-    """What `select_tokens` means, in plain torch."""
-    batch, _, candidates = attention.shape
-    if positions is None:
-        positions = torch.arange(candidates, device=attention.device).expand(batch, -1)
-    importance = mean_over_heads(attention)
-    valid = importance == importance if mass is None else (importance >= 0) & (importance < torch.inf)
-    _assert_valid(valid.all(1), mass)
-    kept = top_k(importance, k) if mass is None else top_mass(importance, mass)  # (B, N)
-    kept = F.pad(kept, (num_prefix_tokens, 0), value=True)  # (B, P + N)
-    if mass is None:
-        tokens, max_seqlen = batch * (num_prefix_tokens + k), num_prefix_tokens + k
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=kept.device) * max_seqlen
+    max_seqlen: int,
+    tokens: int,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What `select_tokens` means once it is known how many stay, in plain torch: packed values, positions, cu_seqlens.
+
+    `starts` (B + 1,) int32 are the cumulative lengths of the `tokens` that stay; None where k candidates of each image
+    do."""
+    importance, present = candidates_of(attention, cu_seqlens, num_prefix_tokens, max_seqlen)
+    batch, device = len(importance), attention.device
+    if starts is None:
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * (num_prefix_tokens + k)
+    # What is absent comes last: of equal importance the first is higher.
+    order = importance.masked_fill(~present, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    highest = torch.arange(order.shape[1], device=device) < starts.diff()[:, None] - num_prefix_tokens
+    kept = torch.zeros_like(present).scatter_(1, order, highest)  # (B, N)
+    kept = F.pad(kept, (num_prefix_tokens, 0), value=True).flatten()  # (B * (P + N))
+    if cu_seqlens is None:
+        within = torch.arange(-num_prefix_tokens, importance.shape[1], device=device).expand(batch, -1)
+        if positions is not None:
+            within = torch.cat([within[:, :num_prefix_tokens], positions], 1)
+        positions = within.flatten()
+        values = None if values is None else values.flatten(0, 1)
     else:
-        cu_seqlens, tokens, max_seqlen = _pack(kept.sum(1))
-    # Row t of the packed batch is row rows[t] of (B * (P + N)); what does not stay goes to a place behind the last.
-    kept = kept.flatten()
+        slots, _ = padding(cu_seqlens, max_seqlen, attention.shape[1])
+        kept = kept[slots]
+        positions = slots % max_seqlen - num_prefix_tokens if positions is None else positions
+    # Row t of the packed batch is row rows[t] of the input; what does not stay goes to a place behind the last.
     slots = torch.where(kept, kept.cumsum(0) - 1, tokens)
-    rows = slots.new_empty(tokens + 1).scatter_(0, slots, torch.arange(len(kept), device=kept.device))[:tokens]
-    prefix = torch.arange(-num_prefix_tokens, 0, device=kept.device).expand(batch, -1)
-    positions = torch.cat([prefix, positions], 1).flatten()[rows].to(torch.int32)
-    values = None if values is None else gather_rows(values.flatten(0, 1), rows)
-    return Selection(values, positions, cu_seqlens, max_seqlen)
+    rows = slots.new_empty(tokens + 1).scatter_(0, slots, torch.arange(len(kept), device=device))[:tokens]
+    return None if values is None else gather_rows(values, rows), positions[rows].to(torch.int32), starts
 
 
 def mean_over_heads(attention: Tensor) -> Tensor:
-    """Importance: (B, H, N) -> (B, N) float32, summed over the heads in their order, without negative zeros.
+    """Importance: (..., H, N) -> (..., N) float32, summed over the heads in their order, without negative zeros.
 
     The product in float64 rounds to what a division in float32 would be, and does so alike on every device."""
-    total = attention[:, 0].float()
-    for head in range(1, attention.shape[1]):
-        total = total + attention[:, head].float()
-    importance = (total.double() * (1 / attention.shape[1])).float()
+    first, *others = attention.unbind(-2)
+    total = first.float()
+    for head in others:
+        total = total + head.float()
+    importance = (total.double() * (1 / attention.shape[-2])).float()
     return torch.where(importance == 0, 0.0, importance)
-
-
-def top_k(importance: Tensor, k: int) -> Tensor:
-    """Mask (B, N) of the k highest of each row, of equals the first."""
-    order = importance.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(importance, dtype=torch.bool).scatter_(1, order[:, :k], True)
-
-
-def top_mass(importance: Tensor, mass: float) -> Tensor:
-    """Mask (B, N) of the fewest entries whose sum is at least `mass` of the row's, the highest first, at least one."""
-    order = importance.argsort(dim=1, descending=True, stable=True)
-    units = fixed_point(importance).gather(1, order)
-    target = units.sum(1, keepdim=True).double() * max(mass, LEAST_MASS)
-    kept = (units.cumsum(1) - units).double() < target
-    kept[:, 0] = True
-    return torch.zeros_like(kept).scatter_(1, order, kept)
 
 
 def fixed_point(importance: Tensor) -> Tensor:
     """(B, N) int64 multiples of a power of two of each row's own, so that sums are exact and stay below 2^52."""
     exponent = importance.amax(1, keepdim=True).view(torch.int32).long() >> 23  # the maximum is < 2^(exponent - 126)
-    shift = _fixed_point_bits(importance.shape[1]) + 126 - exponent
-    return (importance.double() * (shift + 1023 << 52).view(torch.float64)).long()
-
-
-def _fixed_point_bits(candidates: int) -> int:
-    """Of each importance, so that the sum of all stays below 2^52."""
-    return 52 - (candidates - 1).bit_length()
-
-
-def _pack(counts: Tensor) -> tuple[Tensor, int, int]:
-    """Cumulative lengths, the total and the longest of (B,) counts; synchronises with the host once."""
-    cu_seqlens = F.pad(counts.cumsum(0), (1, 0))
-    if len(counts) == 0:
-        return cu_seqlens.int(), 0, 0
-    tokens, max_seqlen = torch.stack([cu_seqlens[-1], counts.max()]).tolist()
-    return cu_seqlens.int(), tokens, max_seqlen
-
-
-def _assert_valid(valid: Tensor, mass: float | None) -> None:
-    """Raise unless all of (B,) images are valid: at once on a CPU, by an assertion on the device elsewhere."""
-    needed = "must not be NaN" if mass is None else "must be neither NaN, negative nor infinite"
-    if valid.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(valid.all(), f"importance {needed}")
-    elif not valid.all():
-        raise ValueError(f"importance {needed}, and is so in row {int(valid.logical_not().nonzero()[0])}")
+    return (importance.double() * (FIXED_POINT_BITS + 126 - exponent + 1023 << 52).view(torch.float64)).long()
 
 
 @jit
-def _mean_over_heads(attention, stride_head, stride_patch, n, candidates, H: tl.constexpr, NONNEGATIVE: tl.constexpr):
-    """Importance [BN] of candidates n, zero where it is not valid, and where it is; summed over the heads in order."""
+def _importance(attention, stride_head, stride_patch, n, candidates, H: tl.constexpr):
+    """The mean over the heads [BN] of candidates n, summed in their order; no negative zeros, zero beyond the image."""
     mask = (n >= 0) & (n < candidates)  # [BN]
     total = tl.zeros(n.shape, tl.float32)  # [BN]
-    for _ in range(H):
+    for _ in tl.range(H, loop_unroll_factor=2):  # of two heads at a time: registers for no more
         total += tl.load(attention + n.to(tl.int64) * stride_patch, mask=mask, other=0.0).to(tl.float32)
         attention += stride_head
     importance = (total.to(tl.float64) * (1 / H)).to(tl.float32)
-    valid = importance == importance
-    if NONNEGATIVE:
-        valid = (importance >= 0.0) & (importance < float("inf"))
-    return tl.where(valid & (importance != 0.0), importance, 0.0), valid
+    return tl.where(importance == 0.0, 0.0, importance)
 
 
 @jit
-def _ordered(importance, n, candidates):
-    """int32 keys [BN] in the order of the floats; below all of them where n is no candidate."""
+def _ordered(importance, is_candidate):
+    """int32 keys [BN] in the order of the floats; the least integer, below all of them, for what is no candidate."""
     bits = importance.to(tl.int32, bitcast=True)
-    return tl.where((n >= 0) & (n < candidates), bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
+    return tl.where(is_candidate, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
 
 
 @jit
-def _threshold(importance, key, n, candidates, k, mass, MASS: tl.constexpr, BITS: tl.constexpr):
-    """The key of the last candidate that stays, and how many of those equal to it stay.
+def _threshold(key, units, target):
+    """The highest bound such that the keys at or above it hold `target` units or, as soon as one is found, a bound at
+    or above which they hold exactly so many; and how many keys equal to it are needed for that.
 
-    All candidates above the threshold stay, since together they hold less than the target: k, each counting as one, or
-    with MASS the share of the sum in fixed point. Found by bisection: 32 sums over the tile, no sort."""
-    if MASS:
-        exponent = tl.max(importance, 0).to(tl.int32, bitcast=True) >> 23
-        unit = ((BITS + 126 + 1023 - exponent).to(tl.int64) << 52).to(tl.float64, bitcast=True)
-        units = (importance.to(tl.float64) * unit).to(tl.int64)  # [BN]
-        total = tl.sum(units, 0)
-        target = tl.maximum(tl.ceil(total.to(tl.float64) * mass).to(tl.int64), 1)
-        units = tl.where((total == 0) & (n < candidates), 1, units)
-    else:
-        units = tl.full(n.shape, 1, tl.int32)  # [BN]
-        target = k
-    threshold = tl.where(tl.sum(tl.where(key >= 0, units, 0), 0) >= target, 0, -0x80000000)
-    step = 1 << 30
-    for _ in range(31):
-        higher = threshold + step
-        threshold = tl.where(tl.sum(tl.where(key >= higher, units, 0), 0) >= target, higher, threshold)
-        step = step >> 1
-    ties = target - tl.sum(tl.where(key > threshold, units, 0), 0)
-    if MASS:
-        each = tl.max(tl.where(key == threshold, units, 0), 0)
-        ties = tl.sum((n * each < ties).to(tl.int32), 0)  # ties / each, rounded up
-    return threshold, ties
+    Each halving of the range between the least and the greatest key takes one sum over the tile: 32 at the worst, about
+    log2 N + 1 for keys that are spread evenly."""
+    low = tl.min(tl.where(key > -0x80000000, key, 0x7FFFFFFF), 0)
+    high = tl.max(key, 0)
+    held = tl.sum(tl.where(key >= low, units, 0), 0)
+    while (low < high) & (held != target):
+        middle = (low | high) - ((low ^ high) >> 1)  # rounded up, and no sum that could overflow
+        above = tl.sum(tl.where(key >= middle, units, 0), 0)
+        if above >= target:
+            low, held = middle, above
+        else:
+            high = middle - 1
+    missing = target - tl.sum(tl.where(key > low, units, 0), 0)
+    return low, missing
+
+
+@jit
+def _origin(cu_seqlens, image, rows, PACKED: tl.constexpr):
+    """Where an image starts, in strides from image to image (of a packed batch: from token to token), and its rows."""
+    origin = image
+    if PACKED:
+        origin = tl.load(cu_seqlens + image).to(tl.int64)
+        rows = (tl.load(cu_seqlens + image + 1) - origin).to(tl.int32)
+    return origin, rows
 
 
 @jit
 def _count_kernel(
     counts,
-    valid,
+    limits,
     attention,
-    candidates,
+    cu_seqlens,
+    rows,
     prefix,
     mass: tl.float64,
     stride_image,
     stride_head,
     stride_patch,
     H: tl.constexpr,
+    PACKED: tl.constexpr,
     BITS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Reads attention once (B H N elements) and writes B counts of tokens; 32 sums over N an image."""
+    """Reads attention once (B H N elements) and writes three integers an image; about log2 N + 5 sums over N."""
     image = tl.program_id(0).to(tl.int64)
+    origin, rows = _origin(cu_seqlens, image, rows, PACKED)
+    candidates = rows - prefix
     n = tl.arange(0, BN)  # [BN]
-    attention += image * stride_image
-    importance, is_valid = _mean_over_heads(attention, stride_head, stride_patch, n, candidates, H, True)  # [BN]
-    key = _ordered(importance, n, candidates)  # [BN]
-    threshold, ties = _threshold(importance, key, n, candidates, 0, mass, True, BITS)
-    tl.store(counts + image, prefix + tl.sum((key > threshold).to(tl.int32), 0) + ties)
-    tl.store(valid + image, tl.min(is_valid.to(tl.int32), 0) != 0)
+    importance = _importance(attention + origin * stride_image, stride_head, stride_patch, n, candidates, H)  # [BN]
+    valid = tl.min(((importance >= 0.0) & (importance < float("inf"))).to(tl.int32), 0)
+
+    exponent = tl.max(importance, 0).to(tl.int32, bitcast=True) >> 23
+    unit = ((BITS + 126 + 1023 - exponent).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+    units = (importance.to(tl.float64) * unit).to(tl.int64)  # [BN]
+    total = tl.sum(units, 0)
+    target = tl.maximum(tl.ceil(total.to(tl.float64) * mass).to(tl.int64), 1)
+    # What holds nothing never stays, unless all hold nothing: then one does.
+    units = tl.where((total == 0) & (n < candidates), 1, units)
+    key = _ordered(importance, units > 0)  # [BN]
+    threshold, missing = _threshold(key, units, target)
+    each = tl.max(tl.where(key == threshold, units, 0), 0)
+    ties = tl.sum((n * each < missing).to(tl.int32), 0)  # missing / each, rounded up
+    tl.store(counts + image + 1, prefix + tl.sum((key > threshold).to(tl.int32), 0) + ties)
+    tl.store(limits + 2 * image, threshold)
+    tl.store(limits + 2 * image + 1, ties)
+    if image == 0:
+        tl.store(counts, 0)
+    # Last, where no registers have to be saved for it.
+    tl.device_assert((valid == 1) & (candidates >= 1), "importance is NaN, negative or infinite, or there is none")
 
 
 @jit
 def _select_kernel(
     packed,
     packed_positions,
-    cu_seqlens,
+    packed_starts,
     slots,
-    valid,
     attention,
     values,
     positions,
+    cu_seqlens,
     starts,
-    candidates,
+    limits,
+    rows,
     prefix,
     channels,
     k,
-    mass: tl.float64,
     stride_image,
     stride_head,
     stride_patch,
     values_stride_image,
     values_stride_row,
     positions_stride_image,
-    positions_stride_patch,
+    positions_stride_row,
+    slots_stride_image,
     H: tl.constexpr,
-    MASS: tl.constexpr,
-    BITS: tl.constexpr,
+    PACKED: tl.constexpr,
+    STARTS: tl.constexpr,
+    LIMITS: tl.constexpr,
     VALUES: tl.constexpr,
     POSITIONS: tl.constexpr,
+    UNIT: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads attention once a block of BR rows, and reads and writes the kept tokens once (2 T C elements); 32 sums over
-    N a block. A row is one of an image's P + N tokens."""
+    """Reads attention once a block of BR rows, and reads and writes the kept tokens once (2 T C elements); about
+    log2 N + 5 sums over N a block. A row is one of an image's P + N tokens; channels and strides of values count UNIT.
+    """
     image = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BR
+    origin, rows = _origin(cu_seqlens, image, rows, PACKED)
+    if (first > 0) & (first >= rows):  # the first block is there for every image
+        return
+    candidates = rows - prefix
     n = tl.arange(0, BN)  # [BN], all candidates
-    attention += image * stride_image
-    importance, is_valid = _mean_over_heads(attention, stride_head, stride_patch, n, candidates, H, MASS)  # [BN]
-    if first == 0:
-        tl.store(valid + image, tl.min(is_valid.to(tl.int32), 0) != 0)
-    key = _ordered(importance, n, candidates)  # [BN]
-    threshold, ties = _threshold(importance, key, n, candidates, k, mass, MASS, BITS)
+    row = first + tl.arange(0, BR)  # [BR], this block's
+    candidate = row - prefix  # [BR], negative for a prefix token
+    attention += origin * stride_image
+    importance = _importance(attention, stride_head, stride_patch, n, candidates, H)  # [BN]
+    own = _importance(attention, stride_head, stride_patch, candidate, candidates, H)  # [BR]
+    position = candidate
+    if POSITIONS:
+        given = (row < rows) & (PACKED | (row >= prefix))
+        offsets = origin * positions_stride_image + candidate.to(tl.int64) * positions_stride_row  # [BR]
+        position = tl.where(given, tl.load(positions + offsets, mask=given, other=0).to(tl.int32), candidate)
+    start, end = image * (prefix + k), (image + 1) * (prefix + k)
+    if STARTS:
+        start, end = tl.load(starts + image).to(tl.int64), tl.load(starts + image + 1).to(tl.int64)
+
+    k = (end - start).to(tl.int32) - prefix
+    valid = (tl.min((importance == importance).to(tl.int32), 0) == 1) & (k <= candidates)
+    key = _ordered(importance, n < candidates)  # [BN]
+    if LIMITS:
+        threshold, ties = tl.load(limits + 2 * image), tl.load(limits + 2 * image + 1)
+    else:
+        threshold, ties = _threshold(key, tl.full(n.shape, 1, tl.int32), k)
 
     # What stays of the rows before this block.
     before = n < first - prefix  # [BN]
@@ -326,39 +418,27 @@ def _select_kernel(
     kept_before += tl.minimum(first, prefix)
 
     # What stays of this block's rows, and where it goes.
-    row = first + tl.arange(0, BR)  # [BR]
-    candidate = row - prefix  # [BR], negative for a prefix token
-    own, _ = _mean_over_heads(attention, stride_head, stride_patch, candidate, candidates, H, MASS)  # [BR]
-    own_key = _ordered(own, candidate, candidates)  # [BR]
+    own_key = _ordered(own, (candidate >= 0) & (candidate < candidates))  # [BR]
     tie = own_key == threshold  # [BR]
     tie_stays = tie & (ties_before + tl.cumsum(tie.to(tl.int32), 0) <= ties)
-    kept = (row < prefix) | ((candidate >= 0) & (candidate < candidates) & ((own_key > threshold) | tie_stays))
-    if MASS:
-        start = tl.load(starts + image).to(tl.int64)
-        end = tl.load(starts + image + 1).to(tl.int64)
-    else:
-        start = image * (prefix + k)
-        end = start + prefix + k
+    kept = (row < prefix) | (own_key > threshold) | tie_stays
     slot = start + kept_before + tl.cumsum(kept.to(tl.int32), 0) - 1  # [BR]
-    tl.store(slots + image * (prefix + candidates) + row, tl.where(kept, slot, -1), mask=candidate < candidates)
-    position = candidate
-    if POSITIONS:
-        offsets = image * positions_stride_image + candidate.to(tl.int64) * positions_stride_patch  # [BR]
-        given = tl.load(positions + offsets, mask=kept & (candidate >= 0), other=0).to(tl.int32)
-        position = tl.where(candidate >= 0, given, candidate)
+    tl.store(slots + origin * slots_stride_image + row, tl.where(kept, slot, -1), mask=row < rows)
     tl.store(packed_positions + slot, position, mask=kept)
     if VALUES:
-        values += image * values_stride_image
-        for c in range(0, channels, BC):
+        values += origin * values_stride_image * UNIT
+        for c in range(0, channels * UNIT, BC):
             channel = c + tl.arange(0, BC)  # [BC]
-            mask = kept[:, None] & (channel[None, :] < channels)  # [BR, BC]
-            source = row.to(tl.int64)[:, None] * values_stride_row + channel[None, :]  # [BR, BC]
+            mask = kept[:, None] & (channel < channels * UNIT)[None, :]  # [BR, BC]
+            source = (row.to(tl.int64) * values_stride_row * UNIT)[:, None] + channel[None, :]  # [BR, BC]
             tile = tl.load(values + source, mask=mask)  # [BR, BC]
-            tl.store(packed + slot[:, None] * channels + channel[None, :], tile, mask=mask)
+            tl.store(packed + (slot * channels * UNIT)[:, None] + channel[None, :], tile, mask=mask)
     if first == 0:
-        tl.store(cu_seqlens + image + 1, end.to(tl.int32))
+        tl.store(packed_starts + image + 1, end.to(tl.int32))
         if image == 0:
-            tl.store(cu_seqlens, 0)
+            tl.store(packed_starts, 0)
+    # Last, where no registers have to be saved for it.
+    tl.device_assert(valid, "importance is NaN, or an image has fewer candidates than are to stay")
 
 
 @jit
@@ -368,80 +448,116 @@ def _select_backward_kernel(
     slots,
     rows,
     channels,
-    grad_stride_token,
+    grad_stride_row,
+    UNIT: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads the gradient of the kept tokens once (T C elements) and writes that of all (B (P + N) C) once."""
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
+    """Reads the gradient of the kept tokens once (T C elements) and writes that of all tokens once; channels and the
+    stride count UNIT."""
+    blocks = tl.cdiv(channels * UNIT, BC)  # of a row
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
     slot = tl.load(slots + row, mask=row < rows, other=-1).to(tl.int64)  # [BR]
-    for c in range(0, channels, BC):
-        channel = c + tl.arange(0, BC)  # [BC]
-        in_row = channel[None, :] < channels  # [1, BC]
-        source = slot[:, None] * grad_stride_token + channel[None, :]  # [BR, BC]
-        tile = tl.load(packed_grad + source, mask=(slot >= 0)[:, None] & in_row, other=0.0)  # [BR, BC]
-        tl.store(grad + row[:, None] * channels + channel[None, :], tile, mask=(row < rows)[:, None] & in_row)
+    channel = tl.program_id(0) % blocks * BC + tl.arange(0, BC)  # [BC]
+    in_row = (channel < channels * UNIT)[None, :]  # [1, BC]
+    source = (slot * grad_stride_row * UNIT)[:, None] + channel[None, :]  # [BR, BC]
+    tile = tl.load(packed_grad + source, mask=(slot >= 0)[:, None] & in_row, other=0.0)  # [BR, BC]
+    target = (row * channels * UNIT)[:, None] + channel[None, :]  # [BR, BC]
+    tl.store(grad + target, tile, mask=(row < rows)[:, None] & in_row)
 
 
-def _selection_tiles(candidates: int) -> dict[str, int]:
-    """One tile of all candidates, blocks of rows large enough to repay it, and 8 elements of a token tile a thread."""
-    BN = max(16, next_power_of_2(candidates))
-    BR = max(16, BN // 32)
-    num_warps = 8 if BN > 1024 else 4
-    return {"BN": BN, "BR": BR, "BC": 256 * num_warps // BR, "num_warps": num_warps}
+def _tiles(operation: str, device: torch.device, size: int, unit: int) -> dict[str, int]:
+    """Constants of the dispatch table, which counts channels in accesses of `unit` elements."""
+    _, tiles = choose(operation, device, size)
+    return {**tiles, "BC": tiles["BC"] * unit}
 
 
-def launch_count_mass(attention: Tensor, mass: float, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """How many tokens of each image stay (B,) int32, and whether its importance is valid (B,) bool."""
-    batch, heads, candidates = attention.shape
-    counts, valid = _fake_count_mass(attention, mass, num_prefix_tokens)
-    tiles = _selection_tiles(candidates)
-    if batch:
-        launch(
-            _count_kernel, (batch,),
-            counts, valid, attention, candidates, num_prefix_tokens, max(mass, LEAST_MASS), *attention.stride(),
-            H=heads, BITS=_fixed_point_bits(candidates), BN=tiles["BN"], num_warps=tiles["num_warps"],
-        )  # fmt: skip
-    return counts, valid
+# Assertions in a kernel are compiled on request; the request for checks of integer overflow comes with it.
+ASSERT = {"debug": True, "sanitize_overflow": False}
+
+
+def _unit(itemsize: int, *sizes: int) -> int:
+    """The elements in 16 bytes where all sizes are multiples of that, so that accesses can be so wide; else 1."""
+    unit = 16 // itemsize
+    return 1 if any(size % unit for size in sizes) else unit
+
+
+def _candidates_and_strides(attention: Tensor, cu_seqlens: Tensor | None, num_prefix_tokens: int):
+    """Attention from the first candidate on, its strides from image to image (from token to token of a packed input),
+    head to head and candidate to candidate."""
+    if cu_seqlens is None:
+        return attention, *attention.stride()
+    return attention[:, num_prefix_tokens:], attention.stride(1), *attention.stride()
+
+
+def launch_count_mass(
+    attention: Tensor, cu_seqlens: Tensor | None, mass: float, num_prefix_tokens: int, max_seqlen: int
+) -> tuple[Tensor, Tensor]:
+    """How many tokens of each image stay: (B + 1,) int32, behind a zero for cumulative sums. And (B, 2) int32: the
+    ordered integer of the last importance that stays, and how many candidates of just that importance do."""
+    counts, limits = _fake_count_mass(attention, cu_seqlens, mass, num_prefix_tokens, max_seqlen)
+    if len(limits) == 0:
+        return counts.zero_(), limits
+    tiles = _tiles("select_tokens", attention.device, max_seqlen - num_prefix_tokens, 1)
+    attention, *strides = _candidates_and_strides(attention, cu_seqlens, num_prefix_tokens)
+    launch(
+        _count_kernel, (len(limits),),
+        counts, limits, attention, cu_seqlens, max_seqlen, num_prefix_tokens, max(mass, LEAST_MASS), *strides,
+        H=attention.shape[-2], PACKED=cu_seqlens is not None, BITS=FIXED_POINT_BITS,
+        BN=tiles["BN"], num_warps=tiles["num_warps"], **ASSERT,
+    )  # fmt: skip
+    return counts, limits
 
 
 count_mass_op = torch.library.custom_op("smi_fast::count_mass", launch_count_mass, mutates_args=())
 
 
 @count_mass_op.register_fake
-def _fake_count_mass(attention, mass, num_prefix_tokens):
-    batch = len(attention)
-    return attention.new_empty(batch, dtype=torch.int32), attention.new_empty(batch, dtype=torch.bool)
+def _fake_count_mass(attention, cu_seqlens, mass, num_prefix_tokens, max_seqlen):
+    batch = len(attention) if cu_seqlens is None else len(cu_seqlens) - 1
+    return attention.new_empty(batch + 1, dtype=torch.int32), attention.new_empty(batch, 2, dtype=torch.int32)
 
 
 def launch_select(
     attention: Tensor,
     values: Tensor | None,
     positions: Tensor | None,
+    cu_seqlens: Tensor | None,
     starts: Tensor | None,
+    limits: Tensor | None,
     k: int,
-    mass: float,
     num_prefix_tokens: int,
+    max_seqlen: int,
     tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The packed values (T, C) and positions (T,), cu_seqlens (B + 1,), the packed row that each of the (B, P + N) went
-    to or -1, and whether each image's importance is valid (B,). `starts` are cu_seqlens where `mass` decides, not k."""
-    batch, heads, candidates = attention.shape
-    outputs = _fake_select(attention, values, positions, starts, k, mass, num_prefix_tokens, tokens)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `select_reference` gives, and the packed row that each token of the input went to, or -1: (B, P + N) or (T,)
+    int32. `limits` are what `launch_count_mass` found."""
+    outputs = _fake_select(
+        attention, values, positions, cu_seqlens, starts, limits, k, num_prefix_tokens, max_seqlen, tokens
+    )
+    batch = len(outputs[2]) - 1
     if batch == 0:
         outputs[2].zero_()
         return outputs
-    if values is not None and values.stride(-1) != 1:
-        values = values.contiguous()
-    channels = 0 if values is None else values.shape[-1]
-    tiles = _selection_tiles(candidates)
+    packed = cu_seqlens is not None
+    channels, value_strides, unit = 0, (0, 0), 1
+    if values is not None:
+        values = values if values.stride(-1) == 1 else values.contiguous()
+        channels, value_strides = values.shape[-1], (values.stride(0), values.stride(-2))
+        unit = _unit(values.itemsize, channels, *value_strides)
+    position_strides = (0, 0)
+    if positions is not None:
+        position_strides = positions.stride(0), positions.stride(-1)
+        positions = positions[num_prefix_tokens:] if packed else positions
+    tiles = _tiles("select_tokens", attention.device, max_seqlen - num_prefix_tokens, unit)
+    attention, *strides = _candidates_and_strides(attention, cu_seqlens, num_prefix_tokens)
     launch(
-        _select_kernel, (batch, cdiv(num_prefix_tokens + candidates, tiles["BR"])),
-        *outputs, attention, values, positions, starts, candidates, num_prefix_tokens, channels, k,
-        max(mass, LEAST_MASS), *attention.stride(), *((0, 0) if values is None else values.stride()[:2]),
-        *((0, 0) if positions is None else positions.stride()),
-        H=heads, MASS=starts is not None, BITS=_fixed_point_bits(candidates), VALUES=values is not None,
-        POSITIONS=positions is not None, **tiles,
+        _select_kernel, (batch, cdiv(max_seqlen, tiles["BR"])),
+        *outputs, attention, values, positions, cu_seqlens, starts, limits, max_seqlen, num_prefix_tokens,
+        channels // unit, k, *strides, *(stride // unit for stride in value_strides), *position_strides,
+        outputs[3].stride(0),
+        H=attention.shape[-2], PACKED=packed, STARTS=starts is not None, LIMITS=limits is not None,
+        VALUES=channels > 0, POSITIONS=positions is not None, UNIT=unit, **tiles, **ASSERT,
     )  # fmt: skip
     return outputs
 
@@ -450,23 +566,26 @@ select_op = torch.library.custom_op("smi_fast::select", launch_select, mutates_a
 
 
 @select_op.register_fake
-def _fake_select(attention, values, positions, starts, k, mass, num_prefix_tokens, tokens):
-    batch, _, candidates = attention.shape
+def _fake_select(attention, values, positions, cu_seqlens, starts, limits, k, num_prefix_tokens, max_seqlen, tokens):
+    batch = len(attention) if cu_seqlens is None else len(cu_seqlens) - 1
+    rows = (batch, max_seqlen) if cu_seqlens is None else (attention.shape[-1],)
     packed = attention.new_empty(0) if values is None else values.new_empty(tokens, values.shape[-1])
-    packed_positions = attention.new_empty(tokens, dtype=torch.int32)
-    cu_seqlens = attention.new_empty(batch + 1, dtype=torch.int32)
-    slots = attention.new_empty(batch, num_prefix_tokens + candidates, dtype=torch.int32)
-    return packed, packed_positions, cu_seqlens, slots, attention.new_empty(batch, dtype=torch.bool)
+    packed_positions, packed_starts, slots = (
+        attention.new_empty(shape, dtype=torch.int32) for shape in ((tokens,), (batch + 1,), rows)
+    )
+    return packed, packed_positions, packed_starts, slots
 
 
 def launch_select_backward(grad: Tensor, slots: Tensor) -> Tensor:
-    """The gradient (B, P + N, C) of the values: that of the packed (T, C) where one stayed, zero elsewhere."""
+    """The gradient (B, P + N, C) or (T, C) of the values: that of the packed rows where one stayed, zero elsewhere."""
     out, rows, channels = _fake_select_backward(grad, slots), slots.numel(), grad.shape[-1]
     if rows and channels:
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        unit = _unit(grad.itemsize, channels, grad.stride(0))
+        tiles = _tiles("select_tokens_backward", grad.device, channels // unit, unit)
         launch(
-            _select_backward_kernel, (cdiv(rows, 16),),
-            out, grad, slots, rows, channels, grad.stride(0), BR=16, BC=128, num_warps=4,
+            _select_backward_kernel, (cdiv(rows, tiles["BR"]) * cdiv(channels, tiles["BC"]),),
+            out, grad, slots, rows, channels // unit, grad.stride(0) // unit, UNIT=unit, **tiles,
         )  # fmt: skip
     return out
 
@@ -482,10 +601,11 @@ def _fake_select_backward(grad, slots):
 def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[3])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros are written for each of them
 
 
 def _backward(ctx, grad, *_):
-    return None, select_backward_op(grad, *ctx.saved_tensors), None, None, None, None, None, None
+    return None, select_backward_op(grad, *ctx.saved_tensors), *(None for _ in range(8))
 
 
 select_op.register_autograd(_backward, setup_context=_save_for_backward)

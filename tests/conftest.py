@@ -10,6 +10,10 @@ import torch
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # of what is drawn while tests are collected, which has to be the same in all processes
 hypothesis.settings.register_profile("smi-fast", deadline=None)  # timings say nothing on a busy machine
 hypothesis.settings.load_profile("smi-fast")
 

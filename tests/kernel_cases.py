@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import secrets
 from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,14 +17,14 @@ def cu_seqlens_of(lengths: list[int], device: torch.device | str = "cpu") -> Ten
 
 
 def naive_attention(qkv: Tensor, lengths: list[int], scale: float) -> tuple[Tensor, Tensor]:
-    """Attention sequence by sequence from its formula, in the dtype of qkv: out (T, H, D), and the class row (T,)."""
+    """Attention sequence by sequence from its formula, in the dtype of qkv: out (T, H, D), class attention (H, T)."""
     outs, rows = [], []
     for sequence in qkv.split(lengths):
         q, k, v = sequence.permute(1, 2, 0, 3)  # (H, N, D) each
         p = (q @ k.mT * scale).softmax(-1)  # (H, N, N)
         outs.append((p @ v).transpose(0, 1))
-        rows.append(p[:, :1].float().mean((0, 1)) if p.dtype != torch.float64 else p[:, :1].mean((0, 1)))
-    return torch.cat(outs), torch.cat(rows)
+        rows.append(p[:, :1].sum(1))  # (H, N), also of an empty sequence
+    return torch.cat(outs), torch.cat(rows, 1)
 
 
 def assert_within_twice(kernel: dict, plain: list[dict], exact: dict) -> None:
@@ -32,6 +36,41 @@ def assert_within_twice(kernel: dict, plain: list[dict], exact: dict) -> None:
         error, *errors = ((x[name].double() - reference).abs().max().item() for x in (kernel, *plain))
         assert kernel[name].isfinite().all(), f"{name} is not finite"
         assert error <= 2 * max(errors) + 1e-6, f"{name} errs by {error:.3g}, plain torch by {errors}"
+
+
+@contextmanager
+def canaries(module, fake: str):
+    """Let the launchers of a module write into the middle of larger tensors, and see that nothing is written around.
+
+    `fake` names the function that allocates the outputs."""
+    original, around = getattr(module, fake), []
+
+    def allocate(*args, **kwargs):
+        outputs = original(*args, **kwargs)
+        surrounded = tuple(_surrounded(x, around) for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        return surrounded if isinstance(outputs, tuple) else surrounded[0]
+
+    with mock.patch.object(module, fake, allocate):
+        yield
+    assert around
+    for margin, before in around:
+        assert torch.equal(margin, before), "written beyond an output"
+
+
+def _surrounded(x: Tensor, around: list[tuple[Tensor, Tensor]], margin: int = 4096) -> Tensor:
+    size = x.numel() * x.element_size()
+    memory = torch.randint(0, 256, (size + 2 * margin,), dtype=torch.uint8, device=x.device)
+    around += [(part, part.clone()) for part in (memory[:margin], memory[margin + size :])]
+    return memory[margin : margin + size].view(x.dtype).view(x.shape)
+
+
+def untouched(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
+    """A tensor on the CPU of which only what is touched takes memory: a file without contents, mapped."""
+    size = math.prod(shape) * dtype.itemsize
+    path = folder / secrets.token_hex(8)
+    with open(path, "wb") as file:
+        file.truncate(size)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8).view(dtype).view(shape)
 
 
 @contextmanager

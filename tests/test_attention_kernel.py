@@ -1,13 +1,44 @@
 """Attention over packed sequences: against its formula in float64, on both backends."""
 
+import sys
+from itertools import product
+
 import pytest
 import torch
-from kernel_cases import assert_within_twice, cu_seqlens_of, naive_attention, poisoned_memory
+from kernel_cases import (
+    assert_within_twice,
+    canaries,
+    cu_seqlens_of,
+    naive_attention,
+    poisoned_memory,
+    untouched,
+)
 from smi_fast.kernels import attention
-from smi_fast.kernels.attention import attention_backward_op, attention_op, class_attention_op, tiles
+from smi_fast.kernels.attention import (
+    attention_backward_op,
+    attention_op,
+    launch_attention,
+    launch_attention_backward,
+)
+from smi_fast.kernels.dispatch import override
 
 HEAD_DIMS = [8, 16, 24, 32, 48, 64, 72, 80, 88, 96, 104, 112, 120, 128]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Every form of both passes, on tiles small enough that a short sequence has several; and how long it may be.
+WARPS = {"num_warps": 4}
+FORWARD = {
+    "tile": (("tile", {"BN": 32, **WARPS}), 32),
+    "blocks": (("blocks", {"BM": 32, "BN": 16, **WARPS}), 4096),
+}
+BACKWARD = {
+    "tile": (("tile", {"BN": 32, **WARPS}), 32),
+    "rows": (("rows", {"BM": 64, "BN": 16, "CHANNELS_FIRST": False, **WARPS}), 64),
+    "rows, channels first": (("rows", {"BM": 64, "BN": 16, "CHANNELS_FIRST": True, **WARPS}), 64),
+    "blocks": (
+        ("blocks", {"dq": {"BM": 32, "BN": 16, **WARPS}, "dkv": {"BM": 16, "BN": 32, **WARPS}}),
+        4096,
+    ),
+}
 
 
 def run(qkv, lengths, grad_out, scale=None, backend=None):
@@ -33,22 +64,42 @@ def check(lengths, heads, head_dim, dtype, device, backend, scale=None):
     return result
 
 
-def awkward_lengths(head_dim, dtype):
-    """One token, and one less than, exactly and one more than a tile, in one ragged batch."""
-    sizes = {size for kernel in ("forward", "dq", "dkv") for size in tiles(kernel, head_dim, dtype)[:2]}
-    return [1] + [size + step for size in sorted(sizes) for step in (-1, 0, 1)]
+def matrix():
+    """Every dtype, head dim and size of a tile; what is slow where kernels are interpreted, on a GPU only."""
+    large = {
+        (torch.float32, 32), (torch.bfloat16, 48), (torch.float32, 64), (torch.bfloat16, 64), (torch.float16, 64),
+        (torch.bfloat16, 80), (torch.float16, 128),
+    }  # fmt: skip
+    for dtype, head_dim, size in product(DTYPES, HEAD_DIMS, (16, 32, 64, 128, 256)):
+        slow = size > 32 and (dtype, head_dim) not in large
+        yield pytest.param(dtype, head_dim, size, marks=pytest.mark.cuda if slow else ())
 
 
-@pytest.mark.parametrize(
-    ("dtype", "head_dim"),
-    [(torch.float32, head_dim) for head_dim in HEAD_DIMS]
-    + [(torch.bfloat16, head_dim) for head_dim in (8, 32, 48, 64, 80, 128)]
-    + [(torch.float16, head_dim) for head_dim in (24, 64, 72, 88, 96)],
-    ids=str,
-)
-def test_triton_errs_at_most_twice_as_far_as_plain_torch(head_dim, dtype, device, seed):
-    lengths = awkward_lengths(head_dim, dtype)
-    check(lengths[: 4 if device.type == "cpu" else None], 1, head_dim, dtype, device, "triton")
+@pytest.mark.parametrize(("dtype", "head_dim", "size"), matrix())
+def test_triton_errs_at_most_twice_as_far_as_plain_torch(dtype, head_dim, size, device, seed):
+    """One token, and one less than, exactly and one more than the sizes of tiles, in what the table chooses."""
+    check([1, size - 1, size], 1, head_dim, dtype, device, "triton")
+    check([size + 1, 2], 1, head_dim, dtype, device, "triton")
+
+
+@pytest.mark.parametrize(("forward", "backward"), list(product(FORWARD, BACKWARD)))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_form_errs_at_most_twice_as_far_as_plain_torch(dtype, forward, backward, device, seed):
+    (forward, longest), (backward, longest_backward) = FORWARD[forward], BACKWARD[backward]
+    longest = min(longest, longest_backward, 100)
+    with override({"attention_forward": forward, "attention_backward": backward}):
+        for head_dim in (16, 40, 64):
+            check([1, 15, 16, 17, longest - 1, longest], 2, head_dim, dtype, device, "triton")
+
+
+def test_lengths_from_1_to_4096_mix_in_one_batch(device, seed):
+    large = {"BM": 256, "BN": 256, **WARPS} if device.type == "cpu" else {"BM": 64, "BN": 64, **WARPS}
+    blocks = {
+        "attention_forward": ("blocks", large),
+        "attention_backward": ("blocks", {"dq": large, "dkv": large}),
+    }
+    with override(blocks):
+        check([197, 1, 4096, 47, 1000, 0, 2], 1, 16, torch.float32, device, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -83,8 +134,8 @@ def test_class_attention_sums_to_one_in_each_sequence_and_has_no_gradient(backen
     _, row = attention(qkv, cu_seqlens_of(lengths, device), 40, return_class_attention=True, backend=backend)
     assert row.dtype == torch.float32
     assert not row.requires_grad
-    for part in row.split(lengths):
-        torch.testing.assert_close(part.sum().item(), 1.0, rtol=0, atol=1e-5)
+    for part in row.split(lengths, dim=1):
+        torch.testing.assert_close(part.sum(1), torch.ones(2, device=device), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -113,7 +164,7 @@ def test_no_tokens_give_empty_results_and_gradients(batch, backend, device):
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
     out, row = attention(qkv, cu_seqlens, 0, return_class_attention=True, backend=backend)
     assert out.shape == (0, 2, 16)
-    assert row.shape == (0,)
+    assert row.shape == (2, 0)
     out.sum().backward()
     assert qkv.grad.shape == qkv.shape
 
@@ -125,15 +176,72 @@ def test_definition_passes_gradcheck_in_float64(seed):
         assert torch.autograd.gradcheck(attention, (qkv, cu_seqlens, max_seqlen))
 
 
-def test_operators_pass_opcheck(device, seed):
+@pytest.mark.parametrize("backward", BACKWARD)
+def test_operators_pass_opcheck(backward, device, seed):
     qkv = torch.randn(6, 3, 2, 16, device=device, requires_grad=True)
     cu_seqlens = cu_seqlens_of([4, 2], device)
-    torch.library.opcheck(attention_op, (qkv, cu_seqlens, 4, 0.25))
-    out, statistics = (x.detach() for x in attention_op(qkv, cu_seqlens, 4, 0.25))
-    torch.library.opcheck(class_attention_op, (qkv.detach(), statistics, cu_seqlens, 4, 0.25))
-    torch.library.opcheck(
-        attention_backward_op, (torch.randn_like(out), qkv.detach(), out, statistics, cu_seqlens, 4, 0.25)
-    )
+    with override({"attention_backward": BACKWARD[backward][0]}):
+        torch.library.opcheck(attention_op, (qkv, cu_seqlens, 4, 0.25, True))
+        out, _, statistics = (x.detach() for x in attention_op(qkv, cu_seqlens, 4, 0.25, False))
+        kept = (None, None) if backward == "tile" else (out, statistics)
+        grad_out = torch.randn_like(out)
+        torch.library.opcheck(attention_backward_op, (grad_out, qkv.detach(), *kept, cu_seqlens, 4, 0.25))
+
+
+@pytest.mark.parametrize(("forward", "backward"), list(product(FORWARD, BACKWARD)))
+def test_nothing_is_written_beyond_the_outputs_and_repeats_are_equal_bit_for_bit(forward, backward, device, seed):
+    module, lengths = sys.modules[attention.__module__], [31, 1, 0, 17]
+    cu_seqlens = cu_seqlens_of(lengths, device)
+    qkv, grad_out = (torch.randn(49, *shape, device=device) for shape in ((3, 2, 24), (2, 24)))
+    results = []
+    with override({"attention_forward": FORWARD[forward][0], "attention_backward": BACKWARD[backward][0]}):
+        for _ in range(2):
+            with canaries(module, "_fake_attention"):
+                out, row, statistics = launch_attention(qkv, cu_seqlens, 31, 0.2, True)
+            kept = (None, None) if backward == "tile" else (out, statistics)
+            with canaries(module, "_fake_attention_backward"):
+                grad = launch_attention_backward(grad_out, qkv, *kept, cu_seqlens, 31, 0.2)
+            results.append((out, row, grad))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="where kernels are interpreted: a GPU has no memory without pages"
+)
+@pytest.mark.parametrize(("forward", "backward"), [("tile", "tile"), ("blocks", "rows"), ("blocks", "blocks")])
+def test_elements_beyond_two_to_the_31_are_addressed(forward, backward, tmp_path, seed):
+    """The last two sequences of a batch with 2^31 elements before them even in the class attention (H, T)."""
+    module, lengths, heads, head_dim = sys.modules[attention.__module__], [5, 17], 16, 8
+    before = 2**31 // (heads - 1)
+    tokens = before + sum(lengths)
+    qkv = untouched((tokens, 3, heads, head_dim), torch.float32, tmp_path)
+    grad_out = untouched((tokens, heads, head_dim), torch.float32, tmp_path)
+    qkv[before:] = torch.randn(sum(lengths), 3, heads, head_dim)
+    grad_out[before:] = torch.randn(sum(lengths), heads, head_dim)
+    cu_seqlens = cu_seqlens_of(lengths) + before
+
+    def lazily(original):
+        def allocate(*args):
+            outputs = original(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in args))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            outputs = tuple(untouched(tuple(x.shape), x.dtype, tmp_path) for x in outputs)
+            return outputs if len(outputs) > 1 else outputs[0]
+
+        return allocate
+
+    with pytest.MonkeyPatch.context() as patch:
+        for fake in ("_fake_attention", "_fake_attention_backward"):
+            patch.setattr(module, fake, lazily(getattr(module, fake)))
+        patch.setattr(torch, "empty_like", lambda x: untouched(tuple(x.shape), x.dtype, tmp_path))
+        with override({"attention_forward": FORWARD[forward][0], "attention_backward": BACKWARD[backward][0]}):
+            out, row, statistics = launch_attention(qkv, cu_seqlens, 17, 0.25, True)
+            kept = (None, None) if backward == "tile" else (out, statistics)
+            grad = launch_attention_backward(grad_out, qkv, *kept, cu_seqlens, 17, 0.25)
+    result = {"out": out[before:], "class_attention": row[:, before:], "grad": grad[before:]}
+    exact = run(qkv[before:].double(), lengths, grad_out[before:], 0.25)
+    for name, reference in exact.items():
+        torch.testing.assert_close(result[name].double(), reference, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

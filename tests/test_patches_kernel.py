@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import cu_seqlens_of, poisoned_memory
 from smi_fast.kernels import gather_patches, view_cells
+from smi_fast.kernels import patches as patches_module
 from smi_fast.kernels.patches import gather_patches_backward_op, gather_patches_op
+from test_selection_kernel import Operators
 
 BACKENDS = ["torch", "triton"]
 
@@ -124,6 +126,44 @@ def test_no_patches_give_empty_results_and_a_gradient_of_zeros(batch, backend, d
     assert torch.equal(images.grad, torch.zeros_like(images))
 
 
+@pytest.mark.parametrize("view", [None, [(3, -5, 1), (0, 9, 0)]], ids=str)
+def test_patches_take_one_launch_and_their_gradient_another(view, device, monkeypatch):
+    images = torch.randn(2, 3, 12, 12, device=device, requires_grad=True)
+    positions, cu_seqlens = torch.tensor([3, 0, 1], dtype=torch.int32, device=device), cu_seqlens_of([2, 1], device)
+    view = None if view is None else torch.tensor(view, device=device)
+    launched = []
+
+    def launch(kernel, *args, **constants):
+        launched.append(kernel.__name__)
+        original(kernel, *args, **constants)
+
+    original = patches_module.launch
+    monkeypatch.setattr(patches_module, "launch", launch)
+    with Operators() as operators:
+        patches, _ = gather_patches(images, positions, cu_seqlens, view, patch_size=4, backend="triton")
+    assert launched == ["_gather_kernel"]
+    weight = torch.ones_like(patches)
+    with operators:
+        torch.autograd.grad(patches, images, weight)
+    assert launched == ["_gather_kernel", "_gather_backward_kernel"]
+    assert operators.computing == []
+
+
+@pytest.mark.parametrize("view", [None, (3, -5, 1)], ids=str)
+def test_repeated_patches_and_gradients_have_the_same_bits(view, device, seed):
+    images = torch.randn(2, 3, 28, 42, device=device, requires_grad=True)
+    positions, cu_seqlens = torch.randperm(6, dtype=torch.int32, device=device), cu_seqlens_of([2, 4], device)
+    view = None if view is None else torch.tensor(view, device=device)
+    weight, results = torch.randn(6, 588, device=device), []
+    for _ in range(3):
+        with poisoned_memory():
+            patches, cells = gather_patches(images, positions, cu_seqlens, view, patch_size=14, backend="triton")
+            results.append((patches, cells, torch.autograd.grad(patches, images, weight)[0]))
+    for result in results[1:]:
+        for first, again in zip(results[0], result, strict=True):
+            assert torch.equal(first, again)
+
+
 def test_definition_passes_gradcheck_in_float64(seed):
     images = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     positions, cu_seqlens = torch.tensor([2, 1], dtype=torch.int32), cu_seqlens_of([2])
@@ -200,6 +240,29 @@ def test_gpu_patches_and_gradient_are_those_of_unfolding(patch, views, dtype, de
         ]
     for backend in BACKENDS:
         assert_matches_unfold(9, 3, (14, 14), patch, views, [46] * 8 + [196], backend, dtype, device)
+
+
+@pytest.mark.cuda
+def test_a_replayed_cuda_graph_sees_the_view_that_device_memory_holds(device, seed):
+    images = torch.randn(3, 3, 48, 64, device=device, requires_grad=True)
+    positions = torch.cat([torch.randperm(12)[:n] for n in (5, 12, 1)]).int().to(device)
+    cu_seqlens, view = cu_seqlens_of([5, 12, 1], device), torch.zeros(3, 3, dtype=torch.int32, device=device)
+    weight = torch.randn(18, 768, device=device)
+
+    def run(backend):
+        patches, cells = gather_patches(images, positions, cu_seqlens, view, patch_size=16, backend=backend)
+        return patches, cells, torch.autograd.grad(patches, images, weight)[0]
+
+    run("triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = run("triton")
+    for _ in range(3):
+        view.copy_(torch.randint(-99, 99, (3, 3)))
+        view[:, 2] %= 2
+        graph.replay()
+        for ours, theirs in zip(replayed, run("torch"), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.cuda

@@ -1,0 +1,361 @@
+"""Write the dispatch table, kernels/dispatch.json: python bench/tune.py [--arch sm_90,...] [--processes N]
+
+On a GPU, its own architecture: every candidate that compiles without a fault is timed, and the fastest is entered, what
+is used most first and as long as --seconds last. For the architectures named with --arch no GPU is needed: the
+candidates are compiled, and of those without a fault the one is entered that a count of operations and bytes puts
+first. What is neither measured nor named keeps the rows that it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from duel import captured, stopwatch
+from smi_fast.kernels import compile as compiling
+from smi_fast.kernels import dispatch
+from smi_fast.kernels.attention import launch_attention, launch_attention_backward
+from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
+from smi_fast.kernels.dispatch import choice_of, override
+from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
+from smi_fast.kernels.pixels import launch_pixel_step, patch_sites
+from smi_fast.kernels.selection import launch_select, launch_select_backward
+
+from smi_fast.tokens import uniform_cu_seqlens
+
+ARCHS = tuple(compiling.MULTIPROCESSORS)
+DTYPES = {"half": torch.bfloat16, "float32": torch.float32}
+KINDS = [
+    {"dtype": dtype, "head_dim": head_dim} for dtype in DTYPES for head_dim in (64, 32, 128, 16)
+]  # most used first
+# What a row goes up to, and what stands for it. Tokens: a 224 x 224 image thinned in four steps, and 577 of 384 x 384.
+TOKENS = {16: 16, 32: 32, 64: 47, 80: 67, 96: 96, 128: 128, 160: 138, 208: 197, 256: 256, 4096: 577}
+CANDIDATES = {32: 32, 64: 64, 128: 95, 256: 196, 512: 324, 1024: 576, 2048: 1369, 4096: 4096}
+ACCESSES = {2**31 - 1: 48}  # of 16 bytes in a row of channels
+PATCHES = {192: (3, 8, 8), 256: (1, 16, 16), 640: (3, 14, 14), 768: (3, 16, 16), 2**31 - 1: (3, 32, 32)}
+PIXELS = {2**31 - 1: (3, 16, 16)}
+OPERATIONS = {
+    "attention_forward": TOKENS,
+    "attention_backward": TOKENS,
+    "class_attention_forward": TOKENS,
+    "class_attention_backward": TOKENS,
+    "select_tokens": CANDIDATES,
+    "select_tokens_backward": ACCESSES,
+    "gather_patches": PATCHES,
+    "gather_patches_backward": PATCHES,
+    "prior_sums": PIXELS,
+    "pixel_step": PIXELS,
+}
+ATTENTION = [operation for operation, sizes in OPERATIONS.items() if sizes is TOKENS]
+BATCH, HEADS, CHANNELS, ROUNDS = 128, 6, 384, 15
+
+Row = dict[str, Any]
+Table = dict[str, dict[str, Any]]
+
+
+def candidates(operation: str, purpose: Row) -> Iterator[Row]:
+    """Forms of an operation, and constants, worth trying for what a row is for; where `estimate` is silent, the first
+    is what counting instructions favours."""
+    size, half = purpose["up_to"], purpose.get("dtype") == "half"
+    holding = max(16, 1 << (size - 1).bit_length())  # the least tile that holds a sequence
+    if operation == "select_tokens":
+        # 16 candidates a thread, so that one warp sums up to 512 without waiting for another.
+        BN, least = max(32, holding), max(1, holding // 512)
+        for num_warps in (least, 2 * least, 4 * least):
+            yield from ({"BN": BN, "BR": 32 * num_warps, "BC": BC, "num_warps": num_warps} for BC in (16, 8))
+        return
+    if operation == "select_tokens_backward":
+        # No thread idles where a row is a multiple of 128 bytes.
+        for BR, BC, num_warps in ((64, 8, 4), (32, 8, 4), (32, 16, 4), (16, 8, 4), (64, 16, 8)):
+            yield {"BR": BR, "BC": BC, "num_warps": num_warps}
+        return
+    if operation.startswith("gather_patches"):
+        elements = math.prod(PATCHES[size])
+        BE = min((256, 128, 64), key=lambda block: math.ceil(elements / block) * block)  # the last as full as can be
+        for tile, num_warps in ((2048, 4), (1024, 4), (4096, 8), (4096, 4), (1024, 2)):
+            yield {"BT": tile // BE, "BE": BE, "num_warps": num_warps}
+        return
+    if operation == "prior_sums":
+        for BT, PER_SM, num_warps in ((8, 2, 32), (4, 4, 16), (2, 8, 8)):
+            yield {"BT": BT, "BE": 128, "PER_SM": PER_SM, "num_warps": num_warps}
+        return
+    if operation == "pixel_step":
+        for BT, PER_SM, num_warps in ((2, 5, 8), (1, 10, 4), (2, 10, 4), (4, 2, 16), (4, 5, 8)):
+            yield {"BT": BT, "BE": 128, "PER_SM": PER_SM, "num_warps": num_warps}
+        return
+    if operation.startswith("class_attention"):
+        yield from ({"BN": BN, "num_warps": warps} for BN in (32, 64, 128, 256) for warps in (2, 4, 8))
+        return
+    for BN in {holding, 64} if half else {holding}:
+        if holding <= BN <= 128:
+            yield from ({"form": "tile", "BN": BN, "num_warps": warps} for warps in (2, 4, 8))
+    if half and holding <= 64:
+        return  # more programs or steps than one can only lose there
+    shapes = ((16, 16), (32, 32), (64, 32), (64, 64), (128, 32), (128, 64)) if half else ((16, 16), (32, 32), (64, 32))
+    blocks = [
+        {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
+        for BM, BN in shapes
+        for warps in (4, 8)
+        for stages in ((1, 2, 3) if half else (1,))
+    ]
+    if operation == "attention_forward":
+        yield from ({"form": "blocks", **tiles} for tiles in blocks)
+        return
+    if 64 < holding <= 256 and half:
+        for BN in (32, 64):
+            for warps in (8, 16):
+                tiles = {"BM": holding, "BN": BN, "num_warps": warps, "num_stages": 1}
+                yield {"form": "rows", **tiles, "CHANNELS_FIRST": BN < 64}
+    for tiles in blocks:
+        yield {"form": "blocks", "dq": tiles, "dkv": {**tiles, "BM": tiles["BN"], "BN": tiles["BM"]}}
+
+
+def estimate(operation: str, row: Row, occupancy: float) -> float:
+    """Microseconds that a multiprocessor might take for one head and sequence, to rank candidates without a GPU; 0 for
+    what is no attention.
+
+    A sum of: operations that the tiles make of it, at a rate that 16 resident warps reach and fewer in proportion to
+    the root of their number; bytes at an H200's bandwidth; 1 us for each step of a program, which waits for what it
+    loads, shared by the programs that are resident; and 2 us a launch, shared by all heads and sequences.
+    """
+    if operation not in ATTENTION:
+        return 0.0
+    size, head_dim, half = TOKENS[row["up_to"]], row["head_dim"], row["dtype"] == "half"
+    parts = []  # of each kernel: products of N x N x D, steps, warps
+    counts = (3, 4) if "dq" in row else (5 if "backward" in operation else 2,)
+    for tiles, products in zip(kernels_of(row), counts, strict=True):
+        BM = tiles.get("BM", tiles["BN"] if row.get("form") == "tile" else 1)
+        steps = [math.ceil(size / block) for block in (BM, tiles["BN"])]
+        if operation.startswith("class_attention"):
+            steps[0] = 1
+        area = math.prod(count * block for count, block in zip(steps, (BM, tiles["BN"]), strict=True))
+        parts.append((products * area, math.prod(steps), tiles["num_warps"]))
+    moved = {"tile": 7, "rows": 8, "blocks": 14}[row["form"]] if operation == "attention_backward" else 4
+    rate = (3e6 if half and operation.startswith("attention") else 0.2e6) * min(1.0, occupancy * 64 / 16) ** 0.5
+    return (
+        sum(2 * products * head_dim / rate for products, _, _ in parts)
+        + moved * size * head_dim * (2 if half else 4) / 36e3
+        + sum(steps * warps / (occupancy * 64) for _, steps, warps in parts)
+        + 2 * len(parts) * 132 / (BATCH * HEADS)
+    )
+
+
+def rows_to_fill(operation: str, kind: Row) -> list[tuple[Row, list[Row]]]:
+    """What each row of an operation is for, and its candidates."""
+    result = []
+    for size in OPERATIONS[operation]:
+        purpose = {"up_to": size, **kind}
+        rows = [{**purpose, **candidate} for candidate in candidates(operation, purpose)]
+        result.append((purpose, [row for row in rows if operation not in ATTENTION or is_small(row)]))
+    return result
+
+
+def kernels_of(row: Row) -> list[Row]:
+    """The constants of each kernel that a row launches."""
+    return [row["dq"], row["dkv"]] if "dq" in row else [row]
+
+
+def is_small(row: Row) -> bool:
+    """Whether tiles can lie in registers, and the products of float32, which are unrolled, compile in seconds."""
+    for tiles in kernels_of(row):
+        threads, BN = 32 * tiles["num_warps"], tiles["BN"]
+        BM = tiles.get("BM", BN if row.get("form") == "tile" else 1)  # queries; one in class attention
+        unrolled = BM * BN * row["head_dim"] if row["dtype"] == "float32" else 0
+        if max(BM * BN, max(BM, BN) * row["head_dim"]) > 128 * threads or unrolled > 2048 * threads:
+            return False
+    return True
+
+
+def occupancies(arch: str, operation: str, rows: list[Row], processes: int | None) -> list[float]:
+    """Of the plainest case of each row, the least of its kernels' occupancies; 0 where one has a fault."""
+    plainest = [compiling.launches(operation, row, plainest=True) for row in rows]
+    results = iter(compiling.usages([(launch, arch) for launches in plainest for launch in launches], processes))
+    uses = [[next(results) for _ in launches] for launches in plainest]
+    return [0.0 if any(use.faults() for use in row) else min(use.occupancy for use in row) for row in uses]
+
+
+def faulty(arch: str, operation: str, rows: list[Row], processes: int | None) -> list[bool]:
+    """Whether any kernel that a row can launch, in any case, has a fault."""
+    launches = [compiling.launches(operation, row) for row in rows]
+    results = iter(compiling.usages([(launch, arch) for row in launches for launch in row], processes))
+    uses = [[next(results) for _ in row] for row in launches]
+    return [any(use.faults() for use in row) for row in uses]
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """Rows in ascending order of what they go up to; neighbours that choose the same become one."""
+    result: list[Row] = []
+    for row in rows:
+        if result and {**result[-1], "up_to": 0} == {**row, "up_to": 0}:
+            result[-1] = row
+        else:
+            result.append(row)
+    return result
+
+
+def compiled_as(row: Row) -> str:
+    """What of a row its machine code depends on."""
+    return str({**row, "up_to": 0})
+
+
+def best(arch: str, operation: str, kind: Row, processes: int | None, seconds: Callable | None) -> list[Row]:
+    """The rows of an operation for a dtype and head dim: of the candidates without a fault, the fastest by `seconds`
+    (operation, row), or where there is no GPU the first by `estimate`.
+
+    Raises:
+        RuntimeError: no candidate is without a fault."""
+    wanted = rows_to_fill(operation, kind)
+    distinct = {compiled_as(row): row for _, rows in wanted for row in rows}
+    known = dict(zip(distinct, occupancies(arch, operation, list(distinct.values()), processes), strict=True))
+    ranked = []
+    for _, rows in wanted:
+        usable = [row for row in rows if known[compiled_as(row)]]
+        costs = [
+            seconds(operation, row) if seconds else estimate(operation, row, known[compiled_as(row)]) for row in usable
+        ]
+        ranked.append([row for _, row in sorted(zip(costs, usable, strict=True), key=lambda pair: pair[0])])
+    while all(ranked):
+        wrong = faulty(arch, operation, [rows[0] for rows in ranked], processes)
+        if not any(wrong):
+            return merged([rows[0] for rows in ranked])
+        ranked = [rows[is_wrong:] for rows, is_wrong in zip(ranked, wrong, strict=True)]
+    raise RuntimeError(f"{arch}: a row of {operation} for {kind} has no candidate without a fault")
+
+
+def seconds_on_gpu(operation: str, row: Row) -> float:
+    """What an operation takes with the forms and constants of a row: the median of replays of a CUDA graph."""
+    device = torch.device("cuda")
+    representative = OPERATIONS[operation][row["up_to"]]
+    with override({operation: choice_of(row)}):
+        if operation in ATTENTION:
+            call = attention_call(operation, row, representative, device)
+        elif operation.startswith("select_tokens"):
+            call = selection_call(operation, representative, device)
+        elif operation.startswith("gather_patches"):
+            call = patches_call(operation, representative, device)
+        else:
+            call = pixels_call(representative, device)
+        replay, measure = captured(call), stopwatch(device)
+    return median(second for _ in range(ROUNDS) for second in measure(replay))
+
+
+def attention_call(operation: str, row: Row, size: int, device: torch.device) -> Callable[[], object]:
+    head_dim = row["head_dim"]
+    qkv = torch.randn(BATCH * size, 3, HEADS, head_dim, device=device, dtype=DTYPES[row["dtype"]])
+    problem = uniform_cu_seqlens(BATCH, size, device), size, head_dim**-0.5
+    q, kv = qkv[::size, 0].contiguous(), qkv[:, 1:].contiguous()
+    if operation == "attention_forward":
+        return partial(launch_attention, qkv, *problem, True)
+    if operation == "attention_backward":
+        out, _, statistics = launch_attention(qkv, *problem, False)
+        return partial(launch_attention_backward, torch.randn_like(out), qkv, out, statistics, *problem)
+    if operation == "class_attention_forward":
+        return partial(launch_class_attention, q, kv, *problem)
+    out, _, statistics = launch_class_attention(q, kv, *problem)
+    return partial(launch_class_attention_backward, torch.randn_like(out), q, kv, statistics, *problem)
+
+
+def selection_call(operation: str, size: int, device: torch.device) -> Callable[[], object]:
+    if operation == "select_tokens_backward":
+        size = 196
+    kept = max(1, int(0.7 * size))
+    attention = torch.rand(BATCH, 1, size, device=device)
+    values = torch.randn(BATCH, 1 + size, CHANNELS, device=device, dtype=torch.bfloat16)
+    counts = kept, 1, 1 + size, BATCH * (1 + kept)
+    call = partial(launch_select, attention, values, None, None, None, None, *counts)
+    if operation == "select_tokens":
+        return call
+    packed, *_, slots = call()
+    return partial(launch_select_backward, torch.randn_like(packed), slots)
+
+
+def patches_call(operation: str, patch: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
+    channels, ph, pw = patch
+    images = torch.randn(BATCH, channels, 14 * ph, 14 * pw, device=device)
+    positions = torch.rand(BATCH, 196, device=device).argsort(1)[:, :95].sort(1).values.flatten().int()
+    view = torch.tensor([ph // 3, -pw, 1], device=device, dtype=torch.int32)
+    cu_seqlens = uniform_cu_seqlens(BATCH, 95, device)
+    call = partial(launch_gather_patches, images, positions, cu_seqlens, view, ph, pw, torch.bfloat16)
+    if operation == "gather_patches":
+        return call
+    out, _, inverse = call()
+    grad = torch.randn_like(out)
+    return partial(launch_gather_patches_backward, grad, inverse, view, channels, ph, pw, torch.float32)
+
+
+def pixels_call(patch: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
+    """A whole step, of both kernels."""
+    channels, ph, pw = patch
+    images = torch.randn(BATCH, channels, 14 * ph, 14 * pw, device=device)
+    positions = torch.rand(BATCH, 196, device=device).argsort(1)[:, :95].sort(1).values.flatten().int()
+    view = torch.tensor([ph // 3, -pw, 1], device=device, dtype=torch.int32)
+    cu_seqlens = uniform_cu_seqlens(BATCH, 95, device)
+    grad, _, inverse = launch_gather_patches(images, positions, cu_seqlens, view, ph, pw, torch.bfloat16)
+    moments = torch.zeros(2, *grad.shape, device=device)
+    steps, highest = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(channels, device=device)
+    return partial(
+        launch_pixel_step, images.clone(), *moments, steps, images, grad, patch_sites(positions, cu_seqlens, (14, 14)),
+        -highest, highest, inverse, view, ph, pw, 0.25, 0.5, 0.99, 1e-8, 1e-4, 0.0,
+    )  # fmt: skip
+
+
+def enter(table: Table, arch: str, operation: str, rows: list[Row]) -> None:
+    """Put rows in the place of those for the same dtype and head dim, and write the table."""
+    kind = {name: rows[0].get(name) for name in ("dtype", "head_dim")}
+    others = [row for row in table[arch].get(operation, []) if {name: row.get(name) for name in kind} != kind]
+    table[arch][operation] = sorted(
+        others + rows, key=lambda row: [str(row.get(name)) for name in kind] + [row["up_to"]]
+    )
+    dispatch.TABLE.write_text(as_json(table))
+
+
+def in_order() -> Iterator[tuple[str, list[str], Row]]:
+    """What belongs together: a name, operations, and the dtype and head dim; what is used most comes first."""
+    yield "selection and patches", [name for name in OPERATIONS if name not in ATTENTION], {}
+    for kind in KINDS:
+        yield f"attention in {kind['dtype']}, head dim {kind['head_dim']}", ATTENTION, kind
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", help="derive the rows of these architectures from the compiler report")
+    parser.add_argument("--processes", type=int, help="to compile in; one a CPU")
+    parser.add_argument("--seconds", type=float, default=45, help="after which nothing further is measured")
+    arguments = parser.parse_args()
+    if not arguments.arch and not torch.cuda.is_available():
+        parser.error("without a GPU, name the architectures to derive rows for: --arch sm_80,sm_90")
+    table = json.loads(dispatch.TABLE.read_text()) if dispatch.TABLE.exists() else {}
+    if arguments.arch:
+        archs, cost, source = arguments.arch.split(","), None, ""
+    else:
+        archs = [dispatch.nearest(*torch.cuda.get_device_capability())]
+        cost, source = seconds_on_gpu, f"measured on {torch.cuda.get_device_name()}: "
+    started = time.monotonic()
+    for arch in archs:
+        done = []
+        for name, operations, kind in in_order():
+            if cost and time.monotonic() - started > arguments.seconds:
+                break
+            done.append(name)
+            table.setdefault(arch, {})["source"] = f"{source}{'; '.join(done)}" if cost else "compiler report"
+            for operation in operations:
+                enter(table, arch, operation, best(arch, operation, kind, arguments.processes, cost))
+            print(f"{arch}: {name}", flush=True)
+
+
+def as_json(table: Table) -> str:
+    """A row a line."""
+    text = json.dumps(table, indent=1)
+    return re.sub(r"\{\s+\"up_to\"[^{}]*(\{[^{}]*\}[^{}]*)*\}", lambda row: re.sub(r"\s+", " ", row[0]), text) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Attention of one query a sequence, as the last block of a classifier needs it for its class token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import LOG2_E, MAX_HEAD_DIM, MAX_SEQLEN
+from .backend import jit, launch, resolve_backend, tl
+from .dispatch import choose_attention, padded_head_dim
+from .rows import gather_rows, padding
+
+
+def class_attention(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    return_attention: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T) v with one query for each of B sequences laid end to end.
+
+    Args:
+        q: (B, H, D) the queries, float32, bfloat16 or float16 (plain torch: float64 too), D a multiple of 8 up to 128.
+        kv: (T, 2, H, D) keys and values of all tokens, of the dtype of q. Its gradient has the same layout.
+        cu_seqlens: (B + 1,) int32 cumulative lengths: sequence b is `kv[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+        max_seqlen: length of the longest sequence, up to 4096.
+        scale: of the scores; D ** -0.5 by default.
+        return_attention: also return how much each query attends to every token of its sequence.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        out (B, H, D), zero where a sequence is empty; and on request attention (H, T) float32, each head's softmax row,
+        which sums to 1 in each sequence and carries no gradient.
+
+    Raises:
+        ValueError: a shape, dtype, device or size outside of the above.
+    """
+    _check_class_attention(q, kv, cu_seqlens, max_seqlen)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.dtype == torch.float64 and backend == "auto":
+        backend = "torch"
+    if resolve_backend(backend, q.device) == "torch":
+        out, attention = class_attention_reference(q, kv, cu_seqlens, max_seqlen, scale)
+    elif q.dtype == torch.float64:
+        raise ValueError('q has dtype torch.float64, which backend "triton" does not compute')
+    else:
+        out, attention, _ = class_attention_op(q, kv, cu_seqlens, max_seqlen, scale)
+    return (out, attention.detach()) if return_attention else out
+
+
+def _check_class_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    if q.dim() != 3:
+        raise ValueError(f"q has shape {tuple(q.shape)}, not (batch, heads, head_dim)")
+    batch, heads, head_dim = q.shape
+    if kv.dim() != 4 or kv.shape[1:] != (2, heads, head_dim):
+        raise ValueError(f"kv has shape {tuple(kv.shape)}, not (tokens, 2, {heads}, {head_dim})")
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {head_dim} is not a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"q has dtype {q.dtype}, not float32, bfloat16, float16 or (plain torch) float64")
+    if kv.dtype != q.dtype:
+        raise ValueError(f"kv has dtype {kv.dtype}, q has {q.dtype}")
+    if cu_seqlens.shape != (batch + 1,) or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, not ({batch + 1},) torch.int32")
+    for name, tensor in (("kv", kv), ("cu_seqlens", cu_seqlens)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
+    if not 0 <= max_seqlen <= MAX_SEQLEN:
+        raise ValueError(f"max_seqlen {max_seqlen} is outside 0..{MAX_SEQLEN}")
+    if len(kv) > batch * max_seqlen:
+        raise ValueError(f"{len(kv)} tokens are more than {batch} sequences of up to {max_seqlen} hold")
+
+
+def class_attention_reference(
+    q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What `class_attention` means, in plain torch, with softmax in float32: out (B, H, D) and attention (H, T)."""
+    (batch, heads, _), tokens = q.shape, len(kv)
+    if tokens == 0:
+        return q * 0, q.new_zeros(heads, 0, dtype=torch.float32)
+    ragged = tokens != batch * max_seqlen
+    if ragged:
+        slots, mask = padding(cu_seqlens, max_seqlen, tokens)
+        kv = kv.new_zeros(batch * max_seqlen, *kv.shape[1:]).index_copy(0, slots, kv)
+    k, v = kv.unflatten(0, (batch, max_seqlen)).unbind(2)  # (B, N, H, D) each
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bhd,bnhd->hbn", q.to(exact), k.to(exact)) * scale
+    if ragged:
+        # The scores of an empty sequence must not all be -inf; what comes of them is zeroed.
+        scores = scores.masked_fill(~mask & mask.any(1, keepdim=True), -torch.inf)
+    attention = scores.softmax(-1)  # (H, B, N)
+    out = torch.einsum("hbn,bnhd->bhd", attention.to(v.dtype), v)
+    attention = attention.detach().flatten(1).float()
+    return out, gather_rows(attention.T, slots).T if ragged else attention
+
+
+@jit
+def _rows(kv, n, length, heads, D: tl.constexpr, BD: tl.constexpr):
+    """Keys or values [BN, BD] of tokens n of a sequence, in float32; and their offsets and mask."""
+    d = tl.arange(0, BD)  # [BD]
+    offsets = n[:, None] * (2 * heads * D) + d[None, :]  # [BN, BD]
+    mask = (n[:, None] < length) & (d[None, :] < D)  # [BN, BD]
+    return tl.load(kv + offsets, mask=mask, other=0.0).to(tl.float32), offsets, mask
+
+
+@jit
+def _class_forward_kernel(
+    out,
+    attention,
+    statistics,
+    q,
+    kv,
+    cu_seqlens,
+    scale_log2,
+    tokens,
+    heads,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    SEVERAL: tl.constexpr,
+):
+    """Reads k and v once (2 T H D elements; with SEVERAL blocks of BN tokens a sequence k again, from cache) and writes
+    H T floats; 4 N D operations a head and sequence of N tokens. The statistics are as those of attention."""
+    program = tl.program_id(0).to(tl.int64)
+    sequence, head = program // heads, program % heads
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start.to(tl.int32)
+    d = tl.arange(0, BD)  # [BD]
+    query = tl.load(q + program * D + d, mask=d < D, other=0.0).to(tl.float32)  # [BD]
+    kv += (start * 2 * heads + head) * D
+    row = attention + head * tokens + start
+    acc = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
+    if SEVERAL:
+        highest, total = tl.full([], -1e38, tl.float32), tl.full([], 0.0, tl.float32)
+        for first in range(0, length, BN):
+            n = first + tl.arange(0, BN)  # [BN]
+            k, _, _ = _rows(kv, n, length, heads, D, BD)
+            scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
+            new_highest = tl.maximum(highest, tl.max(scores, 0))
+            total = total * tl.exp2(highest - new_highest) + tl.sum(tl.exp2(scores - new_highest), 0)
+            highest = new_highest
+        share = 1 / tl.maximum(total, 1e-30)
+        for first in range(0, length, BN):
+            n = first + tl.arange(0, BN)  # [BN]
+            k, _, _ = _rows(kv, n, length, heads, D, BD)
+            v, _, _ = _rows(kv + heads * D, n, length, heads, D, BD)
+            scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
+            p = tl.exp2(scores - highest) * share  # [BN]
+            tl.store(row + n, p, mask=n < length)
+            acc += p[:, None] * v
+    else:
+        n = tl.arange(0, BN)  # [BN]
+        k, _, _ = _rows(kv, n, length, heads, D, BD)
+        v, _, _ = _rows(kv + heads * D, n, length, heads, D, BD)
+        scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
+        highest = tl.maximum(tl.max(scores, 0), -1e38)  # finite in an empty sequence too
+        p = tl.exp2(scores - highest)  # [BN]
+        share = 1 / tl.maximum(tl.sum(p, 0), 1e-30)
+        p *= share
+        tl.store(row + n, p, mask=n < length)
+        acc += p[:, None] * v
+    tl.store(out + program * D + d, tl.sum(acc, 0).to(out.dtype.element_ty), mask=d < D)
+    tl.store(statistics + 2 * program, highest)
+    tl.store(statistics + 2 * program + 1, share)
+
+
+@jit
+def _class_backward_kernel(
+    grad_q,
+    grad_kv,
+    grad_out,
+    q,
+    kv,
+    statistics,
+    cu_seqlens,
+    scale,
+    scale_log2,
+    heads,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Reads k and v (again from cache) and writes their gradients once (4 T H D elements); 14 N D operations a head and
+    sequence of N tokens. What softmax's gradient takes off is summed up in float32, not made of the rounded output."""
+    program = tl.program_id(0).to(tl.int64)
+    sequence, head = program // heads, program % heads
+    start = tl.load(cu_seqlens + sequence).to(tl.int64)
+    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start.to(tl.int32)
+    d = tl.arange(0, BD)  # [BD]
+    query = tl.load(q + program * D + d, mask=d < D, other=0.0).to(tl.float32)  # [BD]
+    do = tl.load(grad_out + program * D + d, mask=d < D, other=0.0).to(tl.float32)  # [BD]
+    highest, share = tl.load(statistics + 2 * program), tl.load(statistics + 2 * program + 1)
+    base = (start * 2 * heads + head) * D
+    kv += base
+    grad_kv += base
+    weighted = tl.zeros([BN], tl.float32)  # [BN]
+    for first in range(0, length, BN):
+        n = first + tl.arange(0, BN)  # [BN]
+        k, _, _ = _rows(kv, n, length, heads, D, BD)
+        v, _, _ = _rows(kv + heads * D, n, length, heads, D, BD)
+        scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
+        weighted += tl.exp2(scores - highest) * share * tl.sum(do[None, :] * v, 1)
+    delta = tl.sum(weighted, 0)
+    acc = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
+    for first in range(0, length, BN):
+        n = first + tl.arange(0, BN)  # [BN]
+        k, offsets, mask = _rows(kv, n, length, heads, D, BD)
+        v, _, _ = _rows(kv + heads * D, n, length, heads, D, BD)
+        scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
+        p = tl.exp2(scores - highest) * share  # [BN]
+        ds = p * (tl.sum(do[None, :] * v, 1) - delta) * scale  # [BN]
+        acc += ds[:, None] * k
+        tl.store(grad_kv + offsets, (ds[:, None] * query[None, :]).to(grad_kv.dtype.element_ty), mask=mask)
+        tl.store(grad_kv + heads * D + offsets, (p[:, None] * do[None, :]).to(grad_kv.dtype.element_ty), mask=mask)
+    tl.store(grad_q + program * D + d, tl.sum(acc, 0).to(grad_q.dtype.element_ty), mask=d < D)
+
+
+def launch_class_attention(
+    q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward pass in Triton: out (B, H, D), attention (H, T) and the statistics (B, H, 2) of the softmax."""
+    (batch, heads, head_dim), tokens = q.shape, len(kv)
+    outputs = _fake_class_attention(q, kv, cu_seqlens, max_seqlen, scale)
+    if batch:
+        _, tiles = choose_attention("class_attention_forward", q, max_seqlen)
+        launch(
+            _class_forward_kernel, (batch * heads,),
+            *outputs, q.contiguous(), kv.contiguous(), cu_seqlens, scale * LOG2_E, tokens, heads,
+            D=head_dim, BD=padded_head_dim(head_dim), SEVERAL=max_seqlen > tiles["BN"], **tiles,
+        )  # fmt: skip
+    return outputs
+
+
+class_attention_op = torch.library.custom_op("smi_fast::class_attention", launch_class_attention, mutates_args=())
+
+
+@class_attention_op.register_fake
+def _fake_class_attention(q, kv, cu_seqlens, max_seqlen, scale):
+    batch, heads, head_dim = q.shape
+    attention = q.new_empty(heads, len(kv), dtype=torch.float32)
+    return q.new_empty(batch, heads, head_dim), attention, q.new_empty(batch, heads, 2, dtype=torch.float32)
+
+
+def launch_class_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    statistics: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients (B, H, D) of q and (T, 2, H, D) of kv: every element is written once, by one program."""
+    batch, heads, head_dim = q.shape
+    grads = _fake_class_attention_backward(grad_out, q, kv, statistics, cu_seqlens, max_seqlen, scale)
+    if batch:
+        _, tiles = choose_attention("class_attention_backward", q, max_seqlen)
+        launch(
+            _class_backward_kernel, (batch * heads,),
+            *grads, grad_out.contiguous(), q.contiguous(), kv.contiguous(), statistics, cu_seqlens,
+            scale, scale * LOG2_E, heads, D=head_dim, BD=padded_head_dim(head_dim), **tiles,
+        )  # fmt: skip
+    return grads
+
+
+class_attention_backward_op = torch.library.custom_op(
+    "smi_fast::class_attention_backward", launch_class_attention_backward, mutates_args=()
+)
+
+
+@class_attention_backward_op.register_fake
+def _fake_class_attention_backward(grad_out, q, kv, statistics, cu_seqlens, max_seqlen, scale):
+    return q.new_empty(q.shape), kv.new_empty(kv.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    q, kv, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
+    _, attention, statistics = output
+    ctx.save_for_backward(q, kv, statistics, cu_seqlens)
+    ctx.mark_non_differentiable(attention, statistics)
+
+
+def _backward(ctx, grad_out, *_):
+    grads = class_attention_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale)
+    return *grads, None, None, None
+
+
+class_attention_op.register_autograd(_backward, setup_context=_save_for_backward)

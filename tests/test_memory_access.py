@@ -1,0 +1,301 @@
+"""Where the selection and patch kernels read and write: in 16 bytes at a time, within bounds, beyond 2^31 elements."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_cases import cu_seqlens_of
+from smi_fast.kernels import patches, selection
+from smi_fast.kernels.backend import INTERPRETED
+from smi_fast.kernels.dispatch import choose
+
+triton = pytest.importorskip("triton")
+
+WIDTHS = """
+import json, re, subprocess, tempfile
+import torch, triton
+from smi_fast.kernels.compile import CUOBJDUMP, recorded, target
+from smi_fast.kernels.patches import *
+from smi_fast.kernels.selection import *
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def integers(*shape):
+    return empty(*shape, dtype=torch.int32)
+
+def show(name, launch):
+    for arch in ("sm_80", "sm_90"):
+        source, options = launch.source(arch)
+        compiled = triton.compile(source, target=target(arch), options=options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            code = subprocess.check_output([CUOBJDUMP, "-sass", cubin.name], text=True)
+        # LDG.E.128 and the like; what has no width is of 32 bits.
+        count = lambda access: len(re.findall(rf"\\b{access}\\.E(?:\\.\\w+)*\\.128\\b", code))
+        print(json.dumps([name, arch, count("LDG"), count("STG")]), flush=True)
+
+if __name__ == "__main__":
+    for channels, dtype in ((384, torch.bfloat16), (200, torch.bfloat16), (36, torch.float32), (36, torch.bfloat16)):
+        attention, values = empty(8, 1, 196), empty(8, 197, channels, dtype=dtype)
+        known = None, None, 137, 1, 197, 8 * 138
+        show(f"dense {channels} {dtype}", *recorded(launch_select, attention, values, None, None, *known))
+        packed = empty(1, 8 * 197), values.flatten(0, 1), None, integers(9), integers(9), None, 0, 1, 197, 500
+        show(f"packed {channels} {dtype}", *recorded(launch_select, *packed))
+        show(f"backward {channels} {dtype}", *recorded(launch_select_backward, values[0], integers(8, 197)))
+    for dtype in (torch.bfloat16, torch.float32):
+        for view in (None, integers(8, 3)):
+            name = f"{dtype}" if view is None else f"{dtype} seen through a view"
+            args = empty(8, 3, 224, 224), integers(900), integers(9), view, 16, 16, dtype
+            show(f"patches {name}", *recorded(launch_gather_patches, *args))
+            args = empty(900, 768, dtype=dtype), integers(8, 14, 14), view, 3, 16, 16, torch.float32
+            show(f"patches' gradient {name}", *recorded(launch_gather_patches_backward, *args))
+"""
+
+
+def _tiles(operation, size):
+    return choose(operation, torch.device("cpu"), size)[1]
+
+
+def test_values_and_pixels_move_16_bytes_at_a_time():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", WIDTHS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        name, _arch, loads, stores = json.loads(line)
+        if name.startswith("patches"):
+            tile = _tiles("gather_patches", 768)
+            elements = tile["BT"] * tile["BE"] // (32 * tile["num_warps"])  # of a block, in a thread
+            out = 2 if "bfloat16" in name else 4
+            read, written = (out, 4) if "gradient" in name else (4, out)
+            expected = elements * read // 16, elements * written // 16
+            if "view" in name:  # shifted pixels lie at any address: only patches, packed, have wide accesses
+                expected = (expected[0], 0) if "gradient" in name else (0, expected[1])
+            # Blocks may be unrolled.
+            assert (loads, stores) in [(expected[0] * n, expected[1] * n) for n in (1, 3)], line
+        elif name.endswith("36 torch.bfloat16"):
+            assert (loads, stores) == (0, 0), line  # rows of 72 bytes: this would tell narrow accesses from wide ones
+        else:
+            operation, size = ("select_tokens_backward", 48) if "backward" in name else ("select_tokens", 196)
+            tile = _tiles(operation, size)
+            accesses = tile["BR"] * tile["BC"] // (32 * tile["num_warps"])
+            assert (loads, stores) == (accesses, accesses), line
+    assert len(done.stdout.splitlines()) == 2 * (4 * 3 + 2 * 2 * 2)
+
+
+CANARY, MARGIN = 77, 4096
+
+
+@pytest.fixture
+def canaries(monkeypatch):
+    """What the launchers allocate is poisoned and lies between margins that they must leave alone."""
+    buffers = []
+
+    def between_margins(tensor):
+        buffer = tensor.new_full((tensor.numel() + 2 * MARGIN,), CANARY)
+        buffer[MARGIN:-MARGIN] = torch.nan if tensor.is_floating_point() else -CANARY
+        buffers.append(buffer)
+        return buffer[MARGIN:-MARGIN].view(tensor.shape)
+
+    def allocating(allocate):
+        def patched(*args):
+            outputs = allocate(*args)
+            return tuple(map(between_margins, outputs)) if isinstance(outputs, tuple) else between_margins(outputs)
+
+        return patched
+
+    for module, name in (
+        (selection, "_fake_count_mass"),
+        (selection, "_fake_select"),
+        (selection, "_fake_select_backward"),
+        (patches, "_fake_gather_patches"),
+        (patches, "_fake_gather_patches_backward"),
+    ):
+        monkeypatch.setattr(module, name, allocating(getattr(module, name)))
+    yield buffers
+    assert buffers
+    for buffer in buffers:
+        assert (buffer[:MARGIN] == CANARY).all()
+        assert (buffer[-MARGIN:] == CANARY).all()
+        inside = buffer[MARGIN:-MARGIN]
+        assert not (inside.isnan() if inside.is_floating_point() else inside == -CANARY).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [1, 8, 33, 40, 200])
+@pytest.mark.parametrize("candidates", [1, 31, 32, 33, 70])
+def test_selection_writes_all_of_its_results_and_nothing_beside(candidates, channels, dtype, canaries, device, seed):
+    lengths = torch.randint(3, 3 + candidates, (3,)).tolist()
+    cu_seqlens, tokens = cu_seqlens_of(lengths, device), sum(lengths)
+    attention = torch.rand(2, tokens, device=device)
+    values = torch.randn(tokens, channels, device=device).to(dtype)
+    counts, limits = selection.launch_count_mass(attention, cu_seqlens, 0.6, 2, max(lengths))
+    starts = counts.cumsum(0, dtype=torch.int32)
+    k = [int(torch.randint(1, n - 1, ())) for n in lengths]
+    own = cu_seqlens_of([2 + n for n in k], device)
+    for first, last in ((starts, limits), (own, None)):
+        *_, slots = selection.launch_select(
+            attention, values, None, cu_seqlens, first, last, 0, 2, max(lengths), int(first[-1])
+        )
+        selection.launch_select_backward(torch.randn(int(first[-1]), channels, device=device).to(dtype), slots)
+    dense, batch = torch.rand(3, 2, candidates, device=device), torch.randn(3, 2 + candidates, channels, device=device)
+    k = (candidates + 1) // 2
+    *_, slots = selection.launch_select(
+        dense, batch.to(dtype), None, None, None, None, k, 2, 2 + candidates, 3 * (2 + k)
+    )
+    selection.launch_select_backward(torch.randn(3 * (2 + k), channels, device=device).to(dtype), slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("view", [None, (3, -5, 1), [(0, 0, 0), (40, 7, 1)]], ids=str)
+@pytest.mark.parametrize("patch", [(16, 16), (14, 14), (3, 5)], ids=str)
+def test_patches_write_all_of_their_results_and_nothing_beside(patch, view, dtype, canaries, device, seed):
+    images = torch.randn(2, 3, 3 * patch[0], 4 * patch[1], device=device)
+    lengths = [5, 12]
+    positions = torch.cat([torch.randperm(12)[:n] for n in lengths]).int().to(device)
+    view = None if view is None else torch.tensor(view, device=device)
+    out, _, inverse = patches.launch_gather_patches(
+        images, positions, cu_seqlens_of(lengths, device), view, *patch, dtype
+    )
+    patches.launch_gather_patches_backward(torch.randn_like(out), inverse, view, 3, *patch, torch.float32)
+
+
+@pytest.fixture
+def only_the_last_program(monkeypatch):
+    """Launches run the last program of their grid alone, so that of a huge tensor only the last rows are touched: the
+    memory of the others is reserved, and never there."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def launch(kernel, grid, *args, **constants):
+        last = tuple(n - 1 for n in (*grid, 1, 1)[:3])
+        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", last))
+        kernel[(1,)](*args, **constants)
+
+    for module in (selection, patches):
+        monkeypatch.setattr(module, "launch", launch)
+
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks at what the interpreter runs")
+BATCH, ROWS, KEPT, CHANNELS = 2**14, 197, 181, 768  # of each image's tokens; 2.3e9 elements and more
+LAST = 5  # rows of an image in the last of its blocks of 32
+
+
+@interpreted
+@pytest.mark.parametrize("packed", [False, True])
+def test_selection_addresses_more_than_2_to_the_31_elements(packed, only_the_last_program, seed):
+    values = torch.empty(BATCH, ROWS, CHANNELS, dtype=torch.bfloat16)
+    values[-1] = torch.randn(ROWS, CHANNELS)
+    attention = torch.rand(BATCH, 1, ROWS)
+    attention[-1, 0, -LAST:] += 1
+    known = None, KEPT - 1, 1, ROWS, BATCH * KEPT
+    if packed:
+        cu_seqlens, starts = (n * torch.arange(BATCH + 1, dtype=torch.int32) for n in (ROWS, KEPT))
+        attention, values = attention.view(1, -1), values.flatten(0, 1)
+        result, positions, _, slots = selection.launch_select(attention, values, None, cu_seqlens, starts, *known)
+    else:
+        result, positions, _, slots = selection.launch_select(attention[:, :, 1:], values, None, None, None, *known)
+    assert result.numel() > 2**31
+    assert torch.equal(result[-LAST:], values.view(-1, CHANNELS)[-LAST:])
+    assert positions[-LAST:].tolist() == list(range(ROWS - 1 - LAST, ROWS - 1))
+    assert slots.flatten()[-LAST:].tolist() == list(range(BATCH * KEPT - LAST, BATCH * KEPT))
+
+
+@interpreted
+def test_counting_addresses_more_than_2_to_the_31_elements(only_the_last_program, seed):
+    attention = torch.empty(2**24, 1, 196, dtype=torch.bfloat16)
+    attention[-1] = torch.rand(196)
+    counts, limits = selection.launch_count_mass(attention, None, 0.7, 0, 196)
+    expected, expected_limits = selection.launch_count_mass(attention[-1:].clone(), None, 0.7, 0, 196)
+    assert counts[-1] == expected[-1] == selection.count_mass_reference(attention[-1:], None, 0.7, 0, 196)[0][-1]
+    assert torch.equal(limits[-1:], expected_limits)
+
+
+@interpreted
+def test_the_gradient_of_a_selection_addresses_more_than_2_to_the_31_elements(only_the_last_program, seed):
+    grad = torch.empty(BATCH * KEPT, CHANNELS, dtype=torch.bfloat16)
+    grad[-(ROWS // 2) :] = torch.randn(ROWS // 2, CHANNELS)
+    slots = torch.empty(BATCH, ROWS, dtype=torch.int32)
+    slots[-1] = -1
+    slots[-1, 1::2] = torch.arange(BATCH * KEPT - ROWS // 2, BATCH * KEPT, dtype=torch.int32)
+    out = selection.launch_select_backward(grad, slots)
+    assert out.numel() > 2**31
+    tile = _tiles("select_tokens_backward", CHANNELS // 8)
+    rows, channels = tile["BR"], tile["BC"] * 8
+    expected = torch.zeros(ROWS, CHANNELS, dtype=torch.bfloat16)
+    expected[1::2] = grad[-(ROWS // 2) :]
+    assert torch.equal(out[-1, -rows:, -channels:], expected[-rows:, -channels:])
+
+
+@interpreted
+@pytest.mark.parametrize("view", [None, (11, -29, 1)], ids=str)
+def test_patches_address_more_than_2_to_the_31_elements(view, only_the_last_program, seed):
+    images = torch.empty(BATCH, 3, 224, 224, dtype=torch.bfloat16)
+    images[-1] = torch.randn(3, 224, 224)
+    view = None if view is None else torch.tensor(view)
+    positions = torch.randperm(196).int()
+    last = images[-1:].clone().requires_grad_()
+    expected, cells = patches.patches_reference(
+        last, positions, torch.tensor([0, 196], dtype=torch.int32), view, (16, 16), torch.bfloat16
+    )
+    cu_seqlens = 196 * torch.arange(BATCH + 1, dtype=torch.int32)
+    out, _, inverse = patches.launch_gather_patches(
+        images, positions.repeat(BATCH), cu_seqlens, view, 16, 16, torch.bfloat16
+    )
+    blocks = _tiles("gather_patches", 768)["BT"]
+    rows = 196 % blocks or blocks
+    assert out.numel() > 2**31
+    assert torch.equal(out[-rows:], expected[-rows:])
+
+    grad = torch.empty_like(out)
+    grad[-196:] = torch.randn(196, 768)
+    inverse[-1].view(-1)[cells.long()] = torch.arange(BATCH * 196 - 196, BATCH * 196, dtype=torch.int32)
+    (expected_grad,) = torch.autograd.grad(expected, last, grad[-196:], retain_graph=True)
+    in_block = (cells >= 196 - rows)[:, None].expand(-1, 768).bfloat16()
+    (touched,) = torch.autograd.grad(expected, last, in_block)
+    result = patches.launch_gather_patches_backward(grad, inverse, view, 3, 16, 16, torch.bfloat16)
+    assert result.numel() > 2**31
+    assert torch.equal(result[-1][touched[0] == 1], expected_grad[0][touched[0] == 1])
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """A strided tensor in a file without contents, which takes no more room than what is touched of it."""
+
+    def make(number, shape, strides, dtype):
+        size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        path = str(tmp_path / f"{number}.bin")
+        return torch.from_file(path, shared=True, size=size, dtype=dtype).as_strided(shape, strides)
+
+    return make
+
+
+@interpreted
+def test_selection_addresses_candidates_rows_and_heads_that_lie_far_apart(apart, seed):
+    attention = apart(0, (1, 4, 3), (1, 2**30 + 1, 2**30 + 5), torch.bfloat16)
+    values = apart(1, (1, 4, 5), (1, 2**30 + 16, 1), torch.bfloat16)
+    positions = apart(2, (1, 3), (1, 2**30 + 3), torch.int32)
+    for tensor in (attention, values, positions):
+        tensor.copy_(torch.randint(1000, tensor.shape))
+    arguments = {"k": 2, "num_prefix_tokens": 1}
+    plain = selection.select_tokens(*(x.clone() for x in (attention, values, positions)), backend="torch", **arguments)
+    ours = selection.select_tokens(attention, values, positions, backend="triton", **arguments)
+    for a, b in zip(ours[:3], plain[:3], strict=True):
+        assert torch.equal(a, b)
+
+
+@interpreted
+@pytest.mark.parametrize("view", [None, (1, -2, 1)], ids=str)
+def test_patches_address_channels_rows_and_columns_that_lie_far_apart(view, apart, seed):
+    images = apart(0, (1, 3, 8, 8), (1, 2**30 + 1, 2**30 + 3, 2**30 + 5), torch.bfloat16)
+    images.copy_(torch.randn(images.shape))
+    view = None if view is None else torch.tensor(view)
+    arguments = torch.arange(4, dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32), view
+    plain, ours = (
+        patches.gather_patches(x, *arguments, patch_size=4, backend=backend)[0]
+        for x, backend in ((images.clone(), "torch"), (images, "triton"))
+    )
+    assert torch.equal(ours, plain)

@@ -1,0 +1,538 @@
+"""One optimiser step on kept pixels: against torch.optim.Adam and autograd of the prior's formula, on both backends."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_cases import assert_within_twice, canaries, cu_seqlens_of, poisoned_memory
+from smi_fast.kernels import pixels as pixels_module
+from smi_fast.kernels.patches import gather_patches_op
+from smi_fast.kernels.pixels import patch_sites, pixel_step, pixel_step_op, prior_reference
+from test_selection_kernel import Operators
+
+BACKENDS = ["torch", "triton"]
+ADAM = {"lr": 0.25, "betas": (0.5, 0.99)}
+# So light that no gradient comes near zero, where a step of Adam is of rounding divided by rounding.
+PRIOR = {"tv_l2": 0.2, "l2": 0.2}
+STATE = ("images", "exp_avg", "exp_avg_sq")
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Programs that have several patches each, as on a GPU with a large batch."""
+    monkeypatch.setattr(pixels_module, "_multiprocessors", lambda device: 1)
+
+
+def random_keep(grid, lengths, device="cpu"):
+    return torch.cat([torch.randperm(grid[0] * grid[1])[:n] for n in lengths]).int().to(device)
+
+
+def kept_mask(positions, lengths, grid, patch):
+    """(B, 1, H, W) bool, image by image."""
+    masks = torch.zeros(len(lengths), grid[0] * grid[1], dtype=torch.bool)
+    for mask, own in zip(masks, positions.cpu().split(lengths), strict=True):
+        mask[own.long()] = True
+    return masks.view(-1, 1, *grid).repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3).to(positions.device)
+
+
+def plain_prior(images, mask, tv_l2, l2):
+    """The formula on whole images, for autograd: every pair of neighbours of which both are kept."""
+    height, width = images.shape[2:]
+    total = images.new_zeros(())
+    for dy, dx in ((0, 1), (1, 0), (1, -1), (1, 1)):
+        first = ..., slice(0, height - dy), slice(max(0, -dx), width - max(0, dx))
+        second = ..., slice(dy, height), slice(max(0, dx), width + min(0, dx))
+        difference = torch.where(mask[first] & mask[second], images[first] - images[second], 0)
+        if difference.any():
+            total = total + tv_l2 * difference.square().sum().sqrt()
+    kept = torch.where(mask, images, 0)
+    return total + l2 * kept.square().sum().sqrt() if kept.any() else total
+
+
+def cut(images, positions, lengths, patch):
+    """The patches (T, C, ph, pw) at some positions, image by image."""
+    tiles = F.unfold(images, patch, stride=patch).mT.split(1)
+    parts = [tile[0][own.long()] for tile, own in zip(tiles, positions.split(lengths), strict=True)]
+    return torch.cat(parts).view(len(positions), images.shape[1], *patch)
+
+
+def put(images, patches, positions, lengths, patch):
+    """Images with patches put in, differentiable."""
+    columns = F.unfold(images, patch, stride=patch).mT.clone()
+    for image, (own, part) in enumerate(zip(positions.split(lengths), patches.split(lengths), strict=True)):
+        columns[image, own.long()] = part.flatten(1)
+    return F.fold(columns.mT, images.shape[2:], patch, stride=patch)
+
+
+def viewed_patches(images, cells, lengths, views, patch):
+    """Patches at some cells of images that are really rolled and mirrored, differentiable."""
+    viewed = []
+    for image, (dy, dx, flip) in zip(images, views, strict=True):
+        image = torch.roll(image, (dy, dx), (1, 2))
+        viewed.append(torch.flip(image, (2,)) if flip else image)
+    return cut(torch.stack(viewed), cells, lengths, patch)
+
+
+class Case:
+    """Images, what is kept of them, and a gradient of the model for each step: of fixed size, of either sign."""
+
+    def __init__(self, channels, grid, patch, lengths, device, steps=1, views=None, dtype=torch.float32):
+        self.channels, self.grid, self.patch, self.lengths = channels, grid, patch, lengths
+        self.size = len(lengths), channels, grid[0] * patch[0], grid[1] * patch[1]
+        self.images = torch.randn(self.size, device=device)
+        self.positions = random_keep(grid, lengths, device)
+        self.cu_seqlens = cu_seqlens_of(lengths, device)
+        self.sites = patch_sites(self.positions, self.cu_seqlens, grid)
+        self.lowest = torch.linspace(-2.1, -1.5, channels, device=device)
+        self.highest = torch.linspace(1.6, 2.2, channels, device=device)
+        self.views = views or [None] * steps
+        shape = len(self.views), len(self.positions), channels * math.prod(patch)
+        sign = torch.randint(0, 2, shape, device=device) * 2 - 1
+        self.grads = ((0.5 + torch.rand(shape, device=device)) * sign).to(dtype)
+
+    def state(self):
+        moments = torch.zeros(len(self.positions), self.channels * math.prod(self.patch), device=self.images.device)
+        step = torch.zeros((), dtype=torch.int64, device=self.images.device)
+        return {"images": self.images.clone(), "exp_avg": moments, "exp_avg_sq": moments.clone(), "step": step}
+
+    def gathered(self, images, view):
+        ph, pw = self.patch
+        return gather_patches_op(images, self.positions, self.cu_seqlens, view, ph, pw, torch.float32)[1:]
+
+    def run(self, backend, **settings):
+        """The state after all steps, and the prior of each."""
+        state, priors = self.state(), []
+        images, other = state["images"], state["images"].clone()
+        for view, grad in zip(self.views, self.grads, strict=True):
+            inverse = None
+            if view is not None:
+                view = torch.tensor(view, device=images.device)
+                inverse = self.gathered(images, view)[1]
+            prior = pixel_step(
+                other, state["exp_avg"], state["exp_avg_sq"], state["step"], images, grad, self.sites, self.lowest,
+                self.highest, inverse, view, patch_size=self.patch, backend=backend, **settings,
+            )  # fmt: skip
+            images, other = other, images
+            priors.append(prior)
+        return {**state, "images": images, "priors": torch.stack(priors)}
+
+    def run_plain(self, dtype, *, lr, betas, tv_l2=0.0, l2=0.0, eps=1e-8):
+        """The same by torch.optim.Adam, with the gradient that autograd finds on whole images."""
+        canvas, priors = self.images.to(dtype), []
+        mask = kept_mask(self.positions, self.lengths, self.grid, self.patch)
+        patches = torch.nn.Parameter(cut(canvas, self.positions, self.lengths, self.patch))
+        optimizer = torch.optim.Adam([patches], lr=lr, betas=betas, eps=eps)
+        for view, grad in zip(self.views, self.grads, strict=True):
+            images = put(canvas, patches, self.positions, self.lengths, self.patch)
+            prior = plain_prior(images, mask, tv_l2, l2)
+            each = [(0, 0, 0)] * len(self.lengths) if view is None else view
+            each = [each] * len(self.lengths) if isinstance(each, tuple) else each
+            cells = (
+                self.positions if view is None else self.gathered(self.images, torch.tensor(view).to(mask.device))[0]
+            )
+            seen = viewed_patches(images, cells, self.lengths, each, self.patch)
+            loss = prior + (seen.flatten(1) * grad.to(dtype)).sum()
+            (patches.grad,) = torch.autograd.grad(loss, patches)
+            optimizer.step()
+            with torch.no_grad():
+                patches.clamp_(self.lowest.to(dtype).view(-1, 1, 1), self.highest.to(dtype).view(-1, 1, 1))
+            priors.append(prior.detach())
+        state = optimizer.state[patches]
+        return {
+            "images": put(canvas, patches, self.positions, self.lengths, self.patch).detach(),
+            "exp_avg": state["exp_avg"].flatten(1),
+            "exp_avg_sq": state["exp_avg_sq"].flatten(1),
+            "priors": torch.stack(priors),
+        }
+
+    def assert_matches(self, backend, **settings):
+        with poisoned_memory():
+            ours = self.run(backend, **settings)
+        assert ours.pop("step").item() == len(self.views)
+        plain, exact = (self.run_plain(dtype, **settings) for dtype in (torch.float32, torch.float64))
+        # A norm is as large as the batch, and so is the rounding of it.
+        largest = exact["priors"].max().clamp(min=1)
+        for results in (ours, plain, exact):
+            results["priors"] = results["priors"] / largest
+        assert_within_twice(ours, [plain], exact)
+        stopped = ~kept_mask(self.positions, self.lengths, self.grid, self.patch).expand(self.size)
+        assert torch.equal(ours["images"][stopped], self.images[stopped])
+
+
+def drawn_views(steps, batch=None):
+    """One for all images, or one for each; every fourth step has none."""
+    draw = lambda: (*torch.randint(-40, 40, (2,)).tolist(), int(torch.randint(0, 2, ())))  # noqa: E731
+    return [None if step % 4 == 3 else [draw() for _ in range(batch)] if batch else draw() for step in range(steps)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("lengths", "per_image"), [([5, 5, 5], False), ([1, 12, 6], True)], ids=["uniform", "ragged"])
+def test_many_steps_are_those_of_adam_and_autograd(lengths, per_image, backend, device, seed, few_programs):
+    steps = 52 if device == "cuda" else 12  # the interpreter takes a second for four
+    views = drawn_views(steps, len(lengths) if per_image else None)
+    Case(3, (3, 4), (4, 4), lengths, device, views=views).assert_matches(backend, **ADAM, **PRIOR)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("channels", "grid", "patch", "lengths"),
+    [
+        (3, (2, 3), (16, 16), [4, 3]),
+        (3, (3, 2), (14, 14), [3, 6]),
+        (1, (5, 2), (4, 7), [10, 10]),
+        (3, (1, 1), (4, 4), [1, 1, 1]),
+        (2, (4, 5), (1, 1), [9, 13]),
+        (2, (1, 4), (3, 2), [2, 0, 4]),
+        (5, (2, 2), (6, 5), [4, 4]),
+    ],
+    ids=str,
+)
+def test_every_shape_of_patch_and_grid(channels, grid, patch, lengths, backend, device, seed, few_programs):
+    views = [None, (5, -3, 1), (-17, 0, 0), (2, 30, 1)]
+    Case(channels, grid, patch, lengths, device, views=views).assert_matches(backend, **ADAM, **PRIOR)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("prior", [{}, {"tv_l2": 0.2}, {"l2": 0.2}], ids=str)
+def test_each_part_of_the_prior_can_be_left_out(prior, backend, device, seed):
+    Case(3, (3, 3), (4, 4), [4, 6], device, steps=5).assert_matches(backend, **ADAM, **prior)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_may_come_in_half_precision(dtype, backend, device, seed):
+    views = [None, (3, 9, 1), (1, -2, 0)]
+    Case(3, (3, 3), (4, 4), [4, 6], device, views=views, dtype=dtype).assert_matches(backend, **ADAM, **PRIOR)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_bias_is_corrected_as_by_adam_over_many_steps(backend, device, seed):
+    case = Case(1, (1, 1), (2, 2), [1], device, steps=500 if backend == "torch" or device == "cuda" else 40)
+    settings = {"lr": 1e-3, "betas": (0.9, 0.999)}
+    case.assert_matches(backend, **settings)
+
+
+def test_the_correction_of_the_bias_is_exact_to_rounding_at_any_step(device, monkeypatch):
+    """Against Python's float64; the interpreter and a GPU alike."""
+    held = []
+    original = pixels_module._scratch
+    monkeypatch.setattr(pixels_module, "_scratch", lambda *args: held.append(original(*args)) or held[-1])
+    case = Case(1, (1, 1), (1, 1), [1], device)
+    state = case.state()
+    for betas in ((0.5, 0.99), (0.9, 0.999), (0.0, 0.0), (0.3, 1 - 1e-6)):
+        for step in (1, 2, 3, 10, 999, 4000, 10**6 + 7):
+            state["step"].fill_(step - 1)
+            pixel_step(
+                case.images.clone(), state["exp_avg"], state["exp_avg_sq"], state["step"], case.images, case.grads[0],
+                case.sites, case.lowest, case.highest, patch_size=1, lr=0.25, betas=betas, backend="triton",
+            )  # fmt: skip
+            expected = 0.25 / (1 - betas[0] ** step), 1 / math.sqrt(1 - betas[1] ** step)
+            assert held[-1][2].tolist() == pytest.approx(expected, rel=3e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("direction", ["right", "down", "all"])
+def test_a_direction_without_differences_has_no_gradient(direction, backend, device, seed):
+    case = Case(2, (2, 2), (4, 4), [4, 4], device)  # one step: the next would divide rounding by rounding
+    if direction == "right":
+        case.images[:] = torch.randn(2, 2, 8, 1, device=device)
+    elif direction == "down":
+        case.images[:] = torch.randn(2, 2, 1, 8, device=device)
+    else:
+        case.images.zero_()
+    case.assert_matches(backend, **ADAM, **PRIOR)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_kept_pixel_has_no_neighbours(backend, device, seed):
+    case = Case(1, (3, 3), (1, 1), [1], device, steps=2)
+    case.assert_matches(backend, **ADAM, **PRIOR)
+    assert torch.equal(case.run(backend, **ADAM, tv_l2=1.0)["priors"], torch.zeros(2, device=device))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", [None, (3, 5, 1)], ids=str)
+def test_stopped_pixels_are_neither_read_nor_written(view, backend, device, seed):
+    case = Case(3, (3, 4), (4, 4), [5, 7], device, views=[view] * 6)
+    expected = case.run(backend, **ADAM, **PRIOR)
+    stopped = ~kept_mask(case.positions, case.lengths, case.grid, case.patch).expand(case.size)
+    case.images[stopped] = math.nan
+    ours = case.run(backend, **ADAM, **PRIOR)
+    assert ours["images"][stopped].isnan().all()
+    for name in ("exp_avg", "exp_avg_sq", "priors"):
+        assert torch.equal(ours[name], expected[name])
+    assert torch.equal(ours["images"][~stopped], expected["images"][~stopped])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_images_that_are_read_stay_as_they_are(backend, device, seed):
+    case = Case(3, (2, 2), (4, 4), [2, 3], device)
+    before, state = case.images.clone(), case.state()
+    grad = case.grads[0].view(5, 3, 4, 4)
+    pixel_step(
+        state["images"], state["exp_avg"], state["exp_avg_sq"], state["step"], case.images, grad, case.sites,
+        case.lowest, case.highest, patch_size=4, backend=backend, **ADAM, **PRIOR,
+    )  # fmt: skip
+    assert torch.equal(case.images, before)
+    assert not torch.equal(state["images"], before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pixels_that_are_not_numbers_do_not_become_numbers(backend, device, seed):
+    case = Case(1, (1, 2), (2, 2), [1], device)
+    case.grads[:] = math.nan
+    case.positions[:] = 0
+    case.sites = patch_sites(case.positions, case.cu_seqlens, case.grid)
+    assert case.run(backend, **ADAM)["images"][0, 0, :, :2].isnan().all()
+
+
+def test_nothing_is_written_beyond_the_state(device, seed, few_programs):
+    """Outputs and scratch memory lie between other bytes, and so does what is updated in place."""
+    case = Case(3, (2, 3), (5, 3), [4, 5], device, views=[(1, 2, 1)])
+    state, margin, around = case.state(), 1024, []
+    for name, tensor in state.items():
+        memory = torch.full((tensor.numel() + 2 * margin,), 77, dtype=tensor.dtype, device=device)
+        inner = memory[margin : margin + tensor.numel()].view(tensor.shape).copy_(tensor)
+        around += [memory[:margin], memory[margin + tensor.numel() :]]
+        state[name] = inner
+    view = torch.tensor(case.views[0], device=device)
+    inverse = case.gathered(case.images, view)[1]
+    with canaries(pixels_module, "_scratch"):
+        pixel_step(
+            state["images"], state["exp_avg"], state["exp_avg_sq"], state["step"], case.images, case.grads[0],
+            case.sites, case.lowest, case.highest, inverse, view, patch_size=(5, 3), backend="triton", **ADAM, **PRIOR,
+        )  # fmt: skip
+    expected = case.run("triton", **ADAM, **PRIOR)
+    for name in STATE:
+        assert torch.equal(state[name], expected[name])
+    assert all((part == 77).all() for part in around)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_have_the_same_bits(backend, device, seed, few_programs):
+    case = Case(3, (4, 4), (4, 4), [9, 16], device, views=drawn_views(4))
+    results = []
+    for _ in range(2):
+        with poisoned_memory():
+            results.append(case.run(backend, **ADAM, **PRIOR))
+    for result in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, result[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
+def test_without_patches_the_step_is_counted_and_the_prior_is_zero(lengths, backend, device):
+    images = torch.randn(len(lengths), 3, 8, 8, device=device)
+    positions, step = torch.empty(0, dtype=torch.int32, device=device), torch.tensor([4], device=device)
+    sites, moments = patch_sites(positions, cu_seqlens_of(lengths, device), (2, 2)), torch.empty(0, 48, device=device)
+    next_images, bounds = images.clone(), torch.zeros(3, device=device)
+    prior = pixel_step(
+        next_images, moments, moments.clone(), step, images, moments, sites, bounds, bounds, patch_size=4,
+        backend=backend, **ADAM, **PRIOR,
+    )  # fmt: skip
+    assert prior.item() == 0
+    assert step.item() == 5
+    assert torch.equal(next_images, images)
+
+
+def test_a_step_takes_two_launches_and_no_other_operator(device, seed, monkeypatch):
+    case, launched = Case(3, (2, 2), (4, 4), [2, 3], device, views=[(1, 5, 1)]), []
+    original = pixels_module.launch
+
+    def launch(kernel, *args, **constants):
+        launched.append(kernel.__name__)
+        original(kernel, *args, **constants)
+
+    monkeypatch.setattr(pixels_module, "launch", launch)
+    view, state, grad = torch.tensor(case.views[0], device=device), case.state(), case.grads[0]
+    inverse = case.gathered(case.images, view)[1]
+    with Operators() as operators:
+        pixel_step(
+            state["images"], state["exp_avg"], state["exp_avg_sq"], state["step"], case.images, grad, case.sites,
+            case.lowest, case.highest, inverse, view, patch_size=4, backend="triton", **ADAM, **PRIOR,
+        )  # fmt: skip
+    assert launched == ["_prior_sums_kernel", "_pixel_step_kernel"]
+    assert operators.computing == []
+
+
+def test_the_definition_of_the_prior_has_the_gradient_of_its_value_in_float64(seed):
+    case = Case(2, (3, 3), (3, 2), [5, 9], "cpu")
+    mask = kept_mask(case.positions, case.lengths, case.grid, case.patch)
+    images = case.images.double().requires_grad_()
+    plain = plain_prior(images, mask, **PRIOR)
+    assert torch.autograd.gradcheck(lambda x: plain_prior(x, mask, **PRIOR), (images,))
+    value, grad = prior_reference(images.detach(), case.sites, *case.patch, **PRIOR)
+    torch.testing.assert_close(value, plain.detach(), rtol=1e-14, atol=0)
+    expected = cut(torch.autograd.grad(plain, images)[0], case.positions, case.lengths, case.patch)
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_sites_say_where_patches_lie_and_which_neighbours_are_kept(device, seed):
+    grid, lengths = (3, 4), [5, 0, 12, 1]
+    positions = random_keep(grid, lengths, device)
+    sites = patch_sites(positions, cu_seqlens_of(lengths, device), grid)
+    assert sites.dtype == torch.int32
+    kept = {(image, p) for image, own in enumerate(positions.cpu().split(lengths)) for p in own.tolist()}
+    image_of = [image for image, n in enumerate(lengths) for _ in range(n)]
+    for (image, row, column, bits), position, own in zip(sites.tolist(), positions.tolist(), image_of, strict=True):
+        assert (image, row, column) == (own, position // 4, position % 4)
+        for bit in range(9):
+            r, c = row + bit // 3 - 1, column + bit % 3 - 1
+            assert bits >> bit & 1 == (0 <= r < 3 and 0 <= c < 4 and (image, 4 * r + c) in kept)
+
+
+def arguments(device="cpu"):
+    case = Case(3, (2, 2), (4, 4), [2, 3], device)
+    state = case.state()
+    return {
+        "next_images": state["images"],
+        "exp_avg": state["exp_avg"],
+        "exp_avg_sq": state["exp_avg_sq"],
+        "step": state["step"],
+        "images": case.images,
+        "grad": case.grads[0],
+        "sites": case.sites,
+        "lowest": case.lowest,
+        "highest": case.highest,
+        "patch_size": 4,
+        "lr": 0.25,
+    }
+
+
+@pytest.mark.parametrize("view", [None, (1, -1, 1)], ids=str)
+def test_operator_passes_opcheck(view, device, seed):
+    given = arguments(device)
+    given.pop("patch_size"), given.pop("lr")
+    inverse = None
+    if view is not None:
+        view, inverse = torch.tensor(view, device=device), torch.full((2, 2, 2), -1, dtype=torch.int32, device=device)
+    torch.library.opcheck(
+        pixel_step_op, (*given.values(), inverse, view, 4, 4, 0.25, 0.5, 0.99, 1e-8, 3.0, 2.0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 3}, "8x8 pixels do not divide into patches of 3x3"),
+        ({"images": torch.zeros(2, 8, 8)}, r"images is \(2, 8, 8\)"),
+        ({"next_images": torch.zeros(2, 3, 8, 4)}, r"next_images is \(2, 3, 8, 4\)"),
+        ({"next_images": torch.zeros(2, 3, 8, 8).mT}, "next_images is not contiguous"),
+        ({"exp_avg": torch.zeros(5, 47)}, r"exp_avg is \(5, 47\)"),
+        ({"exp_avg_sq": torch.zeros(5, 48, dtype=torch.float64)}, "exp_avg_sq is .*float64"),
+        ({"step": torch.zeros(())}, "step is .*float32"),
+        ({"step": torch.zeros(2, dtype=torch.int64)}, r"step is \(2,\)"),
+        ({"sites": torch.zeros(5, 2, dtype=torch.int32)}, r"sites is \(5, 2\)"),
+        ({"grad": torch.zeros(4, 48)}, r"grad is \(4, 48\)"),
+        ({"lowest": torch.zeros(1)}, r"lowest is \(1,\)"),
+        ({"view": torch.zeros(3, dtype=torch.int32)}, "inverse is None"),
+        ({"inverse": torch.zeros(2, 2, 2, dtype=torch.int32)}, "view is None"),
+        (
+            {"inverse": torch.zeros(2, 2, 2, dtype=torch.int32), "view": torch.zeros(2, dtype=torch.int32)},
+            r"view has shape \(2,\)",
+        ),
+        (
+            {"inverse": torch.zeros(2, 4, dtype=torch.int32), "view": torch.zeros(3, dtype=torch.int32)},
+            r"inverse is \(2, 4\)",
+        ),
+        ({"lr": -1.0}, "lr .* -1.0"),
+        ({"tv_l2": math.nan}, "tv_l2 .* nan"),
+        ({"betas": (0.5, 1.0)}, r"betas .*\(0.5, 1.0\)"),
+        ({"backend": "cuda"}, "backend 'cuda'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        pixel_step(**{**arguments(), **changes})
+
+
+def test_images_that_would_be_overwritten_while_they_are_read_are_refused():
+    given = arguments()
+    with pytest.raises(ValueError, match="next_images is images itself"):
+        pixel_step(**{**given, "next_images": given["images"]})
+
+
+@pytest.mark.parametrize(
+    ("positions", "cu_seqlens", "message"),
+    [
+        (torch.zeros(2, dtype=torch.int64), cu_seqlens_of([1, 1]), "positions .*int64"),
+        (torch.zeros(2, dtype=torch.int32), torch.zeros(3), "cu_seqlens .*float32"),
+    ],
+)
+def test_bad_sites_are_named(positions, cu_seqlens, message):
+    with pytest.raises(ValueError, match=message):
+        patch_sites(positions, cu_seqlens, (2, 2))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("patch", [(16, 16), (14, 14), (4, 4)], ids=str)
+@pytest.mark.parametrize("per_image", [False, True], ids=["one view", "views"])
+def test_gpu_many_steps_are_those_of_adam_and_autograd(per_image, patch, device, seed):
+    lengths = [46] * 8 + [196, 1, 100]
+    case = Case(3, (14, 14), patch, lengths, device, views=drawn_views(50, len(lengths) if per_image else None))
+    for backend in BACKENDS:
+        case.assert_matches(backend, **ADAM, tv_l2=30.0, l2=20.0)
+
+
+@pytest.mark.cuda
+def test_a_replayed_cuda_graph_counts_steps_and_sees_the_view_in_device_memory(device, seed):
+    """One graph holds a step from each of the two image batches to the other."""
+    case = Case(3, (6, 5), (16, 16), [7, 30, 11], device, views=[(8 * i - 20, 5 * i, i % 2) for i in range(8)])
+    case.grads[1::2] = case.grads[0::2]
+    state, view = case.state(), torch.zeros(2, 3, dtype=torch.int64, device=device)
+    pair, grad = (state["images"], state["images"].clone()), case.grads[0].clone()
+
+    def steps():
+        priors = []
+        for number in range(2):
+            images, other = pair[number], pair[1 - number]
+            inverse = case.gathered(images, view[number])[1]
+            prior = pixel_step(
+                other, state["exp_avg"], state["exp_avg_sq"], state["step"], images, grad, case.sites, case.lowest,
+                case.highest, inverse, view[number], patch_size=16, backend="triton", **ADAM, **PRIOR,
+            )  # fmt: skip
+            priors.append(prior)
+        return torch.stack(priors)
+
+    steps()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        priors = steps()
+    for name, value in case.state().items():
+        state[name].copy_(value)
+    pair[1].copy_(pair[0])
+    seen = []
+    for number in range(0, 8, 2):
+        view.copy_(torch.tensor(case.views[number : number + 2]))
+        grad.copy_(case.grads[number])
+        graph.replay()
+        seen.append(priors.clone())
+    expected = case.run("triton", **ADAM, **PRIOR)
+    for name in (*STATE, "step"):
+        assert torch.equal(state[name], expected[name]), name
+    assert torch.equal(torch.cat(seen), expected["priors"])
+
+
+@pytest.mark.cuda
+def test_gpu_steps_without_synchronising(device, seed):
+    case = Case(3, (4, 4), (16, 16), [7, 16], device)
+    state, view = case.state(), torch.tensor([3, -5, 1], device=device)
+    inverse = case.gathered(case.images, view)[1]
+
+    def step(backend):
+        sites = patch_sites(case.positions, case.cu_seqlens, case.grid)
+        pixel_step(
+            state["images"], state["exp_avg"], state["exp_avg_sq"], state["step"], case.images, case.grads[0], sites,
+            case.lowest, case.highest, inverse, view, patch_size=16, backend=backend, **ADAM, **PRIOR,
+        )  # fmt: skip
+
+    for backend in BACKENDS:
+        step(backend)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(backend)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
