@@ -7,15 +7,20 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from smi_fast import kernels
+from smi_fast.graphs import Replayed, graph_pool
 from smi_fast.keep import PackedKeep, uniform_keep
+from smi_fast.kernels.selection import cumulative
 from smi_fast.objectives import KeptPixels, Loss, Objective, as_objective, deep_inversion
-from smi_fast.stopping import StoppingSchedule, select_patches
+from smi_fast.stopping import Mass, StoppingSchedule, select_patches
+from smi_fast.tokens import PackedTokens
 from smi_fast.views import random_views
 from smi_fast.vit import AcceleratedViT, accelerate
 
@@ -26,8 +31,8 @@ class Stage:
 
     start: int  # first iteration
     end: int  # one behind the last
-    patches: int  # kept patches an image
-    tokens: int  # patches and prefix tokens an image
+    patches: float | None  # kept patches an image, in the mean where images differ; None before the images decided
+    tokens: float | None  # patches and prefix tokens an image
 
 
 @dataclass(frozen=True)
@@ -41,14 +46,14 @@ class Step:
     _started: float = field(repr=False)
 
     @property
-    def tokens(self) -> int:
-        """Tokens per image in this iteration."""
+    def tokens(self) -> float:
+        """Tokens per image in this iteration, in the mean where images differ."""
         return self.stage.tokens
 
     @property
-    def keep(self) -> Tensor:
-        """The patches still inverted, (B, K) int64."""
-        return self._pixels.keep
+    def keep(self) -> Tensor | list[Tensor]:
+        """The patches still inverted, (B, K) int64, or a list of B index tensors where images differ."""
+        return self._pixels.keep()
 
     def images(self) -> Tensor:
         """The images as they are now: (B, C, H, W) in [0, 1], stopped patches black."""
@@ -67,7 +72,7 @@ class InversionResult:
 
     Args:
         images: (B, C, H, W) float32 in [0, 1] on the CPU, stopped patches black.
-        keep: (B, K) int64, the patches that were never stopped.
+        keep: (B, K) int64, the patches that were never stopped; a list of B index tensors where images differ.
         targets: (B,) int64.
         losses: (iterations,) float32, of every iteration that ran.
         history: the stages that ran, the last one cut short where the run was interrupted.
@@ -76,7 +81,7 @@ class InversionResult:
     """
 
     images: Tensor
-    keep: Tensor
+    keep: Tensor | list[Tensor]
     targets: Tensor
     losses: Tensor
     history: list[Stage]
@@ -104,6 +109,11 @@ class Inverter:
         image_size: (height, width) in pixels; None: the model's.
         mean, std: the model's normalisation, per channel; None: from timm's data config of the model.
         dtype, backend: passed to `accelerate`; not for a model that is accelerated already.
+        compile: fuse what surrounds the matrix products with torch.compile, which takes a minute before the first
+            iteration.
+        cuda_graphs: on a GPU, capture an iteration of each stage and replay it. Python in a loss of your own then runs
+            a few times a stage only: turn this off where it counts its calls, say. A loss that cannot be captured runs
+            as it is, which a warning says.
         seed: of the initial noise and the views. The same seed, device, dtype and backend give the same bits.
         progress: show a progress bar with iteration, tokens per image and loss.
 
@@ -129,6 +139,8 @@ class Inverter:
         std: Sequence[float] | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        compile: bool = False,
+        cuda_graphs: bool = True,
         seed: int = 0,
         progress: bool = True,
     ):
@@ -155,7 +167,10 @@ class Inverter:
         self.objective = as_objective(deep_inversion() if objective is None else objective)
         self.iterations, self.lr, self.betas = iterations, lr, betas
         self.jitter, self.flip, self.view_per_image = jitter, flip, view_per_image
-        self.seed, self.progress = seed, progress
+        self.cuda_graphs, self.seed, self.progress = cuda_graphs, seed, progress
+        self._forward, self._forward_patches = self.fast, self.fast.forward_patches
+        if compile:
+            self._forward, self._forward_patches = torch.compile(self._forward), torch.compile(self._forward_patches)
 
         config = resolve_data_config(model=timm_model)
         channels = timm_model.patch_embed.proj.in_channels
@@ -181,7 +196,7 @@ class Inverter:
         ends = [*list(starts)[1:], self.iterations]
         prefix = self.fast.model.num_prefix_tokens
         return [
-            Stage(start, end, patches, patches + prefix)
+            Stage(start, end, patches, None if patches is None else patches + prefix)
             for (start, patches), end in zip(starts.items(), ends, strict=True)
         ]
 
@@ -205,42 +220,80 @@ class Inverter:
         generator = torch.Generator().manual_seed(self.seed)
         views = self._draw_views(len(targets), generator).to(device)
         pixels = Pixels(self, len(targets), generator, device)
-        interrupted, done, attention = False, 0, None
-        with frozen(self.fast), self._bar() as bar:
+        iterate = partial(self._iterate, pixels, targets, views, losses)
+        pool = graph_pool(device) if self.cuda_graphs else None
+        interrupted, done, attention, history = False, 0, None, []
+        with frozen(self.fast), self.fast.cast_weights(), self._bar() as bar:
             started = time.perf_counter()
             try:
                 for stage in self.stages:
                     if stage.start:
-                        fraction = self.stopping.stops[stage.start]
-                        pixels.stop(select_patches(attention, fraction=fraction, backend=self.fast.backend))
+                        pixels.stop(attention, self.stopping.stops[stage.start])
+                    stage = replace(
+                        stage, patches=pixels.count, tokens=pixels.count + self.fast.model.num_prefix_tokens
+                    )
+                    history.append(stage)
+                    inner = iterate if pool is None else Replayed(iterate, pool)
                     for iteration in range(stage.start, stage.end):
                         measures = iteration + 1 in self.stopping.stops
-                        plain = measures or iteration in self.stopping.stops
-                        images = pixels.images()
-                        output = self.fast(
-                            images,
-                            pixels.packed_keep,
-                            view=None if plain else views[iteration],
-                            return_attention=measures,
-                        )
-                        logits, attention = output if measures else (output, None)
-                        loss = self.objective.loss(logits, images, targets, pixels.kept_pixels)
-                        pixels.step(loss)
-                        losses[iteration] = loss.detach()
+                        if measures or iteration in self.stopping.stops:
+                            attention = iterate(pixels.current, plain=True, measures=measures)
+                        else:
+                            inner(pixels.current)
+                        pixels.current = 1 - pixels.current
                         done = iteration + 1
                         if callback is not None:
                             callback(Step(iteration, stage, losses[iteration], pixels, started))
                         bar.advance(stage, losses[iteration])
             except KeyboardInterrupt:
                 interrupted = True
-        history = [replace(stage, end=min(stage.end, done)) for stage in self.stages if stage.start < done]
+        history = [replace(stage, end=min(stage.end, done)) for stage in history if stage.start < done]
         losses = losses[:done].cpu()
         if not losses.isfinite().all():
             first = int((~losses.isfinite()).nonzero()[0])
             warnings.warn(f"the loss is {losses[first].item()} from iteration {first} on", stacklevel=2)
-        return InversionResult(
-            pixels.results().cpu(), pixels.keep.cpu(), targets.cpu(), losses, history, pixels.patch_size, interrupted
-        )
+        keep = pixels.keep()
+        keep = keep.cpu() if isinstance(keep, Tensor) else [row.cpu() for row in keep]
+        images = pixels.results().cpu()
+        return InversionResult(images, keep, targets.cpu(), losses, history, pixels.patch_size, interrupted)
+
+    def _iterate(
+        self,
+        pixels: Pixels,
+        targets: Tensor,
+        views: Tensor,
+        losses: Tensor,
+        number: int,
+        plain: bool = False,
+        measures: bool = False,
+    ) -> Tensor | None:
+        """One iteration, from the images of this number of the pair. All that changes from one to the next is read from
+        the device, so that a CUDA graph of it can be replayed. Returns the importance of the kept patches, if it
+        measures."""
+        view = None if plain else views.index_select(0, pixels.steps)[0]
+        keep, attention = pixels.packed_keep, None
+        if type(self.objective) is deep_inversion:
+            patches, cells, inverse = kernels.gather_patches(
+                pixels.pair[number], keep.positions, keep.cu_seqlens, view, patch_size=pixels.patch_size,
+                dtype=self.fast.compute_dtype, return_inverse=True, backend=self.fast.backend,
+            )  # fmt: skip
+            tokens = PackedTokens(patches.requires_grad_(), cells, keep.cu_seqlens, keep.max_seqlen)
+            logits = self._forward_patches(tokens, grid_size=pixels.grid_size, return_attention=measures)
+            logits, attention = logits if measures else (logits, None)
+            loss = self.objective.classification(logits, targets)
+            (grad,) = torch.autograd.grad(loss, patches)
+            inverse = None if plain else inverse
+            terms = {"tv_l2": self.objective.tv_l2, "l2": self.objective.l2}
+            loss = loss.detach() + pixels.step(number, grad, inverse=inverse, view=view, **terms)
+        else:
+            images = pixels.pair[number].detach().requires_grad_()
+            logits = self._forward(images, keep, view=view, return_attention=measures)
+            logits, attention = logits if measures else (logits, None)
+            loss = self.objective.loss(logits, images, targets, pixels.kept_pixels)
+            (grad,) = torch.autograd.grad(loss, images)
+            pixels.step(number, pixels.kept.gather(grad.contiguous()))
+        losses.index_copy_(0, pixels.steps - 1, loss.detach().to(losses.dtype).view(1))
+        return attention
 
     def _draw_views(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """(iterations, 3) or (iterations, B, 3) int32."""
@@ -281,9 +334,10 @@ class Inverter:
 
 
 class Pixels:
-    """The images under optimisation: kept patches as one parameter with its Adam state, everything else at rest.
+    """The images under optimisation, in normalised space, and their optimiser's state, which has kept patches only.
 
-    Stopped pixels lie in `canvas`, out of the optimiser's reach, so that nothing can change them.
+    Two batches of images take turns: a step reads one and writes the kept pixels of the other. Stopped pixels are equal
+    in both and out of the optimiser's reach, so that nothing can change them.
     """
 
     def __init__(self, inverter: Inverter, batch_size: int, generator: torch.Generator, device: torch.device):
@@ -292,79 +346,93 @@ class Pixels:
         channels = len(inverter.mean)
         self.patch_size = (height // rows, width // columns)
         self.grid_size = (rows, columns)
-        # drawn on the CPU, so that every device starts from the same noise
-        self.canvas = torch.randn(batch_size, channels, height, width, generator=generator).to(device)
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (inverter.mean, inverter.std))
-        self.lowest, self.highest = -self.mean / self.std, (1 - self.mean) / self.std
-        self.keep = torch.arange(rows * columns, device=device).expand(batch_size, -1)  # [B, K]
-        self.lr, self.betas = inverter.lr, inverter.betas
-        self._pack()
-        self.patches = nn.Parameter(self.kept.gather(self.canvas))  # [T, C, ph, pw]
-        self.optimizer = self._adam()
+        self.lowest, self.highest = (-self.mean / self.std).flatten(), ((1 - self.mean) / self.std).flatten()
+        self.adam = {"lr": inverter.lr, "betas": inverter.betas}
+        self.backend = inverter.fast.backend
+        # drawn on the CPU, so that every device starts from the same noise
+        images = torch.randn(batch_size, channels, height, width, generator=generator).to(device)
+        self.pair = (images, images.clone())
+        self.current = 0  # which of the pair the next step reads
+        self.steps = torch.zeros(1, dtype=torch.int64, device=device)
+        self._keep(torch.arange(rows * columns, device=device).expand(batch_size, -1))
+        moments = images.new_zeros(2, batch_size * rows * columns, images[0].numel() // (rows * columns))
+        self.moments = tuple(moments)
 
-    def _adam(self) -> torch.optim.Adam:
-        return torch.optim.Adam([self.patches], lr=self.lr, betas=self.betas, fused=True)
+    def _keep(self, keep: Tensor | list[Tensor]) -> None:
+        if isinstance(keep, Tensor):
+            self.packed_keep = uniform_keep(keep)
+            self.count: float = keep.shape[1]  # kept patches an image, in the mean
+        else:
+            lengths = [len(row) for row in keep]
+            self.packed_keep = PackedKeep(torch.cat(keep).int(), cumulative(lengths, keep[0].device), max(lengths))
+            self.count = sum(lengths) / len(lengths)
+        self.kept = KeptPixels(self.packed_keep, self.grid_size, self.patch_size)
+        self.sites = kernels.patch_sites(self.packed_keep.positions, self.packed_keep.cu_seqlens, self.grid_size)
 
-    def _pack(self) -> None:
-        self.packed_keep: PackedKeep = uniform_keep(self.keep)
-        self.kept = KeptPixels(self.keep, self.grid_size, self.patch_size)
+    def keep(self) -> Tensor | list[Tensor]:
+        """The kept patches: (B, K) int64, or a list where images differ, for which the host waits."""
+        if self.packed_keep.is_uniform:
+            return self.packed_keep.indices()
+        return list(self.packed_keep.positions.long().split(self.packed_keep.cu_seqlens.diff().tolist()))
 
     @property
     def kept_pixels(self) -> KeptPixels | None:
         """What the objective is told: None while nothing is stopped."""
-        return None if self.keep.shape[1] == self.grid_size[0] * self.grid_size[1] else self.kept
+        return None if self.count == self.grid_size[0] * self.grid_size[1] else self.kept
 
     def images(self) -> Tensor:
-        """All images (B, C, H, W) in normalised space; only the kept patches carry a gradient."""
-        return _Place.apply(self.patches, self.canvas, self.kept)
+        """All images as they are now: (B, C, H, W) in normalised space."""
+        return self.pair[self.current]
 
-    def step(self, loss: Tensor) -> None:
-        """One step of Adam on the kept patches, then into the range of real pixels."""
-        (self.patches.grad,) = torch.autograd.grad(loss, self.patches)
-        self.optimizer.step()
-        with torch.no_grad():
-            self.patches.clamp_(self.lowest, self.highest)
+    def step(self, number: int, grad: Tensor, **prior) -> Tensor:
+        """One step of Adam on the kept patches, from the images of that number to the others, then into the range of
+        real pixels. Returns the prior, and takes the rest of its arguments, as `kernels.pixel_step`."""
+        return kernels.pixel_step(
+            self.pair[1 - number], *self.moments, self.steps, self.pair[number], grad, self.sites, self.lowest,
+            self.highest, patch_size=self.patch_size, backend=self.backend, **self.adam, **prior,
+        )  # fmt: skip
 
     @torch.no_grad()
-    def stop(self, kept: Tensor) -> None:
-        """Go on with the patches at the places `kept` (B, K') int64 of `keep`, and leave the others for good."""
-        rows = (torch.arange(len(kept), device=kept.device)[:, None] * self.keep.shape[1] + kept).flatten()
-        state = self.optimizer.state[self.patches]
-        state = {name: value if value.ndim == 0 else value[rows] for name, value in state.items()}
-        self.kept.scatter(self.patches, self.canvas)
-        self.keep, self.patches = self.keep.gather(1, kept), nn.Parameter(self.patches[rows])
-        self._pack()
-        self.optimizer = self._adam()
-        self.optimizer.state[self.patches] = state
+    def stop(self, attention: Tensor, stop: float | Mass) -> None:
+        """Go on with the patches that matter by their importance, (B, K) or packed (T,); leave the others for good."""
+        rows = torch.arange(len(self.sites), dtype=torch.int32, device=self.sites.device)
+        how = {"mass": stop.share} if isinstance(stop, Mass) else {"fraction": stop}
+        kept = select_patches(attention, self.packed_keep._replace(positions=rows), backend=self.backend, **how)
+        rows = kept.flatten() if isinstance(kept, Tensor) else torch.cat(kept)
+        self.moments = tuple(moment[rows] for moment in self.moments)
+        self.pair[1 - self.current].copy_(self.images())  # of which stopped pixels are a step behind
+        positions = self.packed_keep.positions[rows].long()
+        self._keep(
+            positions.view(kept.shape) if isinstance(kept, Tensor) else list(positions.split([len(k) for k in kept]))
+        )
 
     @torch.no_grad()
     def results(self) -> Tensor:
         """The images in [0, 1], stopped patches black: (B, C, H, W)."""
-        return self.kept.scatter((self.patches * self.std + self.mean).clamp(0, 1), torch.zeros_like(self.canvas))
-
-
-class _Place(torch.autograd.Function):
-    """Kept patches (T, C, ph, pw) put in their places among the stopped ones: images (B, C, H, W)."""
-
-    @staticmethod
-    def forward(ctx, patches: Tensor, canvas: Tensor, kept: KeptPixels) -> Tensor:
-        ctx.kept = kept
-        return kept.scatter(patches, canvas.clone())
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.kept.gather(grad.contiguous()), None, None
+        patches = (self.kept.gather(self.images()) * self.std + self.mean).clamp(0, 1)
+        return self.kept.scatter(patches, torch.zeros_like(self.images()))
 
 
 class _Bar(tqdm):
-    """A progress bar that reads the loss only when it draws, a few times a second."""
+    """A progress bar that shows the loss a few times a second, as of when it has arrived on the host: nothing waits."""
+
+    _asked = 0.0  # when the loss was last asked for
+    _loss: Tensor | None = None  # on the host
+    _arrived: torch.cuda.Event | None = None
 
     def advance(self, stage: Stage, loss: Tensor) -> None:
         if self.disable:
             return
-        if time.monotonic() - getattr(self, "_shown", 0.0) > 0.5 or self.n + 1 == self.total:
-            self._shown = time.monotonic()
-            self.set_postfix(tokens=stage.tokens, loss=f"{loss.item():.3f}", refresh=False)
+        if self._loss is None and (time.monotonic() - self._asked > 0.5 or self.n + 1 == self.total):
+            self._asked = time.monotonic()
+            self._loss = torch.empty((), pin_memory=loss.is_cuda).copy_(loss, non_blocking=True)
+            if loss.is_cuda:
+                self._arrived = torch.cuda.Event()
+                self._arrived.record()
+        if self._loss is not None and (self._arrived is None or self._arrived.query()):
+            self.set_postfix(tokens=stage.tokens, loss=f"{self._loss.item():.3f}", refresh=False)
+            self._loss = None
         self.update()
 
 

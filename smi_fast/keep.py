@@ -122,12 +122,10 @@ def _check_dtype(tensor: Tensor, name: str) -> None:
 
 def _check_values(keep: Tensor, num_patches: int, first_row: int = 0) -> None:
     """Each row (B, K) names patches of the grid, each once."""
-    if torch.compiler.is_compiling():
-        return  # a traced graph can neither raise nor branch on values
     outside = (keep < 0) | (keep >= num_patches)
     ordered = keep.sort(dim=1).values
     repeated = ordered[:, 1:] == ordered[:, :-1]
-    if keep.is_cuda:
+    if keep.is_cuda or torch.compiler.is_compiling():  # a traced graph cannot branch on values
         torch._assert_async(~outside.any(), f"keep holds a patch index outside [0, {num_patches})")
         torch._assert_async(~repeated.any(), "keep names a patch twice in one row")
         return

@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from smi_fast.keep import PackedKeep, uniform_keep
+from smi_fast.kernels.pixels import variation_of_tiles
+from smi_fast.kernels.rows import sequence_of_tokens
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -35,34 +39,36 @@ class KeptPixels:
     """The pixels of the patches that are still inverted.
 
     Args:
-        indices: (B, K) int64, the kept patches.
+        keep: the kept patches, (B, K) int64, or packed where images keep different numbers.
         grid_size: (rows, columns) of the patch grid.
         patch_size: (height, width) of a patch in pixels.
     """
 
-    def __init__(self, indices: Tensor, grid_size: tuple[int, int], patch_size: tuple[int, int]):
-        self.indices, self.grid_size, self.patch_size = indices, grid_size, patch_size
+    def __init__(self, keep: Tensor | PackedKeep, grid_size: tuple[int, int], patch_size: tuple[int, int]):
+        self.keep = uniform_keep(keep) if isinstance(keep, Tensor) else keep
+        self.grid_size, self.patch_size = grid_size, patch_size
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, row and column in the patch grid of each kept patch, (T,) each."""
-        image = torch.arange(len(self.indices), device=self.indices.device).repeat_interleave(self.indices.shape[1])
-        flat = self.indices.flatten()
-        return image, flat // self.grid_size[1], flat % self.grid_size[1]
+        """Image, row and column in the patch grid of each kept patch, (T,) int64 each."""
+        image = sequence_of_tokens(self.keep.cu_seqlens, len(self.keep.positions))
+        positions = self.keep.positions.long()
+        return image, positions // self.grid_size[1], positions % self.grid_size[1]
 
     @cached_property
     def mask(self) -> Tensor:
         """(B, 1, H, W) bool, True where a pixel is kept."""
         (rows, columns), (height, width) = self.grid_size, self.patch_size
-        mask = torch.zeros(len(self.indices), 1, rows * columns, dtype=torch.bool, device=self.indices.device)
-        mask.scatter_(2, self.indices[:, None], True)
+        image, row, column = self.places
+        mask = torch.zeros(self.keep.batch_size * rows * columns, dtype=torch.bool, device=image.device)
+        mask.index_fill_(0, (image * rows + row) * columns + column, True)
         mask = mask.view(-1, 1, rows, 1, columns, 1).expand(-1, -1, -1, height, -1, width)
         return mask.reshape(-1, 1, rows * height, columns * width)
 
     @cached_property
-    def pair_weights(self) -> list[Tensor]:
-        """For each direction of NEIGHBOURS, 1 where both pixels of a pair in `halo_tiles` are kept, else 0."""
-        return _pair_weights(self.halo_tiles(self.mask.float()))
+    def mask_tiles(self) -> Tensor:
+        """(T, 1, ph + 2, pw + 2) bool, which pixels of `halo_tiles` are kept."""
+        return self.halo_tiles(self.mask)
 
     def halo_tiles(self, images: Tensor) -> Tensor:
         """Kept patches with one pixel around them, zero beyond the image: (B, C, H, W) -> (T, C, ph + 2, pw + 2)."""
@@ -86,10 +92,6 @@ class KeptPixels:
         return images.view(*images.shape[:2], rows, height, columns, width)
 
 
-# The neighbours that total variation compares: right, down, and the two diagonals. (dy, dx) from the upper pixel.
-NEIGHBOURS = ((0, 1), (1, 0), (1, -1), (1, 1))
-
-
 def total_variation(images: Tensor, kept: KeptPixels | None = None) -> Tensor:
     """Sum over four neighbour directions of the l2 norm, over the whole batch, of the differences.
 
@@ -111,25 +113,13 @@ class _TotalVariation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, images: Tensor, kept: KeptPixels | None) -> Tensor:
-        inner = slice(1, -1) if kept is not None else slice(None)
-        tiles = images if kept is None else kept.halo_tiles(images)  # [T, C, ph + 2, pw + 2]
-        grad = torch.zeros_like(tiles)
-        total = images.new_zeros(())
-        for number, (dy, dx) in enumerate(NEIGHBOURS):
-            first, second = _shifted(tiles, dy, dx)
-            difference = first - second
-            if kept is not None:
-                difference *= kept.pair_weights[number]
-                # each pair belongs to the tile that holds its upper pixel
-                left = 1 - max(0, -dx)
-                own = difference[..., 1 : tiles.shape[2] - 1, left : left + tiles.shape[3] - 2]
-            norm = torch.linalg.vector_norm(difference if kept is None else own)
-            total = total + norm
-            difference *= torch.where(norm > 0, 1 / norm, 0)
-            grad_first, grad_second = _shifted(grad, dy, dx)
-            grad_first += difference
-            grad_second -= difference
-        ctx.save_for_backward(grad[..., inner, inner])
+        if kept is None:  # one tile an image, with nothing kept around it
+            tiles = F.pad(images, (1, 1, 1, 1))
+            mask = F.pad(images.new_ones(1, 1, *images.shape[2:], dtype=torch.bool), (1, 1, 1, 1))
+        else:
+            tiles, mask = kept.halo_tiles(images), kept.mask_tiles
+        total, grad = variation_of_tiles(tiles, mask, 1.0)
+        ctx.save_for_backward(grad)
         ctx.shape, ctx.kept = images.shape, kept
         return total
 
@@ -138,18 +128,6 @@ class _TotalVariation(torch.autograd.Function):
     def backward(ctx, grad_total: Tensor) -> tuple[Tensor, None]:
         grad = ctx.saved_tensors[0] * grad_total
         return grad if ctx.kept is None else ctx.kept.scatter(grad, grad.new_zeros(ctx.shape)), None
-
-
-def _shifted(x: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
-    """Both ends of all pixel pairs that are (dy, dx) apart."""
-    height, width = x.shape[-2:]
-    first = x[..., : height - dy, max(0, -dx) : width - max(0, dx)]
-    second = x[..., dy:, max(0, dx) : width - max(0, -dx)]
-    return first, second
-
-
-def _pair_weights(mask: Tensor) -> list[Tensor]:
-    return [first * second for first, second in (_shifted(mask, dy, dx) for dy, dx in NEIGHBOURS)]
 
 
 def l2_norm(x: Tensor) -> Tensor:
@@ -169,8 +147,12 @@ class deep_inversion:
     tv_l2: float = 1e-4
     l2: float = 0.0
 
+    def classification(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The term that needs the model. The others `Inverter` leaves to `kernels.pixel_step`."""
+        return F.cross_entropy(logits.float(), targets)
+
     def loss(self, logits: Tensor, images: Tensor, targets: Tensor, kept: KeptPixels | None) -> Tensor:
-        loss = F.cross_entropy(logits.float(), targets)
+        loss = self.classification(logits, targets)
         if self.tv_l2:
             loss = loss + self.tv_l2 * total_variation(images, kept)
         if self.l2:

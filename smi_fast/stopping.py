@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from smi_fast.keep import Keep, PackedKeep
 from smi_fast.kernels import select_tokens
+from smi_fast.kernels.selection import cumulative
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Keep the fewest patches whose importance sums to at least this share, in (0, 1], of the image's total."""
+
+    share: float
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise ValueError(f"the share of attention to keep must lie in (0, 1], got {self.share}")
+
+    def __str__(self) -> str:
+        return f"mass={self.share:g}"
 
 
 class StoppingSchedule:
@@ -19,7 +35,8 @@ class StoppingSchedule:
 
     Args:
         stops: iteration (counted from 0, at least 1: the attention comes from the iteration before) -> fraction in
-            (0, 1). Iterations must increase.
+            (0, 1), or a `Mass` of attention to keep, by which images come to differ in their number of patches.
+            Iterations must increase.
 
     Raises:
         TypeError, ValueError: an iteration that is no integer or below 1, iterations that do not increase, a fraction
@@ -29,7 +46,7 @@ class StoppingSchedule:
     PAPER = ((50, 0.3), (100, 0.3), (200, 0.3), (300, 0.3))
     PAPER_ITERATIONS = 4000
 
-    def __init__(self, stops: Mapping[int, float] | Sequence[tuple[int, float]]):
+    def __init__(self, stops: Mapping[int, float | Mass] | Sequence[tuple[int, float | Mass]]):
         pairs = list(stops.items()) if isinstance(stops, Mapping) else [tuple(pair) for pair in stops]
         previous = 0
         for iteration, fraction in pairs:
@@ -39,14 +56,16 @@ class StoppingSchedule:
                 raise ValueError(f"nothing can be stopped at iteration {iteration}: the first possible one is 1")
             if iteration <= previous:
                 raise ValueError(f"stopping iterations must increase, got {iteration} after {previous}")
-            if not 0 < fraction < 1:
+            if not isinstance(fraction, Mass) and not 0 < fraction < 1:
                 raise ValueError(f"the fraction stopped at iteration {iteration} must lie in (0, 1), got {fraction}")
             previous = iteration
-        self.stops: dict[int, float] = {iteration: float(fraction) for iteration, fraction in pairs}
+        self.stops: dict[int, float | Mass] = {
+            iteration: stop if isinstance(stop, Mass) else float(stop) for iteration, stop in pairs
+        }
 
     @classmethod
     def parse(cls, text: str) -> StoppingSchedule:
-        """Read "50:0.3,100:0.3", "paper" or "dense".
+        """Read "50:0.3,100:0.3", "50:0.3,100:mass=0.9", "paper" or "dense".
 
         Raises:
             ValueError: the text is none of these; the message names the part that is wrong.
@@ -57,10 +76,13 @@ class StoppingSchedule:
         for part in text.split(","):
             iteration, _, fraction = part.partition(":")
             try:
-                pairs.append((int(iteration), float(fraction)))
+                name, equals, share = fraction.partition("=")
+                stop = Mass(float(share)) if equals and name.strip() == "mass" else float(fraction)
+                pairs.append((int(iteration), stop))
             except ValueError:
                 raise ValueError(
-                    f"cannot read {part!r} in the stopping schedule {text!r}: expected ITERATION:FRACTION, like 50:0.3"
+                    f"cannot read {part!r} in the stopping schedule {text!r}: "
+                    "expected ITERATION:FRACTION, like 50:0.3, or ITERATION:mass=SHARE"
                 ) from None
         return cls(pairs)
 
@@ -81,16 +103,17 @@ class StoppingSchedule:
         """Nothing is ever stopped."""
         return cls({})
 
-    def patches(self, num_patches: int) -> dict[int, int]:
-        """Patches that an image keeps from each stopping on: iteration -> count.
+    def patches(self, num_patches: int) -> dict[int, int | None]:
+        """Patches that an image keeps from each stopping on: iteration -> count; None from the first by mass on, since
+        the images themselves decide.
 
         Raises:
             ValueError: a stopping leaves no patch of `num_patches`.
         """
         counts, count = {}, num_patches
         for iteration, fraction in self.stops.items():
-            kept = kept_count(count, fraction)
-            if kept < 1:
+            kept = None if count is None or isinstance(fraction, Mass) else kept_count(count, fraction)
+            if kept == 0:
                 raise ValueError(
                     f"the schedule {self} leaves no patch: at iteration {iteration} it stops {fraction:g} of {count}"
                 )
@@ -98,7 +121,8 @@ class StoppingSchedule:
         return counts
 
     def __str__(self) -> str:
-        return ",".join(f"{iteration}:{fraction:g}" for iteration, fraction in self.stops.items()) or "dense"
+        stops = (f"{at}:{stop if isinstance(stop, Mass) else f'{stop:g}'}" for at, stop in self.stops.items())
+        return ",".join(stops) or "dense"
 
     def __repr__(self) -> str:
         return f"StoppingSchedule({self.stops})"
@@ -128,7 +152,8 @@ def select_patches(
     Args:
         attention: importance (B, K), aligned to `keep`, or packed (T,) where images keep different numbers: what
             `fast(images, keep=keep, return_attention=True)` returns.
-        keep: the patches that `attention` belongs to: (B, K), or a list of B index tensors; None: patches 0 to K - 1.
+        keep: the patches that `attention` belongs to: (B, K), a list of B index tensors or what `pack_keep` made of
+            them; None: patches 0 to K - 1.
         fraction: stop this fraction, in (0, 1), of an image's K patches: int(K * (1 - fraction)) are kept, at least
             one. A tie goes to the patch that comes first in `keep`.
         mass: keep the fewest patches whose importance sums to at least this share, in (0, 1], of the image's total.
@@ -147,7 +172,7 @@ def select_patches(
     if fraction is not None and not 0 < fraction < 1:
         raise ValueError(f"fraction must lie in (0, 1), got {fraction}")
     if attention.ndim == 1:
-        return _select_ragged(attention, keep, fraction=fraction, mass=mass, backend=backend)
+        return _select_ragged(attention, keep, fraction, mass, backend)
     if attention.ndim != 2:
         raise ValueError(f"attention has shape {tuple(attention.shape)}, expected (B, K) or packed (T,)")
     if isinstance(keep, PackedKeep):
@@ -162,18 +187,32 @@ def select_patches(
         selection = select_tokens(attention, positions=keep, k=kept, backend=backend)
         return selection.positions.view(len(attention), kept).long()
     selection = select_tokens(attention, positions=keep, mass=mass, backend=backend)
-    return list(selection.positions.long().split(selection.cu_seqlens.diff().tolist()))
+    return list(selection.positions.long().split(selection.lengths))
 
 
-def _select_ragged(attention: Tensor, keep: Keep | None, **options) -> list[Tensor]:
-    """Image by image, of packed importance (T,)."""
-    if keep is None or isinstance(keep, (Tensor, PackedKeep)):
+def _select_ragged(
+    attention: Tensor, keep: Keep | None, fraction: float | None, mass: float | None, backend: str
+) -> list[Tensor]:
+    """Of packed importance (T,)."""
+    if keep is None or isinstance(keep, Tensor):
         raise ValueError("packed attention (T,) needs keep as a list of index tensors, one an image")
-    lengths = [len(row) for row in keep]
-    if sum(lengths) != len(attention):
-        raise ValueError(f"keep lists {sum(lengths)} patches, attention is of {len(attention)}")
-    selected = [
-        select_patches(part[None], row[None], **options)
-        for part, row in zip(attention.split(lengths), keep, strict=True)
-    ]
-    return [rows[0] for rows in selected]
+    if not isinstance(keep, PackedKeep):
+        lengths = [len(row) for row in keep]
+        if 0 in lengths:
+            raise ValueError(f"keep names no patch in row {lengths.index(0)}: an image needs at least one")
+        positions = torch.cat(tuple(keep)) if lengths else attention.new_empty(0, dtype=torch.int32)
+        keep = PackedKeep(positions, cumulative(lengths, attention.device), max(lengths, default=0))
+    elif fraction is not None:
+        lengths = [keep.max_seqlen] * keep.batch_size if keep.is_uniform else keep.cu_seqlens.diff().tolist()
+    if len(keep.positions) != len(attention):
+        raise ValueError(f"keep lists {len(keep.positions)} patches, attention is of {len(attention)}")
+    selection = select_tokens(
+        attention,
+        positions=keep.positions,
+        k=None if fraction is None else [max(1, kept_count(length, fraction)) for length in lengths],
+        mass=mass,
+        cu_seqlens=keep.cu_seqlens,
+        max_seqlen=keep.max_seqlen,
+        backend=backend,
+    )
+    return list(selection.positions.long().split(selection.lengths))

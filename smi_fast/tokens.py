@@ -67,7 +67,11 @@ class PackedTokens:
                 f"{self.batch_size} sequences of up to {self.max_seqlen} tokens, {len(self.values)} in all, "
                 "differ in length and have no (B, N, C) view; use sequences()"
             )
-        return self.values.view(self.batch_size, self.max_seqlen, -1)
+        return self.values.view(self.batch_size, self.max_seqlen, *self.values.shape[1:])
+
+    def batch_or_values(self) -> Tensor:
+        """The tokens as (B, N, C) where the sequences are equally long, else packed (T, C): the same memory."""
+        return self.batch() if self.is_uniform else self.values
 
     def sequences(self) -> list[Tensor]:
         """The sequences as a list of B tensors (N_b, C); reads their lengths on the host."""
@@ -99,8 +103,9 @@ def prepend(prefix: Tensor, tokens: PackedTokens) -> PackedTokens:
         return tokens
     positions = torch.arange(-count, 0, dtype=torch.int32, device=prefix.device)
     if tokens.is_uniform:
-        values = torch.cat((prefix.expand(batch_size, -1, -1), tokens.batch()), dim=1)
-        positions = torch.cat((positions.expand(batch_size, -1), tokens.positions.view(batch_size, -1)), dim=1)
+        values = tokens.batch()  # [B, N, C]
+        positions = torch.cat((positions.expand(batch_size, -1), tokens.positions.view(values.shape[:2])), dim=1)
+        values = torch.cat((prefix.expand(batch_size, -1, -1), values), dim=1)
         return PackedTokens.from_batch(values, positions)
     rows = rows_behind_prefix(tokens.cu_seqlens, len(tokens.values), count)
     heads = (tokens.cu_seqlens[:-1, None] + count * torch.arange(batch_size, device=rows.device)[:, None]

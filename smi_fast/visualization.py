@@ -99,6 +99,68 @@ def save_curve(history: list[dict], path: str | os.PathLike) -> bool:
     return True
 
 
+def save_accuracy(curves: dict[str, list[tuple[float, float]]], path: str | os.PathLike) -> bool:
+    """Write a PNG of accuracy against samples, a line for each name (Fig. 4 of Sparse Model Inversion).
+
+    Args:
+        curves: name -> points (samples, accuracy in [0, 1]).
+
+    Returns:
+        Whether it was written: False where matplotlib (the extra `viz`) is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        samples, accuracy = zip(*points, strict=True)
+        axes.plot(samples, [100 * value for value in accuracy], marker="o", markersize=3, label=name)
+    axes.set_xlabel("samples")
+    axes.set_ylabel("test accuracy in %")
+    return _finish_plot(figure, axes, path)
+
+
+def save_ranges(sources: dict[str, dict[str, tuple[float, float]]], path: str | os.PathLike) -> bool:
+    """Write a PNG of the range of activations at each place of observation, one bar for each source of calibration.
+
+    Args:
+        sources: name -> place -> (smallest, largest).
+
+    Returns:
+        As `save_accuracy`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    places = list(next(iter(sources.values())))
+    figure = Figure(figsize=(max(6, 0.16 * len(places)), 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(sources)
+    for number, (name, ranges) in enumerate(sources.items()):
+        left = [place + (number - (len(sources) - 1) / 2) * width for place in range(len(places))]
+        low, high = zip(*(ranges[place] for place in places), strict=True)
+        axes.bar(left, [b - a for a, b in zip(low, high, strict=True)], width, low, label=name)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xticks(range(len(places)), places, rotation=90, fontsize=6)
+    axes.use_sticky_edges = False
+    axes.margins(x=0.01, y=0.05)
+    axes.set_ylabel("activation")
+    return _finish_plot(figure, axes, path)
+
+
+def _finish_plot(figure, axes, path: str | os.PathLike) -> bool:
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
+    return True
+
+
 def _tiles(images: Tensor) -> list[Image.Image]:
     """Images (N, 3, H, W) in [0, 1] as N pictures, enlarged if they are small."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():

@@ -6,8 +6,8 @@ stands in for a timm forward says what it changes ("Modifications:").
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -38,35 +38,56 @@ from torch import Tensor, nn
 from smi_fast import kernels
 from smi_fast.keep import Keep, pack_keep
 from smi_fast.kernels.linear import linear
-from smi_fast.tokens import PackedTokens, pad, prepend, rows_behind_prefix, unpad
+from smi_fast.kernels.rows import gather_rows, sequence_of_tokens
+from smi_fast.stopping import Mass, kept_count
+from smi_fast.tokens import PackedTokens, pad, prepend, unpad
+
+Prune = Mapping[int, float | Mass]  # block -> what is pruned before it
 
 
 class UnsupportedModelError(ValueError):
     """A model that cannot be accelerated; the message says which part of it stands in the way."""
 
 
-def accelerate(model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto") -> AcceleratedViT:
+def accelerate(
+    model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto", prune: Prune | None = None
+) -> AcceleratedViT:
     """Make a timm VisionTransformer or DeiT fast on pruned batches, without changing its numbers.
+
+    With `prune` the forward pass itself drops patches, as EViT does (Liang et al., 2022; without its fused token and
+    without retraining): before block b those go to which the class token attends least in block b - 1, in the mean over
+    heads. What is left of a batch goes on packed.
 
     Args:
         model: of timm's modules `vision_transformer` or `deit`. Its weights are shared, not copied.
         dtype: compute dtype of the matrix products (torch.float32, bfloat16 or float16). None: the weights' own dtype
             if that is not float32; bfloat16 on GPUs that have it in hardware; else float32.
         backend: "auto" (Triton on CUDA, plain torch elsewhere), "triton" or "torch".
+        prune: block, from 1 to the last -> what is pruned before it, of the patches still there: a fraction in (0, 1),
+            of which n patches leave int(n * (1 - fraction)), at least one; or `Mass(p)`, the fewest patches that hold a
+            share p of their attention stay, which may be another number in each image. As in `select_patches`.
 
     Raises:
-        UnsupportedModelError: some part of the model is not one that is known; the message names it.
-        ValueError: an unknown backend, or a dtype that the weights do not allow.
+        UnsupportedModelError: some part of the model is not one that is known, or leaves no class token's attention to
+            prune by; the message names it.
+        ValueError: an unknown backend, a dtype that the weights do not allow, or a block or share out of range.
     """
-    return AcceleratedViT(model, dtype=dtype, backend=backend)
+    return AcceleratedViT(model, dtype=dtype, backend=backend, prune=prune)
 
 
 class AcceleratedViT(nn.Module):
     """A timm ViT that embeds, moves and attends only over kept patches. Made by `accelerate`; `.model` is timm's."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto"):
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        prune: Prune | None = None,
+    ):
         super().__init__()
         check_supported(model)
+        self.prune = check_prune(model, prune or {})
         parameter = next(model.parameters())
         kernels.resolve_backend(backend, parameter.device)
         if dtype is not None and dtype != parameter.dtype and parameter.dtype != torch.float32:
@@ -131,7 +152,7 @@ class AcceleratedViT(nn.Module):
             kept patch, float32, (B, K) aligned to `keep`, packed (T,) where images keep different numbers. Importance
             is the class token's attention in the last block, averaged over heads; without a class token the mean
             attention that a patch receives there, or the pooling query's attention (attention pooling). It carries no
-            gradient.
+            gradient. Patches that the forward pass has pruned have importance 0.
 
         Raises:
             ValueError: images or keep that do not fit the model or each other; the message names the value.
@@ -163,30 +184,63 @@ class AcceleratedViT(nn.Module):
             return_attention: as for `forward`.
         """
         model = self.model
-        self._check_training(patches.is_uniform)
+        self._check_training(patches.is_uniform and not any(isinstance(share, Mass) for share in self.prune.values()))
         with self._autocast(patches.values.device):
-            tokens = self._embed(patches, tuple(grid_size or model.patch_embed.grid_size))
-            attend = Attend(tokens.cu_seqlens, tokens.max_seqlen, model.has_class_token, self.backend)
-            x = model.norm_pre(tokens.batch() if tokens.is_uniform else tokens.values)
+            grid_size = tuple(grid_size or model.patch_embed.grid_size)
+            tokens = self._embed(patches, grid_size)
+            x, attend = model.norm_pre(tokens.batch_or_values()), Attend(tokens, model.has_class_token, self.backend)
             *blocks, last = model.blocks
-            for block in blocks:
+            for following, block in enumerate(blocks, start=1):
+                attend.measures = following in self.prune
                 x = BLOCKS[type(block)](block, x, attend)
+                if attend.measures:
+                    tokens = self._pruned(replace(tokens, values=x.flatten(0, -2)), attend, self.prune[following])
+                    x, attend = tokens.batch_or_values(), Attend(tokens, model.has_class_token, self.backend)
             attend.measures = return_attention and not _pools_by_attention(model)
-            queries = self._pooled_tokens(last) if tokens.is_uniform else None
-            if queries is None:
+            queries = self._pooled_tokens(last)
+            if queries is None or (queries > 1 and not tokens.is_uniform):
                 x = BLOCKS[type(last)](last, x, attend)
             else:
                 x = _block_of_first_tokens(last, x, queries, attend)
             x = model.norm(x)
             if return_attention and _pools_by_attention(model):
-                attend.measured = [_pooling_attention(model, x, attend)]
+                attend.measured = [_pooling_attention(model, x, attend)[None]]
             logits = self._head(x, attend)
         if not return_attention:
             return logits
-        importance = torch.stack(attend.measured).mean(0)  # [T'], prefix tokens included
-        if tokens.is_uniform:
-            return logits, importance.view(tokens.batch_size, -1)[:, model.num_prefix_tokens :]
-        return logits, importance[rows_behind_prefix(patches.cu_seqlens, len(patches.values), model.num_prefix_tokens)]
+        importance = attend.rows().mean(0)  # [T'], prefix tokens included
+        if tokens.is_uniform and not self.prune:
+            return logits, importance.view(-1, tokens.max_seqlen)[:, model.num_prefix_tokens :]
+        # By way of the grid, from the patches that are left to those that were given.
+        prefix, cells = model.num_prefix_tokens, model.num_prefix_tokens + grid_size[0] * grid_size[1]
+        given, left = (
+            sequence_of_tokens(packed.cu_seqlens, len(packed.values)) * cells + packed.positions + prefix
+            for packed in (patches, tokens)
+        )
+        importance = importance.new_zeros(patches.batch_size * cells).index_copy(0, left, importance)[given]
+        return logits, importance.view(-1, patches.max_seqlen) if patches.is_uniform else importance
+
+    def _pruned(self, tokens: PackedTokens, attend: Attend, share: float | Mass) -> PackedTokens:
+        """Prefix tokens, and the patches with the most of the class token's attention in the block before."""
+        prefix, k, mass = self.model.num_prefix_tokens, None, None
+        if isinstance(share, Mass):
+            mass = share.share
+        elif tokens.is_uniform:
+            k = max(1, kept_count(tokens.max_seqlen - prefix, share))
+        else:
+            k = [max(1, kept_count(length - prefix, share)) for length in tokens.cu_seqlens.diff().tolist()]
+        selection = kernels.select_tokens(
+            attend.rows(),
+            tokens.values,
+            tokens.positions,
+            k=k,
+            mass=mass,
+            num_prefix_tokens=prefix,
+            cu_seqlens=tokens.cu_seqlens,
+            max_seqlen=tokens.max_seqlen,
+            backend=self.backend,
+        )
+        return PackedTokens(selection.values, selection.positions, selection.cu_seqlens, selection.max_seqlen)
 
     def _embed(self, patches: PackedTokens, grid_size: tuple[int, int]) -> PackedTokens:
         """Patch embedding, position embedding and prefix tokens.
@@ -194,12 +248,12 @@ class AcceleratedViT(nn.Module):
         Modifications: kept patches only, and a matrix product in the place of a convolution.
         """
         model, embed = self.model, self.model.patch_embed
-        weight = embed.proj.weight
+        weight, bias = _weights(embed.proj)
         if patches.values.shape[1] != weight[0].numel():
             raise ValueError(
                 f"patches have {patches.values.shape[1]} values each, the model's have {weight[0].numel()}"
             )
-        embedded = embed.norm(linear(patches.values.to(weight.dtype), weight.flatten(1), embed.proj.bias))
+        embedded = embed.norm(linear(patches.values.to(weight.dtype), weight.flatten(1), bias))
         prefix = (model.cls_token, getattr(model, "dist_token", None), model.reg_token)  # (1, count, C) each, or None
         prefix = torch.cat([embedded[:0], *(tokens[0] for tokens in prefix if tokens is not None)])
         if model.pos_embed is not None:
@@ -240,6 +294,23 @@ class AcceleratedViT(nn.Module):
             raise ValueError(f"global_pool {model.global_pool!r} needs images that all keep the same number of patches")
         return model.head(model.head_drop(model.fc_norm(pooled)))
 
+    @contextmanager
+    def cast_weights(self) -> Iterator[None]:
+        """While weights do not change: those of matrix products are cast to the compute dtype once, not by every
+        forward pass. The numbers are the same; the copies take memory."""
+        parts = [module for module in self.model.modules() if type(module) is nn.Linear]
+        parts = [part for part in [*parts, self.model.patch_embed.proj] if not hasattr(part, "_cast_weights")]
+        if self.compute_dtype == self.model.patch_embed.proj.weight.dtype:
+            parts = []
+        try:
+            for part in parts:
+                cast = (None if w is None else w.detach().to(self.compute_dtype) for w in (part.weight, part.bias))
+                part._cast_weights = tuple(cast)
+            yield
+        finally:
+            for part in parts:
+                part.__dict__.pop("_cast_weights", None)
+
     def _autocast(self, device: torch.device):
         if self.compute_dtype == self.model.patch_embed.proj.weight.dtype:
             return nullcontext()
@@ -270,26 +341,53 @@ class AcceleratedViT(nn.Module):
 
 
 class Attend:
-    """Attention within each sequence of one forward pass, and the importance that its last block leaves behind."""
+    """Attention within each sequence of a batch, and the importance that the block which measures leaves behind."""
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, has_class_token: bool, backend: str):
-        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+    def __init__(self, tokens: PackedTokens, has_class_token: bool, backend: str):
+        self.cu_seqlens, self.max_seqlen = tokens.cu_seqlens, tokens.max_seqlen
         self.has_class_token, self.backend = has_class_token, backend
         self.measures = False  # the block at hand is the one whose attention is asked for
-        self.measured: list[Tensor] = []  # (T,) float32, one for each attention of that block
+        self.measured: list[Tensor] = []  # (heads or 1, T) float32, one for each attention of that block
+
+    def rows(self) -> Tensor:
+        """What was measured, (heads, T) float32; its mean over the heads is the importance."""
+        return self.measured[0] if len(self.measured) == 1 else torch.cat(self.measured)
 
     def __call__(self, qkv: Tensor, scale: float) -> Tensor:
         """Attention of (T, 3, H, D) -> (T, H, D)."""
         if self.measures and self.has_class_token:
-            out, row = self.attention(qkv, scale, return_class_attention=True)
-            self.measured.append(row)
+            out, rows = self.attention(qkv, scale, return_class_attention=True)
+            self.measured.append(rows)
             return out
         if self.measures:
-            self.measured.append(self.received(qkv[:, 0], qkv[:, 1], scale))
+            self.measured.append(self.received(qkv[:, 0], qkv[:, 1], scale)[None])
         return self.attention(qkv, scale)
 
     def attention(self, qkv: Tensor, scale: float, **options) -> Tensor | tuple[Tensor, Tensor]:
         return kernels.attention(qkv, self.cu_seqlens, self.max_seqlen, scale=scale, backend=self.backend, **options)
+
+    def first(self, x: Tensor, count: int) -> Tensor:
+        """The first `count` tokens of each sequence: (B, N, C), or (T, C) and count 1 -> (B, count, C)."""
+        return x[:, :count] if x.ndim == 3 else gather_rows(x, self.cu_seqlens[:-1].long())[:, None]
+
+    def of_first(self, q: Tensor, kv: Tensor, scale: float) -> Tensor:
+        """Attention of each sequence's first tokens: (B, count, H, D) and (T, 2, H, D) -> (B, count, H, D)."""
+        count = q.shape[1]
+        if count == 1:
+            out, rows = kernels.class_attention(
+                q[:, 0], kv, self.cu_seqlens, self.max_seqlen, scale=scale, return_attention=True, backend=self.backend
+            )
+            out = out[:, None]
+        else:  # all sequences are equally long
+            k, v = kv.unflatten(0, (len(q), -1)).unbind(2)  # [B, N, H, D] each
+            exact = torch.promote_types(k.dtype, torch.float32)
+            scores = torch.einsum("bqhd,bnhd->hbqn", q.to(exact), k.to(exact)) * scale
+            attention = scores.softmax(-1)  # [H, B, count, N]
+            out = torch.einsum("hbqn,bnhd->bqhd", attention.to(v.dtype), v)
+            rows = attention[:, :, 0].detach().flatten(1).float()  # [H, T]
+        if self.measures:
+            self.measured.append(rows)
+        return out
 
     @torch.no_grad()
     def received(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -321,7 +419,12 @@ def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
     """timm's Linear. Modifications: the product is ours; a module that replaced the Linear runs as it is."""
-    return linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+    return linear(x, *_weights(module)) if type(module) is nn.Linear else module(x)
+
+
+def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, cast already within `AcceleratedViT.cast_weights`."""
+    return getattr(module, "_cast_weights", None) or (module.weight, module.bias)
 
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
@@ -367,7 +470,7 @@ def _differential(
     out = torch.cat((first_a, first_b), -1) - weight * torch.cat((second_a, second_b), -1)  # [T, H, 2 D]
     if attend.measures:
         received = attend.received(q1, k1, attn.scale) - weight.detach().float() * attend.received(q2, k2, attn.scale)
-        attend.measured.append(received)
+        attend.measured.append(received[None])
     return (attn.sub_norm(out) * (1 - attn.lambda_init)).flatten(1)
 
 
@@ -378,29 +481,25 @@ def _block(block: Block, x: Tensor, attend: Attend) -> Tensor:
 
 
 def _block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) -> Tensor:
-    """timm's Block where only the first `count` tokens of its output are used: (B, N, C) -> (B, count, C).
+    """timm's Block where only the first `count` tokens of its output are used: (B, N, C) or (T, C) -> (B, count, C).
 
     Modifications: keys and values for all tokens, everything else for those few.
     """
     attn, normed = block.attn, block.norm1(x)
-    first = normed[:, :count]
-    weight, bias = attn.qkv.weight, attn.qkv.bias
+    first = attend.first(normed, count)  # [B, count, C]
+    weight, bias = _weights(attn.qkv)
     width = attn.attn_dim
     q = linear(first, weight[:width], None if bias is None else bias[:width])
     kv = linear(normed, weight[width:], None if bias is None else bias[width:])
-    q = q.view(*q.shape[:2], attn.num_heads, attn.head_dim)  # [B, count, H, D]
-    k, v = kv.view(*kv.shape[:2], 2, attn.num_heads, attn.head_dim).unbind(2)  # [B, N, H, D] each
-    q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
-    exact = torch.promote_types(k.dtype, torch.float32)
-    scores = torch.einsum("bqhd,bnhd->bhqn", q.to(exact), k.to(exact)) * attn.scale
-    attention = scores.softmax(-1)  # [B, H, count, N]
-    if attend.measures:
-        attend.measured.append(attention[:, :, 0].detach().mean(1).flatten().float())
-    out = torch.einsum("bhqn,bnhd->bqhd", attention.to(v.dtype), v).flatten(2)
-    out = attn.norm(out)
+    q = attn.q_norm(q.unflatten(-1, (attn.num_heads, attn.head_dim)))  # [B, count, H, D]
+    kv = kv.flatten(0, -2).unflatten(-1, (2, attn.num_heads, attn.head_dim))  # [T, 2, H, D]
+    if not isinstance(attn.k_norm, nn.Identity):
+        k, v = kv.unbind(1)
+        kv = torch.stack((attn.k_norm(k).to(v.dtype), v), 1)
+    out = attn.norm(attend.of_first(q.to(kv.dtype), kv, attn.scale).flatten(2))
     if attn.gate is not None:
         out = out * _linear(attn.gate, first).sigmoid()
-    x = x[:, :count] + block.drop_path1(block.ls1(attn.proj_drop(_linear(attn.proj, out))))
+    x = attend.first(x, count) + block.drop_path1(block.ls1(attn.proj_drop(_linear(attn.proj, out))))
     return x + block.drop_path2(block.ls2(_mlp(block.mlp, block.norm2(x))))
 
 
@@ -482,6 +581,26 @@ def check_supported(model: nn.Module) -> None:
                 raise UnsupportedModelError(
                     f"blocks[{number}] has a head_dim of {head_dim}, not a multiple of 8 up to {kernels.MAX_HEAD_DIM}"
                 )
+
+
+def check_prune(model: VisionTransformer, prune: Prune) -> dict[int, float | Mass]:
+    """`prune` for a supported model; raises as `accelerate` says."""
+    if prune and not model.has_class_token:
+        raise UnsupportedModelError("the model has no class token, by whose attention patches are pruned")
+    checked, last = {}, len(model.blocks) - 1
+    for number, share in prune.items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= last:
+            raise ValueError(f"prune names block {number!r}: patches are pruned before one of blocks 1 to {last}")
+        if not isinstance(share, Mass) and not (isinstance(share, (int, float)) and 0 < share < 1):
+            raise ValueError(f"prune before block {number} must be a fraction in (0, 1) or a Mass, got {share!r}")
+        for part in model.blocks[number - 1].modules():
+            if isinstance(part, (DiffParallelScalingBlock, DiffAttention)):
+                raise UnsupportedModelError(
+                    f"blocks[{number - 1}] holds a {type(part).__name__}, whose difference of two attentions is no "
+                    f"attention of the class token to prune by before block {number}"
+                )
+        checked[number] = share
+    return checked
 
 
 def _pools_by_attention(model: VisionTransformer) -> bool:

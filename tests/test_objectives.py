@@ -50,7 +50,7 @@ def test_the_mask_of_kept_pixels_is_that_of_their_patches(images):
     for image in range(2):
         for y in range(6):
             for x in range(8):
-                assert kept.mask[image, 0, y, x] == ((y // 2) * 4 + x // 2 in kept.indices[image])
+                assert kept.mask[image, 0, y, x] == ((y // 2) * 4 + x // 2 in kept.keep.indices()[image])
     assert torch.equal(kept.scatter(kept.gather(images), torch.zeros_like(images)), images * kept.mask)
 
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smi_fast import StoppingSchedule, select_patches
+from smi_fast import StoppingSchedule, kernels, select_patches, stopping
+from smi_fast.keep import pack_keep
 
 
 def test_the_papers_schedule_keeps_the_published_numbers_of_patches():
@@ -95,6 +96,29 @@ def test_images_that_keep_different_numbers_are_selected_one_by_one(lengths, opt
         assert set(kept.tolist()) <= set(row.tolist())
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([{"fraction": 0.4}, {"mass": 0.6}]))
+def test_a_packed_keep_is_taken_as_the_list_that_it_was_made_of(lengths, options):
+    attention, keep = torch.rand(sum(lengths)), [torch.randperm(50)[:n] for n in lengths]
+    packed = pack_keep(keep, len(lengths), 50, torch.device("cpu"))
+    for ours, theirs in zip(
+        select_patches(attention, packed, **options), select_patches(attention, keep, **options), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{"fraction": 0.4}, {"mass": 0.6}])
+def test_images_that_keep_different_numbers_take_one_selection(options, monkeypatch):
+    calls = []
+    monkeypatch.setattr(stopping, "select_tokens", lambda *args, **kwargs: calls.append(1) or select(*args, **kwargs))
+    select = kernels.select_tokens
+    assert len(select_patches(torch.rand(9), [torch.arange(2), torch.arange(7)], **options)) == 2
+    assert len(calls) == 1
+
+
+def test_no_images_are_selected_from_as_an_empty_list():
+    assert select_patches(torch.rand(0), [], fraction=0.5) == []
+
+
 def test_a_list_of_equally_many_patches_is_selected_as_the_batch_it_is():
     attention, keep = torch.rand(3, 6), torch.stack([torch.randperm(50)[:6] for _ in range(3)])
     assert torch.equal(
@@ -107,6 +131,8 @@ def test_packed_attention_needs_the_list_that_it_is_packed_by():
         select_patches(torch.rand(5), fraction=0.5)
     with pytest.raises(ValueError, match="4 patches, attention is of 5"):
         select_patches(torch.rand(5), [torch.arange(2), torch.arange(2)], fraction=0.5)
+    with pytest.raises(ValueError, match="no patch in row 1"):
+        select_patches(torch.rand(2), [torch.arange(2), torch.arange(0)], fraction=0.5)
 
 
 def test_nan_importance_is_an_error():
@@ -114,6 +140,20 @@ def test_nan_importance_is_an_error():
     attention[1, 3] = float("nan")
     with pytest.raises(ValueError, match="1"):
         select_patches(attention, fraction=0.5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("packed", [False, True])
+def test_gpu_stops_a_fraction_of_ragged_images_without_synchronising(packed, device):
+    attention, keep = torch.rand(9, device=device), [torch.arange(n, device=device) for n in (2, 7)]
+    if packed:
+        attention, keep = attention[:8], pack_keep(torch.arange(8, device=device).view(2, 4), 2, 8, device)
+    select_patches(attention, keep, fraction=0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        select_patches(attention, keep, fraction=0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

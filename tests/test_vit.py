@@ -150,6 +150,13 @@ def test_bfloat16_logits_are_near_those_of_float32_and_weights_stay_float32(seed
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_an_empty_batch_has_empty_outputs(model, images):
+    for prune in (None, {1: 0.3}):
+        logits, importance = smi_fast.accelerate(model, prune=prune)(images[:0], return_attention=True)
+        assert logits.shape == model(images[:0]).shape == (0, 7)
+        assert importance.shape == (0, 64)
+
+
 def test_weights_are_shared_with_the_model(model, images):
     fast = smi_fast.accelerate(model)
     before = fast(images)
