@@ -1,28 +1,39 @@
 # make demo | make test | make test-cuda | make lint: each sets up what it needs in .venv, once, and runs.
+# With BIN=/usr/bin, say, all of them take the python there as it is and install nothing, as without a network.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Where the demo writes; make demo OUT=somewhere ARGS="--iterations 1000" passes options on.
-OUT ?= smi-fast-output
+# Where it writes; make demo OUT=somewhere ARGS="--iterations 1000" passes options on.
+demo: OUT ?= smi-fast-output
+gpu-check: OUT ?= bench/results
 ARGS ?=
+# By pytest-xdist, a file of tests a process; empty where it is not installed.
+PARALLEL ?= -n auto --dist loadfile
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test test-cuda lint bench clean
+SET_UP = $(if $(filter file,$(origin BIN)),$(VENV)/.installed-$(1))
 
-demo: $(VENV)/.installed-viz
+.PHONY: demo test test-cuda lint bench gpu-check clean
+
+demo: $(call SET_UP,viz)
 	$(BIN)/smi-fast invert --out $(OUT) --overwrite $(ARGS)
 
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not cuda" $(ARGS)
+test: $(call SET_UP,test)
+	$(BIN)/python -m pytest -m "not cuda" $(PARALLEL) $(ARGS)
 
-test-cuda: $(VENV)/.installed-test
+test-cuda: $(call SET_UP,test)
 	$(BIN)/python -m pytest -m cuda $(ARGS)
 
-lint: $(VENV)/.installed-test
+lint: $(call SET_UP,test)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed-bench
+bench: $(call SET_UP,bench)
 	$(BIN)/python -m pytest bench $(ARGS)
+
+# On a GPU, in eight minutes: tests, compute-sanitizer, tuning, benchmarks and their report. ARGS="--smi-checkout PATH"
+# measures the authors' published code beside it.
+gpu-check: $(call SET_UP,bench)
+	$(BIN)/python bench/gpu_check.py --out $(OUT) $(ARGS)
 
 # One stamp for each set of extras, older than its sources when those change; nothing up to date is installed again.
 $(VENV)/.installed-test: EXTRAS := test,viz

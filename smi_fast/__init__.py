@@ -21,25 +21,42 @@ def _kernels_of_checkout() -> None:
 
 _kernels_of_checkout()
 
-from smi_fast.dataset import InvertedDataset  # noqa: E402
+from smi_fast.adaptor import SMIAdaptor  # noqa: E402
+from smi_fast.data import accuracy, load_data  # noqa: E402
+from smi_fast.dataset import InvertedDataset, RandomHorizontalFlip, normalize_patches  # noqa: E402
+from smi_fast.distillation import DistillationResult, Round, distill, transfer_loss  # noqa: E402
 from smi_fast.inversion import InversionResult, Inverter, Stage, Step  # noqa: E402
-from smi_fast.objectives import Objective, deep_inversion  # noqa: E402
-from smi_fast.stopping import StoppingSchedule, select_patches  # noqa: E402
+from smi_fast.objectives import KeptPixels, Objective, deep_inversion  # noqa: E402
+from smi_fast.quantization import QuantizedViT, quantize  # noqa: E402
+from smi_fast.stopping import Mass, StoppingSchedule, select_patches  # noqa: E402
 from smi_fast.tokens import PackedTokens  # noqa: E402
 from smi_fast.vit import AcceleratedViT, UnsupportedModelError, accelerate  # noqa: E402
 
 __all__ = [
     "AcceleratedViT",
+    "DistillationResult",
     "InversionResult",
     "InvertedDataset",
     "Inverter",
+    "KeptPixels",
+    "Mass",
     "Objective",
     "PackedTokens",
+    "QuantizedViT",
+    "RandomHorizontalFlip",
+    "Round",
+    "SMIAdaptor",
     "Stage",
     "Step",
     "StoppingSchedule",
     "UnsupportedModelError",
     "accelerate",
+    "accuracy",
     "deep_inversion",
+    "distill",
+    "load_data",
+    "normalize_patches",
+    "quantize",
     "select_patches",
+    "transfer_loss",
 ]

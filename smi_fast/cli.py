@@ -1,10 +1,9 @@
-"""The command line: smi-fast invert, smi-fast info."""
+"""The command line: smi-fast info and invert; the commands that use the images are in downstream.py."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import Tensor
 
 import smi_fast
 from smi_fast import kernels, report, visualization
+from smi_fast.arguments import INTERRUPTED, add_device, add_model, add_output, check_out, check_positive, device_of
 from smi_fast.dataset import InvertedDataset, atomic_write
+from smi_fast.downstream import add_downstream
 from smi_fast.inversion import InversionResult, Inverter, Step
 from smi_fast.loading import MODEL_INSIDE, class_names, load_model
 from smi_fast.models import MODEL_DIR
@@ -27,7 +28,6 @@ MODEL_INSIDE_SETTINGS = {"iterations": 600, "lr": 0.1, "tv_l2": 1e-3}
 DTYPES = ("float32", "bfloat16", "float16")
 FILES = ("inverted.safetensors", "grid.png", "process.png", "curve.png", "report.json")
 MAX_ROWS, MAX_COLUMNS = 50, 10  # of the pictures
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,12 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     invert.set_defaults(run=invert_classes)
-    model = invert.add_argument_group("model")
-    model.add_argument(
-        "--model", default=MODEL_INSIDE, metavar="NAME", help="a ViT or DeiT of timm's, or the model inside"
-    )
-    model.add_argument("--pretrained", action="store_true", help="download timm's weights for it")
-    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights: safetensors, or a torch file")
+    add_model(invert)
     images = invert.add_argument_group("images")
     images.add_argument(
         "--classes", default="first ten", metavar="LIST", help="such as 0,3,7-9, the model's class names, or all"
@@ -82,21 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         help="iteration:fraction,... such as 50:0.3,100:0.3; paper (scaled to the number of iterations); dense",
     )
     loop.add_argument("--seed", type=int, default=0, metavar="N", help="of noise and views")
-    machine = invert.add_argument_group("machine")
-    machine.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
-    )
+    machine = add_device(invert)
     machine.add_argument(
         "--dtype", choices=DTYPES, default=argparse.SUPPRESS,
         help="of the matrix products: bfloat16 on a GPU that has it in hardware, else float32",
     )  # fmt: skip
     machine.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="of the kernels")
-    output = invert.add_argument_group("output")
-    output.add_argument(
-        "--out", type=Path, default=Path("smi-fast-output"), metavar="FOLDER", help="where the results go"
-    )
-    output.add_argument("--overwrite", action="store_true", help="replace results in a folder that is not empty")
-    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_output(invert, "smi-fast-output")
+    add_downstream(commands)
     return parser
 
 
@@ -113,8 +101,8 @@ def show_info(args: argparse.Namespace) -> int:
 
 
 def invert_classes(args: argparse.Namespace) -> int:
-    _check_positive(args, "images_per_class", "batch_size")
-    _check_out(args.out, args.overwrite)
+    check_positive(args, "images_per_class", "batch_size")
+    check_out(args.out, args.overwrite)
     settings = {**(MODEL_INSIDE_SETTINGS if args.model == MODEL_INSIDE else PAPER_SETTINGS)}
     settings |= {name: getattr(args, name) for name in settings if hasattr(args, name)}
     if settings["iterations"] < 1:
@@ -123,7 +111,7 @@ def invert_classes(args: argparse.Namespace) -> int:
         stopping = StoppingSchedule.paper(settings["iterations"])
     else:
         stopping = StoppingSchedule.parse(args.stopping)
-    device = _device(args.device)
+    device = device_of(args.device)
     model = load_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint).to(device)
     names = class_names(model)
     classes = parse_classes(args.classes, names)
@@ -228,7 +216,7 @@ class Snapshots:
     def __call__(self, step: Step) -> None:
         if step.iteration + 1 == step.stage.end:
             self.images.append(step.images().cpu()[self.rows])
-            self.titles.append(f"iteration {step.stage.end} · {step.stage.patches} patches")
+            self.titles.append(f"iteration {step.stage.end} · {step.stage.patches:.4g} patches")
 
 
 def _write(
@@ -287,28 +275,3 @@ def parse_classes(text: str, names: list[str]) -> list[int]:
     if wrong:
         raise ValueError(f"--classes: {wrong[0]} is no class of the model, which has {len(names)}")
     return list(dict.fromkeys(classes))
-
-
-def _check_positive(args: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: {out} is a file, not a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"--out: the folder {out} is not empty; --overwrite replaces the results in it")
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"--out: {existing} cannot be written to")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import operator
 import os
+import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.datasets import ImageFolder
 
 from .keep import Keep, pack_keep
 from .tokens import PackedTokens
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_KEY = "smi_fast"
-TENSORS = ("patches", "positions", "cu_seqlens", "targets")
+INDEX = ("positions", "cu_seqlens", "targets")
+
+Sample = tuple[Tensor, Tensor, int]
 
 
 class InvertedDataset(torch.utils.data.Dataset):
     """N inverted images of which only the kept patches exist.
 
-    A sample is `(patches (K, C * ph * pw) float32, positions (K,) int32, target int)`; K may differ between images.
-    All tensors are on the CPU.
+    A sample is `(patches (K, C * ph * pw) float32, positions (K,) int32, target int)` in memory of its own, on the
+    CPU; K may differ between images. `DataLoader(dataset, collate_fn=...)` makes batches of it: `collate` packed ones,
+    of which those of equally many patches are also seen as (B, K, C * ph * pw), `collate_images` whole images.
+
+    Images have a fixed order, so that `DataLoader(dataset, shuffle=True, generator=torch.Generator().manual_seed(s))`
+    gives the same batches with any number of workers, unless `persistent_workers` draws less from the generator. Where
+    the order of an epoch has to follow from seed and epoch alone, as on resuming, torch's sampler does it:
+    `DataLoader(dataset, sampler=DistributedSampler(dataset, 1, 0, seed=s))` and the sampler's `set_epoch`.
 
     Args:
         patches: (T, C * ph * pw) float32, the kept patches of all images end to end, pixels in [0, 1], each patch in
@@ -40,10 +55,16 @@ class InvertedDataset(torch.utils.data.Dataset):
         metadata: how the images came about (model, mean, std, stopping schedule, seed, versions); kept as JSON gives it
             back, so that tuples become lists and all keys strings.
 
+    Attributes:
+        transform: a function of a sample that gives the sample to be had from `dataset[i]`, such as
+            `RandomHorizontalFlip`, or None. It is no part of what is saved or exported.
+
     Raises:
         ValueError: the tensors' shapes, dtypes or values contradict each other; names the first contradiction.
         TypeError: `metadata` has no JSON form.
     """
+
+    transform: Callable[[Sample], Sample] | None = None
 
     def __init__(
         self,
@@ -65,9 +86,10 @@ class InvertedDataset(torch.utils.data.Dataset):
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != total:
             raise ValueError(f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}, not from 0 to {total}")
         _check_positions(positions, cu_seqlens.long().diff(), rows * columns)
-        self.patches, self.positions, self.cu_seqlens, self.targets = patches, positions, cu_seqlens, targets
+        self.positions, self.cu_seqlens, self.targets = positions, cu_seqlens, targets
         self.image_size, self.patch_size = tuple(image_size), tuple(patch_size)
         self.metadata = json.loads(json.dumps(metadata or {}))
+        self._shards, self._first_images = [_Shard(patches.detach())], [0]
 
     @classmethod
     def from_images(
@@ -106,13 +128,29 @@ class InvertedDataset(torch.utils.data.Dataset):
             raise ValueError(f"image {owner[outside.nonzero()[0, 0]]} has kept pixels outside [0, 1]")
         return cls(patches, positions, cu_seqlens, targets.cpu().clone(), image_size, patch_size, metadata)
 
+    @property
+    def patches(self) -> Tensor:
+        """(T, C * ph * pw) float32, the kept patches of all images end to end, not compared with their checksums:
+        mapped from the file where there is one, copied into memory where there are several."""
+        parts = [shard.patches for shard in self._shards]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._sample(index)
+        return sample if self.transform is None else self.transform(sample)
+
+    def _sample(self, index: int) -> Sample:
+        """A sample as it was stored; what is copied does not drag the mapped file along when a worker hands it over."""
         index = range(len(self))[operator.index(index)]
-        tokens = slice(*self.cu_seqlens[index : index + 2].tolist())
-        return self.patches[tokens], self.positions[tokens], int(self.targets[index])
+        start, end = self.cu_seqlens[index : index + 2].tolist()
+        number = bisect_right(self._first_images, index) - 1
+        first = self._first_images[number]
+        offset = int(self.cu_seqlens[first])
+        patches = self._shards[number].read(index - first, slice(start - offset, end - offset))
+        return patches, self.positions[start:end].clone(), int(self.targets[index])
 
     def images(self, indices: Iterable[int] | None = None) -> Tensor:
         """Whole images (n, C, H, W) float32, stopped patches black (0): those at `indices`, in that order, or all.
@@ -120,29 +158,47 @@ class InvertedDataset(torch.utils.data.Dataset):
         Raises:
             IndexError: an index is out of range.
         """
-        chosen = torch.tensor([range(len(self))[i] for i in (range(len(self)) if indices is None else indices)]).long()
-        lengths = self.cu_seqlens.long().diff()[chosen]
-        owner = torch.arange(len(chosen)).repeat_interleave(lengths)
-        tokens = torch.arange(len(owner)) + (self.cu_seqlens[chosen] - lengths.cumsum(0) + lengths)[owner]
-        images = torch.zeros(len(chosen), *self.image_size)
-        grid, positions = _patch_grid(images, self.patch_size), self.positions[tokens].long()
-        columns = grid.shape[2]
-        grid[owner, positions // columns, positions % columns] = self.patches[tokens].view(-1, *grid.shape[3:])
-        return images
+        samples = [self._sample(i) for i in (range(len(self)) if indices is None else indices)]
+        return self.collate_images(samples)[0] if samples else torch.zeros(0, *self.image_size)
 
     @staticmethod
-    def collate(samples: list[tuple[Tensor, Tensor, int]]) -> tuple[PackedTokens, Tensor]:
+    def collate(samples: list[Sample]) -> tuple[PackedTokens, Tensor]:
         """B samples as (PackedTokens with values (T, C * ph * pw), targets (B,) int64); a DataLoader's `collate_fn`."""
         patches, positions, targets = zip(*samples, strict=True)
         return PackedTokens.from_sequences(list(patches), list(positions)), torch.tensor(targets, dtype=torch.int64)
 
+    def collate_images(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        """B samples as (images (B, C, H, W) float32 with stopped patches black, targets (B,) int64); a DataLoader's
+        `collate_fn`."""
+        tokens, targets = self.collate(samples)
+        images = torch.zeros(len(samples), *self.image_size)
+        grid, positions = _patch_grid(images, self.patch_size), tokens.positions.long()
+        owner = torch.arange(len(samples)).repeat_interleave(tokens.cu_seqlens.diff())
+        columns = grid.shape[2]
+        grid[owner, positions // columns, positions % columns] = tokens.values.view(-1, *grid.shape[3:])
+        return images, targets
+
+    def check_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Check that the images were made for a model of this normalisation; nothing recorded contradicts nothing.
+
+        Raises:
+            ValueError: `metadata` holds a mean or std that differs from this by more than 1e-6; names both.
+        """
+        for name, theirs in (("mean", list(mean)), ("std", list(std))):
+            ours = self.metadata.get(name) or theirs
+            if np.shape(ours) != np.shape(theirs) or not np.allclose(ours, theirs, rtol=0, atol=1e-6):
+                raise ValueError(f"the images were made for a model of {name} {ours}, this one has {name} {theirs}")
+
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write one `.safetensors` file: complete, or not at all.
 
-        The header's entry "smi_fast" is a JSON object: format_version, image_size, patch_size, metadata.
+        Its tensors are the constructor's and `checksums` (N,) int64, the CRC-32 of each image's patches. The header's
+        entry "smi_fast" is a JSON object: format_version, image_size, patch_size, metadata, and checksum, the CRC-32 of
+        the other entries (as Python's `json.dumps(entries, sort_keys=True)`) followed by the bytes of positions,
+        cu_seqlens, targets and checksums.
 
         Raises:
-            ValueError: `path` does not end in .safetensors.
+            ValueError: `path` does not end in .safetensors; the patches are read from a damaged file.
             FileExistsError: `path` exists and `overwrite` is false.
             FileNotFoundError: the folder of `path` does not exist.
         """
@@ -157,48 +213,55 @@ class InvertedDataset(torch.utils.data.Dataset):
             patch_size=self.patch_size,
             metadata=self.metadata,
         )
-        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
+        checksums = [_checksum(self._sample(i)[0]) for i in range(len(self))]
+        tensors = {name: getattr(self, name).contiguous() for name in ("patches", *INDEX)}
+        tensors["checksums"] = torch.tensor(checksums, dtype=torch.int64)
+        header["checksum"] = _index_checksum(header, tensors)
         with atomic_write(path) as partial:
             save_file(tensors, partial, metadata={HEADER_KEY: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> InvertedDataset:
-        """Read a file, or all `*.safetensors` of a folder, sorted by name, as one dataset.
+        """A file, or all `*.safetensors` in a folder and the folders below it, sorted by path, as one dataset.
 
-        Of a folder's metadata those entries remain on which all files agree.
+        So runs add to a dataset by saving files of their own below one folder; images keep their numbers if later
+        files have later names. Of the files' metadata those entries remain on which all agree.
+
+        Header and index (positions, lengths, targets, checksums) are read and checked at once. Patches stay on disk,
+        mapped into memory: an image's are read, and compared with their checksum, whenever the image is asked for;
+        `verify` does it for all. Files of format version 1 have no checksums. A pickled dataset, such as a worker's,
+        opens its files again and does not carry their patches.
 
         Raises:
             FileNotFoundError: no such file, or no dataset in the folder.
-            ValueError: a file is truncated, foreign, inconsistent, of a newer format, or disagrees with the first file
-                in image_size or patch_size; names the file and what is wrong.
+            ValueError: a file is truncated, damaged, foreign, inconsistent, of a newer format, or disagrees with the
+                first file in image_size, patch_size, mean or std; names the file and what is wrong.
         """
         path = Path(path)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
         if not files:
             raise FileNotFoundError(f"{path}: the folder holds no .safetensors file")
         parts = [cls._load_file(file) for file in files]
-        if len(parts) == 1:
-            return parts[0]
         first = parts[0]
+        if len(parts) == 1:
+            return first
         for file, part in zip(files, parts, strict=True):
-            for name in ("image_size", "patch_size"):
-                ours, theirs = getattr(first, name), getattr(part, name)
+            for name, ours in first._agreed().items():
+                theirs = part._agreed()[name]
                 if theirs != ours:
-                    raise ValueError(f"{file}: {name} is {theirs}, but {ours} in {files[0].name}")
-        metadata = {
+                    raise ValueError(f"{file}: {name} is {theirs}, but {ours} in {files[0].relative_to(path)}")
+        lengths = torch.tensor([len(part) for part in parts])
+        first.metadata = {
             key: value
             for key, value in first.metadata.items()
             if all(key in part.metadata and part.metadata[key] == value for part in parts)
         }
-        return cls(
-            torch.cat([part.patches for part in parts]),
-            torch.cat([part.positions for part in parts]),
-            _cumulative(torch.cat([part.cu_seqlens.diff() for part in parts])),
-            torch.cat([part.targets for part in parts]),
-            first.image_size,
-            first.patch_size,
-            metadata,
-        )
+        first.positions = torch.cat([part.positions for part in parts])
+        first.cu_seqlens = _cumulative(torch.cat([part.cu_seqlens.diff() for part in parts]))
+        first.targets = torch.cat([part.targets for part in parts])
+        first._shards = [part._shards[0] for part in parts]
+        first._first_images = _cumulative(lengths)[:-1].tolist()
+        return first
 
     @classmethod
     def _load_file(cls, file: Path) -> InvertedDataset:
@@ -206,12 +269,202 @@ class InvertedDataset(torch.utils.data.Dataset):
             raise FileNotFoundError(f"{file}: no such file")
         try:
             with safe_open(file, framework="pt") as opened:
-                header = _parse_header((opened.metadata() or {}).get(HEADER_KEY))
-                return cls(*[opened.get_tensor(name) for name in TENSORS], **header)
+                text = (opened.metadata() or {}).get(HEADER_KEY)
+                header = _parse_header(text)
+                index = {name: opened.get_tensor(name).clone() for name in INDEX}
+                checksums = None
+                if header["format_version"] > 1:
+                    checksums, checksum = opened.get_tensor("checksums").clone(), header.pop("checksum")
+                    if _index_checksum(header, index | {"checksums": checksums}) != checksum:
+                        raise ValueError("its index does not have the checksum that it was saved with, it is damaged")
+                    _check_tensor("checksums", checksums, torch.int64, (index["targets"].numel(),))
+                del header["format_version"]
+                patches = opened.get_tensor("patches")
+                dataset = cls(patches, **index, **header)
+                dataset._shards = [_Shard(patches, checksums, file, text)]
+                return dataset
         except SafetensorError as error:
             raise ValueError(f"{file}: not a complete dataset ({error})") from None
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
+
+    def _agreed(self) -> dict:
+        """What the files of one dataset have to agree on."""
+        return {name: getattr(self, name) for name in ("image_size", "patch_size")} | {
+            name: self.metadata.get(name) for name in ("mean", "std")
+        }
+
+    def verify(self) -> None:
+        """Read all patches once and compare them with their checksums.
+
+        Raises:
+            ValueError: a file is damaged; names the file and the first image that is.
+        """
+        for index in range(len(self)):
+            self._sample(index)
+
+    def export(self, folder: str | os.PathLike, class_names: Sequence[str] | None = None) -> None:
+        """Write whole images as 8-bit PNGs, `folder/<class>/<number of the image>.png`: all of them, or nothing.
+
+        torchvision's ImageFolder reads it, and so does `from_image_folder`. Stopped patches are black. The folder of a
+        class is its name or, without `class_names`, its number, with zeros in front so that all sort by number.
+
+        Raises:
+            ValueError: the images have other than 1 or 3 channels; a class without a name, or whose name is that of
+                another or cannot be a folder's.
+            FileExistsError: `folder` exists and is not an empty folder.
+            FileNotFoundError: the folder that is to hold `folder` does not exist.
+        """
+        folder = Path(folder)
+        if self.image_size[0] not in (1, 3):
+            raise ValueError(f"PNGs have 1 or 3 channels, these images have {self.image_size[0]}")
+        names = _folder_names(self.targets.unique().tolist(), class_names)
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise FileExistsError(f"{folder} exists already and is not an empty folder")
+        if not folder.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{folder}: the folder {folder.parent} does not exist")
+        partial, digits = folder.parent / f".{uuid.uuid4().hex}.partial", len(str(len(self)))
+        try:
+            partial.mkdir()
+            for name in names.values():
+                (partial / name).mkdir()
+            for index, target in enumerate(self.targets.tolist()):
+                pixels = self.images([index])[0].mul(255).add(0.5).clamp(0, 255).byte()  # as torchvision rounds
+                picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())  # (H, W) or (H, W, 3)
+                picture.save(partial / names[target] / f"{index:0{digits}}.png")
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @classmethod
+    def from_image_folder(
+        cls,
+        folder: str | os.PathLike,
+        patch_size: tuple[int, int],
+        class_names: Sequence[str] | None = None,
+        metadata: dict | None = None,
+    ) -> InvertedDataset:
+        """Images as torchvision's ImageFolder finds them, in its order: `folder/<class>/.../<name>.png` and the like.
+
+        A patch that is wholly black counts as stopped, which takes a format without loss, such as PNG; kept ones are in
+        row-major order. What `export` wrote comes back to 8 bits, but for the order.
+
+        Args:
+            patch_size: (ph, pw), which divides the images' (H, W).
+            class_names: the class of a folder is where its name stands here; None: the number that its name is if all
+                are numbers, else where it stands among the sorted names, as for ImageFolder.
+            metadata: see the class.
+
+        Raises:
+            FileNotFoundError: no folder, no class folders in it, or one without images.
+            ValueError: a file that cannot be read, is of another size than the first or wholly black; a class folder
+                that `class_names` does not name once.
+        """
+        found = ImageFolder(str(folder))
+        labels = _folder_labels(found.classes, class_names)
+        patches, positions, image_size = [], [], None
+        for file, _ in found.samples:
+            pixels = _read_pixels(file)
+            image_size = image_size or tuple(pixels.shape)
+            if pixels.shape != image_size:
+                raise ValueError(f"{file}: the image is {tuple(pixels.shape)}, the first one {image_size}")
+            _grid_size(image_size, patch_size)
+            grid = _patch_grid(pixels[None], patch_size).flatten(3)[0].flatten(0, 1)  # [patches, C * ph * pw] uint8
+            kept = (grid > 0).any(1).nonzero().flatten()
+            if len(kept) == 0:
+                raise ValueError(f"{file}: the image is wholly black, and an image needs at least one patch")
+            patches.append(grid[kept].float() / 255)
+            positions.append(kept.int())
+        cu_seqlens = _cumulative(torch.tensor([len(kept) for kept in positions]))
+        targets = torch.tensor([labels[number] for number in found.targets])
+        return cls(torch.cat(patches), torch.cat(positions), cu_seqlens, targets, image_size, patch_size, metadata)
+
+
+class RandomHorizontalFlip:
+    """A dataset's `transform`: mirrors a sample left-right, the pixels of its patches and their positions.
+
+    Args:
+        image_size, patch_size: the dataset's.
+        p: the probability.
+        generator: what to draw from, None: torch's global one. In a DataLoader's worker, where all would draw the same
+            in each epoch from copies of it, draws are from the worker's global one, which DataLoader seeds from its own
+            `generator`: give that one here too, and flips follow from it with workers and without.
+
+    Raises:
+        ValueError: `p` is no probability; the patches do not tile the image.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int, int],
+        patch_size: tuple[int, int],
+        p: float = 0.5,
+        generator: torch.Generator | None = None,
+    ):
+        if not 0 <= p <= 1:
+            raise ValueError(f"p must be a probability in [0, 1], not {p}")
+        channels, _, self.columns = _grid_size(image_size, patch_size)
+        self.patch_shape = (channels, *patch_size)
+        self.p, self.generator = p, generator
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"generator": None}  # workers have no use for it, and torch fails to send it to them
+
+    def __call__(self, sample: Sample) -> Sample:
+        generator = self.generator if torch.utils.data.get_worker_info() is None else None
+        if torch.rand((), generator=generator) >= self.p:
+            return sample
+        patches, positions, target = sample
+        patches = patches.unflatten(1, self.patch_shape).flip(-1).flatten(1)
+        return patches, positions + (self.columns - 1) - 2 * (positions % self.columns), target
+
+
+def normalize_patches(tokens: PackedTokens, mean: Sequence[float], std: Sequence[float]) -> PackedTokens:
+    """A batch of pixels in [0, 1], such as `InvertedDataset.collate` gives, as a model takes it: (x - mean) / std.
+
+    Args:
+        tokens: values (T, C * ph * pw) floating point, each patch in (C, ph, pw) order.
+        mean, std: C numbers each.
+
+    Raises:
+        ValueError: mean and std differ in length, or patches do not have as many channels.
+    """
+    pixels = tokens.values.shape[1]
+    if len(mean) != len(std) or not len(mean) or pixels % len(mean):
+        raise ValueError(f"mean {list(mean)} and std {list(std)} do not fit patches of {pixels} values")
+    mean, std = (tokens.values.new_tensor(v)[:, None] for v in (mean, std))
+    values = (tokens.values.unflatten(1, (len(mean), -1)) - mean) / std
+    return dataclasses.replace(tokens, values=values.flatten(1))
+
+
+class _Shard:
+    """The patches (T, C * ph * pw) of one file, mapped into memory; or of none, then without checksums.
+
+    `checksums` (N,) int64 are those of its images, `header` the text that tells the file from one that replaced it.
+    """
+
+    def __init__(
+        self, patches: Tensor, checksums: Tensor | None = None, file: Path | None = None, header: str | None = None
+    ):
+        self.patches, self.checksums, self.header = patches, checksums, header
+        self.file = file and file.absolute()  # a worker may be in another folder
+
+    def __reduce__(self):
+        return (_Shard, (self.patches,)) if self.file is None else (_Shard.reopen, (self.file, self.header))
+
+    @staticmethod
+    def reopen(file: Path, header: str) -> _Shard:
+        shard = InvertedDataset._load_file(file)._shards[0]
+        if shard.header != header:
+            raise ValueError(f"{file}: is not the file any more that the dataset was loaded from")
+        return shard
+
+    def read(self, image: int, tokens: slice) -> Tensor:
+        """A copy of the patches of one image, compared with its checksum."""
+        patches = self.patches[tokens].clone()
+        if self.checksums is not None and _checksum(patches) != self.checksums[image]:
+            raise ValueError(f"{self.file}: image {image} does not have the checksum it was saved with, it is damaged")
+        return patches
 
 
 @contextmanager
@@ -238,20 +491,74 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _parse_header(text: str | None) -> dict:
-    """The constructor's arguments that the header holds."""
+    """The header's entries: format_version, the constructor's arguments that are no tensors, and from version 2 on
+    checksum."""
     if text is None:
         raise ValueError(f'no "{HEADER_KEY}" in its header, so it is not an inverted dataset')
     try:
         header = json.loads(text)
-        version = header.pop("format_version")
+        version = header["format_version"]
         newer = version > FORMAT_VERSION
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+    except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f'"{HEADER_KEY}" in its header is not the JSON of an inverted dataset') from None
     if newer:
         raise ValueError(f"format version {version} is newer than {FORMAT_VERSION}, the newest that is understood")
-    if header.keys() != {"image_size", "patch_size", "metadata"} or not isinstance(header["metadata"], dict):
+    entries = {"format_version", "image_size", "patch_size", "metadata"} | ({"checksum"} if version > 1 else set())
+    if header.keys() != entries or not isinstance(header["metadata"], dict):
         raise ValueError(f'"{HEADER_KEY}" in its header holds {sorted(header)} and not a dataset\'s entries')
     return header
+
+
+def _index_checksum(header: dict, tensors: dict[str, Tensor]) -> int:
+    """CRC-32 of all that a file holds but the patches, whose own are among it; see `InvertedDataset.save`."""
+    checksum = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    for name in (*INDEX, "checksums"):
+        checksum = _checksum(tensors[name], checksum)
+    return checksum
+
+
+def _checksum(tensor: Tensor, before: int = 0) -> int:
+    """CRC-32 of a tensor's bytes, going on from that of the bytes before."""
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), before)
+
+
+def _folder_names(targets: list[int], class_names: Sequence[str] | None) -> dict[int, str]:
+    """The name of the folder of each class."""
+    for target in targets:
+        if target < 0 or (class_names is not None and target >= len(class_names)):
+            names = "the numbers from 0" if class_names is None else f"{len(class_names)} class_names"
+            raise ValueError(f"class {target} is not among {names}")
+    if class_names is None:
+        digits = len(str(max(targets, default=0)))
+        return {target: f"{target:0{digits}}" for target in targets}
+    names = {target: class_names[target] for target in targets}
+    for target, name in names.items():
+        if name in ("", "..") or name != Path(name).name:
+            raise ValueError(f"class {target} is called {name!r}, which no folder can be")
+        if class_names.count(name) > 1:
+            raise ValueError(f"class {target} is called {name!r}, and so is another: leave class_names out")
+    return names
+
+
+def _folder_labels(folders: list[str], class_names: Sequence[str] | None) -> list[int]:
+    """The class of each folder; the inverse of `_folder_names`."""
+    if class_names is None:
+        numbers = all(name.isdecimal() for name in folders)
+        return [int(name) if numbers else number for number, name in enumerate(folders)]
+    for name in folders:
+        if class_names.count(name) != 1:
+            raise ValueError(f"the class folder {name!r} is {class_names.count(name)} times in class_names, not once")
+    return [class_names.index(name) for name in folders]
+
+
+def _read_pixels(file: str) -> Tensor:
+    """(1, H, W) uint8 of a greyscale image, (3, H, W) of any other."""
+    try:
+        with Image.open(file) as image:
+            pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow calls a broken PNG a SyntaxError
+        raise ValueError(f"{file}: cannot be read as an image ({error})") from None
+    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
 
 
 def _patch_grid(images: Tensor, patch_size: tuple[int, int]) -> Tensor:

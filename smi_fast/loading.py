@@ -14,9 +14,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import load_state_dict
 from torch import nn
 
-from smi_fast.models import cifar10_vit
+from smi_fast.models import cifar10_student, cifar10_vit
 
-MODEL_INSIDE = "cifar10_vit"
+MODEL_INSIDE, STUDENT_INSIDE = "cifar10_vit", "cifar10_student"
 
 
 def load_model(
@@ -25,7 +25,7 @@ def load_model(
     """A model in evaluation mode, on the CPU, with weights.
 
     Args:
-        name: `cifar10_vit`, the model inside, or one of timm's names.
+        name: `cifar10_vit` or `cifar10_student`, the models inside, or one of timm's names.
         pretrained: download timm's weights for it.
         checkpoint: read the weights from a safetensors file, or from a torch file, which is read with weights_only. The
             number of classes is taken from the weights.
@@ -40,6 +40,8 @@ def load_model(
         return _from_checkpoint(name, Path(checkpoint))
     if name == MODEL_INSIDE:
         return cifar10_vit()
+    if name == STUDENT_INSIDE:
+        return cifar10_student()
     _check_name(name)
     if not pretrained:
         raise ValueError(f"{name} needs weights: download timm's with --pretrained or give a file with --checkpoint")

@@ -6,6 +6,7 @@ import contextlib
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def iteration_flops(inverter: Inverter, stage: Stage, batch_size: int) -> int:
     plain = accelerate(model, backend="torch")
     parameter = model.patch_embed.proj.weight
     images = torch.randn(1, len(inverter.mean), *inverter.image_size, device=parameter.device, dtype=parameter.dtype)
-    keep = torch.arange(stage.patches, device=parameter.device)[None]
+    keep = torch.arange(round(stage.patches), device=parameter.device)[None]
     with frozen(plain), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         plain(images.requires_grad_(), keep=keep).sum().backward()
     return counter.get_total_flops() * batch_size
@@ -100,13 +101,13 @@ def iteration_flops(inverter: Inverter, stage: Stage, batch_size: int) -> int:
 
 @torch.no_grad()
 def confidences(
-    fast: AcceleratedViT, images: Tensor, keep: Tensor, targets: Tensor, mean, std
+    fast: AcceleratedViT, images: Tensor, keep: Tensor | list[Tensor], targets: Tensor, mean, std
 ) -> tuple[Tensor, Tensor]:
     """The probability of each target and the predicted class, from the kept patches alone in the plain view.
 
     Args:
         images: (B, C, H, W) in [0, 1].
-        keep: (B, K).
+        keep: (B, K), or a list of B index tensors.
         targets: (B,).
         mean, std: the model's normalisation, per channel.
 
@@ -115,8 +116,9 @@ def confidences(
     """
     device = fast.model.patch_embed.proj.weight.device
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
+    keep = keep.to(device) if isinstance(keep, Tensor) else [row.to(device) for row in keep]
     with frozen(fast):
-        logits = fast((images.to(device) - mean) / std, keep.to(device))
+        logits = fast((images.to(device) - mean) / std, keep)
     probabilities = logits.float().softmax(1).cpu()
     return probabilities.gather(1, targets[:, None])[:, 0], probabilities.argmax(1)
 
@@ -163,13 +165,18 @@ def stage_table(costs: list[StageCost]) -> str:
         rows.append(
             [
                 f"{record['start']}-{record['end'] - 1}",
-                str(record["patches"]),
-                str(record["tokens"]),
+                f"{record['patches']:.4g}",
+                f"{record['tokens']:.4g}",
                 f"{record['iterations_per_second']:.1f}",
                 f"{record['gflop_per_iteration']:.2f}",
                 f"{record['peak_memory_bytes'] / 2**20:.0f} MiB",
                 f"{record['speedup_over_dense']:.2f}x",
             ]
         )
+    return as_text(rows)
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

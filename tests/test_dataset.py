@@ -2,17 +2,23 @@
 
 import json
 import os
+import pickle
 import random
+import re
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.datasets import ImageFolder
 
 import smi_fast.dataset
-from smi_fast.dataset import InvertedDataset, atomic_write
+from smi_fast.dataset import InvertedDataset, RandomHorizontalFlip, atomic_write, normalize_patches
 
 
 @st.composite
@@ -188,17 +194,32 @@ def test_a_wrong_argument_is_named_with_its_row_and_value(change, message):
         InvertedDataset.from_images(**arguments)
 
 
-def test_the_header_is_one_json_string_with_a_format_version(seed, tmp_path):
+def read_raw(path):
+    """(header, {tensor: (first byte, byte behind the last) in the file}) after the description of safetensors."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return header, {name: (end + start, end + stop) for name, (start, stop) in offsets.items()}
+
+
+def test_the_header_is_one_json_string_with_version_and_checksum(seed, tmp_path):
     path = tmp_path / "images.safetensors"
-    make(seed, metadata={"model": "vit"}).save(path)
-    with open(path, "rb") as file:  # the safetensors format: length of the header, header, tensors
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    dataset = make(seed, metadata={"model": "vit"})
+    dataset.save(path)
+    header, places = read_raw(path)
+    content = {name: path.read_bytes()[start:stop] for name, (start, stop) in places.items()}
+    checksums = [zlib.crc32(dataset.patches[5 * i : 5 * i + 5].numpy().tobytes()) for i in range(3)]
+    assert content["checksums"] == np.array(checksums, dtype="<i8").tobytes()
+    entries = '{"format_version": 2, "image_size": [3, 8, 8], "metadata": {"model": "vit"}, "patch_size": [2, 2]}'
+    index = b"".join(content[name] for name in ("positions", "cu_seqlens", "targets", "checksums"))
     assert header["__metadata__"].keys() == {"smi_fast"}
     assert json.loads(header["__metadata__"]["smi_fast"]) == {
-        "format_version": 1,
+        "format_version": 2,
         "image_size": [3, 8, 8],
         "patch_size": [2, 2],
         "metadata": {"model": "vit"},
+        "checksum": zlib.crc32(entries.encode() + index),
     }
 
 
@@ -331,19 +352,49 @@ def test_random_bytes_are_an_error(seed, tmp_path):
         assert_bad(path)
 
 
-def test_a_damaged_header_is_an_error_or_read_as_written(seed, tmp_path):
-    """Any byte of the header replaced: a ValueError that names the file, or a dataset that passes its own checks."""
+def test_a_changed_byte_is_found_or_changes_nothing(seed, tmp_path):
+    """Of header, index or patches: a ValueError that names the file, on loading or on reading the image."""
     path, source = tmp_path / "images.safetensors", random.Random(seed)
-    make(seed).save(path)
+    dataset = make(seed, metadata={"mean": [0.5, 0.25, 0.125], "seed": seed})
+    dataset.save(path)
     data = path.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    for _ in range(300):
-        i = source.randrange(end)
-        path.write_bytes(data[:i] + source.randbytes(1) + data[i + 1 :])
+    header = min(start for start, _ in read_raw(path)[1].values())
+    for i in source.sample(range(header), 300) + source.sample(range(header, len(data)), 300):
+        path.write_bytes(data[:i] + bytes([data[i] ^ source.randrange(1, 256)]) + data[i + 1 :])
         try:
-            InvertedDataset.load(path).images()
+            read = InvertedDataset.load(path)
+            read.verify()
         except ValueError as error:
             assert str(error).startswith(f"{path}: ")  # noqa: PT017
+        else:
+            assert i < header
+            assert_identical(read, dataset)
+
+
+def flip_byte(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_damage_is_found_where_it_is_read_and_the_other_images_are_still_there(seed, tmp_path):
+    path, dataset = tmp_path / "b.safetensors", make(seed, metadata={"model": "vit"})
+    dataset.save(path)
+    make(seed + 1).save(tmp_path / "a.safetensors")
+    flip_byte(path, read_raw(path)[1]["patches"][0] + 7 * dataset.patches[0].nbytes)  # of the 5 patches an image has
+    read = InvertedDataset.load(tmp_path)
+    for ours, i in ((3, 0), (5, 2)):
+        assert torch.equal(read[ours][0], dataset[i][0])
+    message = f"^{re.escape(str(path))}: image 1 does not have the checksum"
+    copy = tmp_path / "copy.safetensors"
+    for reading in (lambda: read[4], read.images, read.verify, lambda: read.save(copy)):
+        with pytest.raises(ValueError, match=message):
+            reading()
+    with pytest.raises(ValueError, match=message):
+        read.export(tmp_path / "pngs")
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
+    flip_byte(path, read_raw(path)[1]["targets"][0])
+    assert_bad(path, "its index does not have the checksum")
 
 
 def write_file(path, tensors=None, header=None, **change):
@@ -355,7 +406,7 @@ def write_file(path, tensors=None, header=None, **change):
     save_file(tensors, path, metadata={"smi_fast": json.dumps(entries) if header is None else header})
 
 
-def test_a_file_written_by_hand_is_read(tmp_path):
+def test_a_file_of_version_1_written_by_hand_is_read(tmp_path):
     write_file(tmp_path / "hand.safetensors")
     assert_identical(InvertedDataset.load(tmp_path / "hand.safetensors"), make(0))
 
@@ -367,10 +418,16 @@ def test_a_file_written_by_hand_is_read(tmp_path):
         (dict(header="[1, 2]"), "not the JSON of an inverted dataset"),
         (dict(header="{}"), "not the JSON of an inverted dataset"),
         (dict(header='{"format_version": "1"}'), "not the JSON of an inverted dataset"),
-        (dict(header='{"format_version": 1}'), r"holds \[\] and not a dataset's entries"),
+        (dict(header='{"format_version": 1}'), r"holds \['format_version'\] and not a dataset's entries"),
         (dict(metadata=[]), "not a dataset's entries"),
-        (dict(format_version=2), "format version 2 is newer than 1"),
-        (dict(header='{"format_version": 2, "shards": 7}'), "format version 2 is newer than 1"),
+        (dict(format_version=3), "format version 3 is newer than 2"),
+        (dict(header='{"format_version": 3, "shards": 7}'), "format version 3 is newer than 2"),
+        (dict(format_version=2), "not a dataset's entries"),
+        (dict(format_version=2, checksum=1), "does not contain tensor checksums"),
+        (
+            dict(format_version=2, checksum=1, tensors={"checksums": torch.zeros(3)}),
+            "its index does not have the checksum",
+        ),
         (dict(image_size=[3, 8]), "image_size must be 3 positive integers"),
         (dict(image_size=[3, 8, "8"]), "image_size must be 3 positive integers"),
         (dict(image_size=8), "image_size must be 3 positive integers"),
@@ -412,3 +469,367 @@ def test_a_foreign_safetensors_file_says_so(tmp_path):
     header = dict(format_version=1, image_size=[3, 8, 8], patch_size=[2, 2], metadata={})
     save_file(tensors, path, metadata={"smi_fast": json.dumps(header)})
     assert_bad(path, "positions")
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_patches_stay_on_disk_until_they_are_asked_for(tmp_path):
+    """Two files of 400 MB each, which are holes on disk, take no memory to load, to read one image of, or to pickle."""
+    images, kept, patch = 512, 16, 64
+    index = {
+        "targets": torch.arange(images),
+        "positions": torch.arange(kept, dtype=torch.int32).repeat(images),
+        "cu_seqlens": torch.arange(0, images * kept + 1, kept, dtype=torch.int32),
+    }
+    entries = dict(format_version=1, image_size=[3, 4 * patch, 4 * patch], patch_size=[patch, patch], metadata={})
+    header, place = {"__metadata__": {"smi_fast": json.dumps(entries)}}, 0
+    for name, tensor in index.items():
+        dtype = {torch.int32: "I32", torch.int64: "I64"}[tensor.dtype]
+        header[name] = dict(dtype=dtype, shape=list(tensor.shape), data_offsets=[place, place + tensor.nbytes])
+        place += tensor.nbytes
+    shape = [images * kept, 3 * patch**2]
+    header["patches"] = dict(dtype="F32", shape=shape, data_offsets=[place, place + 4 * shape[0] * shape[1]])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(tmp_path / "a.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + b"".join(t.numpy().tobytes() for t in index.values()))
+        file.truncate(8 + len(text) + header["patches"]["data_offsets"][1])
+    os.link(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    before = resident_bytes()
+    dataset = InvertedDataset.load(tmp_path)
+    patches, _, target = dataset[2 * images - 1]
+    assert (patches.shape, patches.any(), target) == ((kept, 3 * patch**2), False, images - 1)
+    assert len(pickle.dumps(dataset)) < 1e6
+    assert resident_bytes() - before < 4e7
+
+
+def test_a_sample_may_be_changed_in_place(seed, tmp_path):
+    make(seed).save(tmp_path / "images.safetensors")
+    for dataset in (make(seed), InvertedDataset.load(tmp_path)):
+        patches, positions, _ = dataset[1]
+        patches.zero_()
+        positions.zero_()
+        assert_identical(dataset, make(seed))
+        dataset.verify()
+
+
+def test_a_pickled_dataset_opens_its_files_again(seed, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate("ab"):
+        make(seed + i, n=4 - i).save(tmp_path / "images" / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    dataset = InvertedDataset.load("images")
+    pickled = pickle.dumps(dataset)
+    monkeypatch.chdir("/")
+    assert_identical(pickle.loads(pickled), dataset)
+    images = dataset.images()
+    make(seed + 2).save(tmp_path / "images" / "b.safetensors", overwrite=True)
+    assert torch.equal(dataset.images(), images)  # what is open stays what it was
+    with pytest.raises(ValueError, match=r"b\.safetensors: is not the file any more"):
+        pickle.loads(pickled)
+
+
+def test_a_pickled_dataset_in_memory_carries_its_patches(seed):
+    dataset = make(seed, metadata={"seed": seed})
+    assert_identical(pickle.loads(pickle.dumps(dataset)), dataset)
+
+
+def ragged(seed, n):
+    """Images of 1 to 16 patches of classes 0 to n - 1."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = [torch.randperm(16, generator=generator)[: int(k)] for k in torch.randint(1, 17, (n,), generator=generator)]
+    return InvertedDataset.from_images(torch.rand(n, 3, 8, 8, generator=generator), keep, torch.arange(n), (2, 2))
+
+
+@pytest.mark.parametrize(("context", "workers", "epochs"), [("fork", 2, 2), ("spawn", 1, 1)])  # to spawn is slow
+def test_workers_give_the_batches_that_the_seed_gives_without_them(seed, tmp_path, context, workers, epochs):
+    ragged(seed, n=11).save(tmp_path / "a.safetensors")
+    ragged(seed + 1, n=6).save(tmp_path / "b.safetensors")
+    dataset = InvertedDataset.load(tmp_path)
+
+    def batches(seed, epochs, **workers):
+        generator = torch.Generator().manual_seed(seed)
+        loader = DataLoader(
+            dataset, batch_size=3, shuffle=True, generator=generator, collate_fn=InvertedDataset.collate, **workers
+        )
+        return [[(*vars(tokens).values(), targets) for tokens, targets in loader] for _ in range(epochs)]
+
+    def same(a, b):
+        return all(
+            torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+            for left, right in zip(a, b, strict=True)
+            for ours, theirs in zip(left, right, strict=True)
+            for x, y in zip(ours, theirs, strict=True)
+        )
+
+    first, second = alone = batches(seed, 2)
+    assert not same([first], [second])  # 17! orders
+    assert not same(alone, batches(seed + 1, 2))
+    assert same(alone[:epochs], batches(seed, epochs, num_workers=workers, multiprocessing_context=context))
+
+
+def test_the_order_of_an_epoch_follows_from_seed_and_epoch(seed):
+    dataset = ragged(seed, n=50)
+
+    def order(seed, epoch):
+        sampler = DistributedSampler(dataset, 1, 0, seed=seed)
+        sampler.set_epoch(epoch)
+        loader = DataLoader(dataset, batch_size=8, sampler=sampler, collate_fn=dataset.collate)
+        return torch.cat([targets for _, targets in loader]).tolist()
+
+    assert order(seed, 3) == order(seed, 3)
+    assert sorted(order(seed, 3)) == list(range(50))
+    assert len({tuple(order(*key)) for key in ((seed, 3), (seed, 4), (seed + 2, 3))}) == 3
+
+
+def test_batches_are_also_uniform_or_images(seed):
+    dataset = make(seed, n=4)
+    [(tokens, _)] = DataLoader(dataset, batch_size=4, collate_fn=dataset.collate)
+    [(patches, positions, targets)] = DataLoader(dataset, batch_size=4)  # torch's own collate stacks samples
+    assert torch.equal(tokens.batch(), patches)
+    assert torch.equal(tokens.positions.view(4, 5), positions)
+    assert targets.tolist() == [0, 1, 2, 3]
+    dataset = ragged(seed, n=5)
+    [(images, targets)] = DataLoader(dataset, batch_size=5, collate_fn=dataset.collate_images)
+    assert torch.equal(images, dataset.images())
+    assert targets.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_runs_add_files_below_one_folder_and_images_keep_their_numbers(seed, tmp_path):
+    parts = [ragged(seed + i, n=i + 2) for i in range(3)]
+    for i, part in enumerate(parts):
+        (tmp_path / f"run-{i}").mkdir()
+        part.save(tmp_path / f"run-{i}" / "inverted.safetensors")
+        dataset = InvertedDataset.load(tmp_path)
+        assert torch.equal(dataset.images(), torch.cat([part.images() for part in parts[: i + 1]]))
+    samples = [part[i] for part in parts for i in range(len(part))]
+    for (patches, positions, target), ours in zip(samples, dataset, strict=True):
+        assert torch.equal(patches, ours[0])
+        assert torch.equal(positions, ours[1])
+        assert target == ours[2]
+    dataset.save(tmp_path / "all.safetensors")
+    assert_identical(InvertedDataset.load(tmp_path / "all.safetensors"), dataset)
+    (tmp_path / "run-3").mkdir()
+    make(seed, patch=4, count=2).save(tmp_path / "run-3" / "inverted.safetensors")
+    with pytest.raises(ValueError, match=r"run-3/inverted.safetensors: patch_size is \(4, 4\), but .* in all.safeten"):
+        InvertedDataset.load(tmp_path)
+
+
+@pytest.mark.parametrize("other", [{"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.3]}, {"mean": [0.4, 0.5, 0.6]}, {}])
+def test_files_of_a_folder_must_agree_in_normalisation(seed, tmp_path, other):
+    make(seed, metadata={"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}).save(tmp_path / "a.safetensors")
+    make(seed, metadata=other).save(tmp_path / "b.safetensors")
+    name = "mean" if other.get("mean") != [0.4, 0.5, 0.6] else "std"
+    with pytest.raises(ValueError, match=rf"b\.safetensors: {name} is .*, but \[0\..*\] in a\.safetensors"):
+        InvertedDataset.load(tmp_path)
+
+
+def test_another_normalisation_is_named_with_the_models(seed):
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    dataset = make(seed, metadata={"mean": mean, "std": std})
+    dataset.check_normalization(mean, torch.tensor(std).tolist())  # rounded to float32
+    make(seed).check_normalization(mean, std)
+    with pytest.raises(ValueError, match=r"mean \[0\.4914, 0\.4822, 0\.4465\], this one has mean \[0\.5, 0\.5, 0\.5\]"):
+        dataset.check_normalization([0.5] * 3, std)
+    with pytest.raises(ValueError, match=r"std \[0\.247, 0\.2435, 0\.2616\], this one has std \[0\.247\]"):
+        dataset.check_normalization(mean, std[:1])
+
+
+def test_patches_are_normalised_as_images_are(seed):
+    mean, std = torch.rand(3), torch.rand(3) + 0.1
+    dataset = ragged(seed, n=3)
+    tokens, _ = dataset.collate([dataset[i] for i in range(3)])
+    normalized = normalize_patches(tokens, mean.tolist(), std.tolist())
+    images = (dataset.images() - mean[:, None, None]) / std[:, None, None]
+    patches = torch.nn.functional.unfold(images, 2, stride=2).mT
+    expected = [patches[i, dataset[i][1].long()] for i in range(3)]
+    assert torch.equal(normalized.values, torch.cat(expected))
+    assert normalized.positions is tokens.positions
+    for wrong in (([0.5] * 5, [0.5] * 5), ([], []), ([0.5] * 2, [0.5] * 3)):
+        with pytest.raises(ValueError, match=r"do not fit patches of 12 values"):
+            normalize_patches(tokens, *wrong)
+
+
+def to_8_bits(images):
+    """(N, H, W, C) uint8, the nearest value of each pixel."""
+    return (images.numpy() * np.float32(255) + np.float32(0.5)).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+@given(case=sparse_images(), named=st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_what_is_exported_comes_back_to_8_bits(tmp_path_factory, case, named):
+    images, keep, targets, patch_size = case
+    folder = tmp_path_factory.mktemp("export") / "pngs"
+    dark = torch.rand(images.shape, generator=torch.Generator().manual_seed(int(targets[0]))) < 0.5
+    dark[:, 0, :: patch_size[0], :: patch_size[1]] = False  # no patch is wholly black
+    images = images.clamp(min=0.01).masked_fill(dark, 0)
+    names = [f"class {-target}" for target in range(1000)] if named else None
+    InvertedDataset.from_images(images, keep, targets, patch_size).export(folder, names)
+    read = InvertedDataset.from_image_folder(folder, patch_size, names, metadata={"from": "pngs"})
+    order = sorted(range(len(targets)), key=lambda i: (names[targets[i]] if named else int(targets[i]), i))
+    assert read.targets.tolist() == targets[order].tolist()
+    assert [read[i][1].tolist() for i in range(len(read))] == [sorted(keep[i].tolist()) for i in order]
+    pixels = to_8_bits(masked(images, keep, patch_size)[order])
+    assert np.array_equal(to_8_bits(read.images()), pixels)
+    assert np.array_equal(read.images().permute(0, 2, 3, 1).numpy(), pixels.astype(np.float32) / 255)
+    assert read.metadata == {"from": "pngs"}
+
+
+def test_torchvision_reads_what_is_exported(seed, tmp_path):
+    dataset = ragged(seed, n=12)
+    pixels = to_8_bits(dataset.images())
+    dataset.export(tmp_path / "numbers")
+    dataset.export(tmp_path / "names", [f"class {99 - i}" for i in range(12)])
+    for folder, targets in (("numbers", range(12)), ("names", reversed(range(12)))):
+        read = ImageFolder(str(tmp_path / folder))
+        assert len(read) == 12
+        assert [label for _, label in read] == list(range(12))  # numbers sort as numbers
+        for (image, _), target in zip(read, targets, strict=True):
+            assert np.array_equal(np.asarray(image), pixels[target])
+    assert (tmp_path / "names" / "class 96" / "03.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("folders", "class_names", "targets"),
+    [
+        (["207", "0281"], None, [281, 207]),
+        (["dog", "cat"], None, [0, 1]),
+        (["7", "cat"], None, [0, 1]),
+        (["dog", "cat"], ["bird", "dog", "cat"], [2, 1]),
+    ],
+)
+def test_class_folders_are_numbers_or_names(tmp_path, folders, class_names, targets):
+    for name in folders:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4), "white").save(tmp_path / name / "a.png")
+    assert InvertedDataset.from_image_folder(tmp_path, (2, 2), class_names).targets.tolist() == targets
+
+
+def test_export_replaces_nothing_and_leaves_nothing_half_done(seed, tmp_path, monkeypatch):
+    dataset = make(seed, n=5)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    dataset.export(tmp_path / "empty")
+    for existing in ("full", "empty", "full/notes.txt"):
+        with pytest.raises(FileExistsError, match=f"{existing} exists already"):
+            dataset.export(tmp_path / existing)
+    with pytest.raises(FileNotFoundError, match=r"the folder .*missing does not exist"):
+        dataset.export(tmp_path / "missing" / "pngs")
+    save, saved = Image.Image.save, []
+
+    def interrupt(image, path):
+        save(image, path)
+        saved.append(path)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dataset.export(tmp_path / "pngs")
+    assert len(saved) == 3
+    assert sorted(os.listdir(tmp_path)) == ["empty", "full"]
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(class_names=["cat", "dog"]), "class 2 is not among 2 class_names"),
+        (dict(class_names=["cat", "a/b", "dog"]), "class 1 is called 'a/b', which no folder can be"),
+        (dict(class_names=["cat", "..", "dog"]), "class 1 is called '..', which no folder can be"),
+        (dict(class_names=["", "cat", "dog"]), "class 0 is called '', which no folder can be"),
+        (dict(class_names=["cat", "crane", "crane"]), "class 1 is called 'crane', and so is another"),
+        (dict(targets=torch.tensor([0, -1, 2])), "class -1 is not among the numbers from 0"),
+        (dict(channels=2), "PNGs have 1 or 3 channels, these images have 2"),
+    ],
+)
+def test_export_names_what_cannot_be_a_picture_or_a_folder(tmp_path, change, message):
+    images = torch.rand(3, change.get("channels", 3), 4, 4)
+    keep, targets = torch.arange(4).expand(3, -1), change.get("targets", torch.arange(3))
+    dataset = InvertedDataset.from_images(images, keep, targets, (2, 2))
+    with pytest.raises(ValueError, match=message):
+        dataset.export(tmp_path / "pngs", change.get("class_names"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_import_names_a_bad_picture_or_folder(tmp_path):
+    good = Image.effect_noise((4, 4), 50).convert("RGB").point(lambda value: value | 1)
+    (tmp_path / "pngs" / "cat").mkdir(parents=True)
+    bad = tmp_path / "pngs" / "cat" / "b.png"
+    good.save(bad.with_name("a.png"))
+    whole = bad.with_name("a.png").read_bytes()
+
+    def read(message, error=ValueError, patch_size=(2, 2), class_names=None):
+        with pytest.raises(error, match=message) as caught:
+            InvertedDataset.from_image_folder(tmp_path / "pngs", patch_size, class_names)
+        assert "\n" not in str(caught.value)
+
+    read("patches of 3x2 pixels do not tile an image of 4x4", patch_size=(3, 2))
+    read("the class folder 'cat' is 0 times in class_names", class_names=["dog"])
+    read("the class folder 'cat' is 2 times in class_names", class_names=["cat", "cat"])
+    Image.new("RGB", (4, 4)).save(bad)
+    read(rf"^{bad}: the image is wholly black")
+    Image.new("RGB", (6, 4), "white").save(bad)
+    read(rf"^{bad}: the image is \(3, 4, 6\), the first one \(3, 4, 4\)")
+    for broken in (b"", b"no picture", whole[: len(whole) // 2], whole[:40]):
+        bad.write_bytes(broken)
+        read(rf"^{bad}: cannot be read as an image")
+    bad.unlink()
+    (tmp_path / "pngs" / "dog").mkdir()
+    read("no valid file for the classes dog", FileNotFoundError)
+    for name in ("cat/a.png", "cat", "dog"):
+        path = tmp_path / "pngs" / name
+        path.rmdir() if path.is_dir() else path.unlink()
+    read("find any class folder", FileNotFoundError)
+    (tmp_path / "pngs").rmdir()
+    read("pngs", FileNotFoundError)
+
+
+@given(case=sparse_images())
+@settings(deadline=None)
+def test_a_flipped_sample_is_the_mirrored_image(case):
+    dataset = InvertedDataset.from_images(*case)
+    images = dataset.images()
+    dataset.transform = RandomHorizontalFlip(dataset.image_size, dataset.patch_size, p=1)
+    flipped, _ = dataset.collate_images([dataset[i] for i in range(len(dataset))])
+    assert torch.equal(flipped, images.flip(3))
+    assert dataset[0][1].dtype == torch.int32
+    assert torch.equal(dataset.images(), images)  # as stored
+    assert torch.equal(dataset.transform(dataset[0])[0], dataset._sample(0)[0])
+
+
+def flips(seed, epochs=2, **workers):
+    """Which of 64 images are flipped in each epoch, (epochs, 64)."""
+    images, keep = torch.rand(64, 3, 4, 4), torch.zeros(64, 1, dtype=torch.int64)  # the patch at the top left
+    dataset = InvertedDataset.from_images(images, keep, torch.arange(64), (2, 2))
+    generator = torch.Generator().manual_seed(seed)
+    dataset.transform = RandomHorizontalFlip((3, 4, 4), (2, 2), generator=generator)
+    loader = DataLoader(dataset, batch_size=32, generator=generator, collate_fn=dataset.collate, **workers)
+    return torch.stack([torch.cat([tokens.positions for tokens, _ in loader]) for _ in range(epochs)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_flips_follow_from_the_generator_and_repeat_in_no_epoch_or_worker(seed, workers):
+    first = flips(seed, num_workers=workers)
+    assert torch.equal(first, flips(seed, num_workers=workers))
+    assert len({tuple(batch.tolist()) for epoch in first for batch in epoch.split(32)}) == 4  # chance of less: 2**-29
+    assert 30 < first.sum() < 98  # of 128, half: 6 standard deviations
+
+
+def test_a_flip_is_sent_to_workers_without_its_generator(seed):
+    """torch fails to open one in a process that was not forked."""
+    flip = RandomHorizontalFlip((3, 4, 4), (2, 2), p=1, generator=torch.Generator().manual_seed(seed))
+    copy = pickle.loads(pickle.dumps(flip))
+    assert copy.generator is None
+    assert copy((torch.rand(1, 12), torch.tensor([2]), 0))[1].tolist() == [3]
+    assert flip.generator is not None
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
+def test_a_flip_of_no_probability_is_refused(p):
+    with pytest.raises(ValueError, match=f"p must be a probability .*{p}"):
+        RandomHorizontalFlip((3, 4, 4), (2, 2), p=p)

@@ -11,7 +11,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 SHORTER = {"pretrained=True": "pretrained=False", "100: 0.3, 200: 0.3, 300: 0.3": "", "50: 0.3": "1: 0.3", "4000": "2"}
 
 
-def test_the_examples_in_python_run_one_after_the_other():
+def test_the_examples_in_python_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     code = "\n".join(blocks)
     for text, shorter in SHORTER.items():
@@ -19,12 +20,15 @@ def test_the_examples_in_python_run_one_after_the_other():
         code = code.replace(text, shorter)
     names = {}
     exec(code, names)
-    assert len(blocks) == 3
+    assert len(blocks) == 8
     assert names["keep"].shape == (2, 137)
     assert names["logits"].shape == (2, 1000)
     assert names["result"].images.shape == (2, 3, 224, 224)
     assert names["result"].keep.shape == (2, 137)
     assert torch.isfinite(names["result"].losses).all()
+    assert names["kept"].cu_seqlens.tolist() == [0, 47, 71, 118]
+    assert (names["kept"].values[0] == names["tokens"][0]).all()
+    assert names["last"].shape == (3, 3, 64)
 
 
 def test_the_number_of_supported_models_is_the_one_that_the_coverage_test_walks():

@@ -1,6 +1,8 @@
-"""The model inside: a small ViT trained on CIFAR-10, so that everything runs without a download.
+"""The models inside: a small ViT trained on CIFAR-10, and a student that does not know its classes, so that everything
+runs without a download.
 
-`README.md` beside this file is its model card; `examples/train_cifar10.py` is the recipe.
+`README.md` beside this file holds their model cards; `examples/train_cifar10.py` and `examples/pretrain_student.py` are
+the recipes.
 """
 
 from __future__ import annotations
@@ -24,13 +26,23 @@ def cifar10_vit(pretrained: bool = True, **overrides) -> VisionTransformer:
         pretrained: load the weights of this package (stored as float16, returned as float32).
         overrides: further arguments of timm's VisionTransformer, such as `patch_drop_rate`.
     """
+    return _vit("cifar10_vit", pretrained, overrides)
+
+
+def cifar10_student(**overrides) -> VisionTransformer:
+    """A student for `cifar10_vit`, of the same architecture, in evaluation mode: it was trained on the same images
+    without their labels, and its head is zero."""
+    return _vit("cifar10_student", True, overrides)
+
+
+def _vit(name: str, pretrained: bool, overrides: dict) -> VisionTransformer:
     arguments = dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=10) | overrides
     model = VisionTransformer(**arguments)
     model.pretrained_cfg = model.default_cfg = {
-        "architecture": "cifar10_vit", "input_size": (3, 32, 32), "num_classes": 10,
+        "architecture": name, "input_size": (3, 32, 32), "num_classes": 10,
         "mean": CIFAR10_MEAN, "std": CIFAR10_STD, "interpolation": "bicubic", "crop_pct": 1.0,
         "label_names": CIFAR10_CLASSES,
     }  # fmt: skip
     if pretrained:
-        model.load_state_dict(load_file(str(MODEL_DIR / "cifar10_vit.safetensors")))
+        model.load_state_dict(load_file(str(MODEL_DIR / f"{name}.safetensors")))
     return model.eval()
