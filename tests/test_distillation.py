@@ -169,13 +169,15 @@ def test_a_student_with_the_teachers_trunk_learns_the_teachers_answers(seed):
     student = copy.deepcopy(teacher)
     torch.nn.init.zeros_(student.head.weight)
     torch.nn.init.zeros_(student.head.bias)
-    result = distill(teacher, student, dataset=make_dataset(n=64), rounds=4, steps=250, **QUIET)
+    dataset = make_dataset(n=64)
+    result = distill(teacher, student, dataset=dataset, rounds=4, steps=250, **QUIET)
     losses = [round.loss for round in result.history]
     assert losses == sorted(losses, reverse=True)
-    images = 2 * torch.rand(200, 3, SIZE, SIZE) - 1
+    images = [(dataset.images([i]), dataset[i][1]) for i in range(64)]
     with torch.no_grad():
-        agreement = (teacher(images).argmax(1) == student(images).argmax(1)).float().mean()
-    assert agreement > 0.8
+        taught, learnt = (torch.cat([timm_logits(m, *image) for image in images]) for m in (teacher, student))
+    taught, learnt = (logits - logits.mean(1, keepdim=True) for logits in (taught, learnt))
+    assert (taught - learnt).square().sum() < 0.1 * taught.square().sum()  # 1 before the transfer, 0.013 at worst after
 
 
 def inverter_of(teacher, seed=0, **overrides):
