@@ -12,20 +12,43 @@ MIN_ROWS = 16  # of the input: below, setting oneDNN up costs more than it gains
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+class PackedWeight:
+    """A frozen weight (N, K) in bfloat16, as a CPU's oneDNN lays it out for the product and its gradient."""
+
+    def __init__(self, weight: Tensor):
+        weight = weight.detach().to(torch.bfloat16)
+        self.forward = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self.backward = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous())
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `PackedWeight` is there for this dtype and device."""
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and torch.backends.mkldnn.enabled
+        and HAS_ONEDNN
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, as torch.nn.functional.linear.
 
     On a CPU, float32 products whose weights need no gradient run in oneDNN, in the place of the BLAS that torch takes
-    for them: the same float32 arithmetic, summed in another order. Everything else is torch's own linear.
+    for them: the same float32 arithmetic, summed in another order. Everything else is torch's own linear, which on a
+    CPU takes bfloat16 products to oneDNN itself; with a packed weight, they need not lay it out anew each time.
 
     Args:
         x: (..., K).
-        weight: (N, K).
-        bias: (N,) or None.
+        weight: (N, K), or packed.
+        bias: (N,) or None; bfloat16 where the weight is packed.
 
     Returns:
-        (..., N) in the dtype that torch's linear would give.
+        (..., N) in the dtype that torch's linear would give; bfloat16 where the weight is packed.
     """
+    if isinstance(weight, PackedWeight):
+        return _PackedLinear.apply(x, weight, bias)
     if not _suits_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     return onednn_op(x, weight, bias) if torch.compiler.is_compiling() else _OneDnnLinear.apply(x, weight, bias)
@@ -69,6 +92,19 @@ class _OneDnnLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return _onednn(grad, weight.t(), None), None, None
+
+
+class _PackedLinear(torch.autograd.Function):
+    """As `_OneDnnLinear`, in bfloat16."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return _onednn(x.to(torch.bfloat16), weight.forward, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _onednn(grad, ctx.weight.backward, None).to(ctx.dtype), None, None
 
 
 def _compiled_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

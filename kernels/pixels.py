@@ -26,6 +26,7 @@ from .rows import sequence_of_tokens
 
 # The neighbours that total variation compares: right, down, and the two diagonals. (dy, dx) from the upper pixel.
 NEIGHBOURS = ((0, 1), (1, 0), (1, -1), (1, 1))
+BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 SUMS = len(NEIGHBOURS) + 1  # of squared differences in each direction, and of squared pixels
 
 
@@ -216,25 +217,29 @@ def pixel_step_reference(
     l2: float,
 ) -> Tensor:
     """What `pixel_step` means, in plain torch."""
-    channels = images.shape[1]
+    channels, height, width = images.shape[1:]
     image, row, column = sites[:, :3].long().unbind(1)
-    pixels = _tiled(images, ph, pw)[image, :, row, :, column]  # (T, C, ph, pw)
+    # A row of a patch is a run of pw pixels, run `column` of its row of the image.
+    planes = image[:, None] * channels + torch.arange(channels, device=images.device)  # (T, C)
+    rows = planes[:, :, None] * height + (row * ph)[:, None, None] + torch.arange(ph, device=images.device)
+    runs = (rows * (width // pw) + column[:, None, None]).flatten()  # (T * C * ph,)
+    pixels = images.view(-1, pw).index_select(0, runs)
     if view is not None:
         grad = viewed_gradient_reference(grad, sites, inverse, view, channels, ph, pw)
-    grad = grad.to(images.dtype).reshape(pixels.shape)
+    grad = grad.to(images.dtype).reshape(exp_avg.shape)
     prior = images.new_zeros(())
     if tv_l2 or l2:
         prior, prior_grad = prior_reference(images, sites, ph, pw, tv_l2, l2)
-        grad = grad + prior_grad
+        grad = prior_grad.reshape(exp_avg.shape) + grad
     step += 1
-    exp_avg.lerp_(grad.view(exp_avg.shape), 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad.view(exp_avg.shape), grad.view(exp_avg.shape), value=1 - beta2)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     correction1, correction2 = (1 - beta ** step.double().view(()) for beta in (beta1, beta2))
-    denominator = (exp_avg_sq.sqrt() / correction2.sqrt().to(images.dtype)).add_(eps)
+    denominator = exp_avg_sq.sqrt().div_(correction2.sqrt().to(images.dtype)).add_(eps)
     update = (exp_avg / denominator).mul_((lr / correction1).to(images.dtype))
-    pixels = pixels - update.view(pixels.shape)
-    pixels = pixels.clamp(lowest.view(-1, 1, 1), highest.view(-1, 1, 1))
-    _tiled(next_images, ph, pw)[image, :, row, :, column] = pixels
+    pixels = (pixels.view_as(update) - update).view(len(sites), channels, ph * pw)
+    pixels = torch.minimum(torch.maximum(pixels, lowest[:, None]), highest[:, None])
+    next_images.view(-1, pw).index_copy_(0, runs, pixels.view(-1, pw))
     return prior
 
 
@@ -276,15 +281,23 @@ def variation_of_tiles(tiles: Tensor, kept: Tensor, weight: float) -> tuple[Tens
     value, grad = tiles.new_zeros(()), torch.zeros_like(tiles)
     for dy, dx in NEIGHBOURS:
         first, second = pixel_pairs(tiles, dy, dx)
-        difference = torch.where(torch.logical_and(*pixel_pairs(kept, dy, dx)), first - second, 0)
+        difference = zero_unless(torch.logical_and(*pixel_pairs(kept, dy, dx)), first - second)
         left = 1 - max(0, -dx)  # of the inner pixels, among the first ones
-        norm = torch.linalg.vector_norm(difference[..., 1 : 1 + height, left : left + width])
+        norm = torch.linalg.vector_norm(difference[..., 1 : 1 + height, left : left + width].flatten())
         value = value + weight * norm
         difference *= torch.where(norm == 0, 0, weight / norm)
         grad_first, grad_second = pixel_pairs(grad, dy, dx)
         grad_first += difference
         grad_second -= difference
     return value, grad[..., 1:-1, 1:-1]
+
+
+def zero_unless(condition: Tensor, x: Tensor) -> Tensor:
+    """torch.where(condition, x, 0) on the bits of x, for which a CPU takes an eighth of the time."""
+    if x.dtype not in BITS:
+        return torch.where(condition, x, 0)
+    bits = BITS[x.dtype]
+    return x.view(bits).bitwise_and(-condition.to(bits)).view(x.dtype)
 
 
 def pixel_pairs(x: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
@@ -312,13 +325,8 @@ def viewed_gradient_reference(
     within = (y % ph * pw)[:, :, None] + (x % pw)[:, None]  # (T, ph, pw)
     first = token * (channels * ph * pw) + within  # (T, ph, pw), in the first channel
     source = first[:, None] + (torch.arange(channels, device=device) * (ph * pw))[:, None, None]  # (T, C, ph, pw)
-    pixels = grad.reshape(-1)[source.clamp(min=0).flatten()].view(source.shape)
-    return torch.where(token[:, None] >= 0, pixels, 0).view(len(sites), -1)
-
-
-def _tiled(images: Tensor, ph: int, pw: int) -> Tensor:
-    batch, channels, height, width = images.shape
-    return images.view(batch, channels, height // ph, ph, width // pw, pw)
+    pixels = grad.reshape(-1).index_select(0, source.clamp_(min=0).flatten()).view(source.shape)
+    return zero_unless(token[:, None] >= 0, pixels).view(len(sites), -1)
 
 
 @jit

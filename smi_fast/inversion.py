@@ -168,7 +168,7 @@ class Inverter:
         self.iterations, self.lr, self.betas = iterations, lr, betas
         self.jitter, self.flip, self.view_per_image = jitter, flip, view_per_image
         self.cuda_graphs, self.seed, self.progress = cuda_graphs, seed, progress
-        self._forward, self._forward_patches = self.fast, self.fast.forward_patches
+        self._compiled, self._forward, self._forward_patches = compile, self.fast, self.fast.forward_patches
         if compile:
             self._forward, self._forward_patches = torch.compile(self._forward), torch.compile(self._forward_patches)
 
@@ -223,7 +223,7 @@ class Inverter:
         iterate = partial(self._iterate, pixels, targets, views, losses)
         pool = graph_pool(device) if self.cuda_graphs else None
         interrupted, done, attention, history = False, 0, None, []
-        with frozen(self.fast), self.fast.cast_weights(), self._bar() as bar:
+        with frozen(self.fast), self.fast.cast_weights(pack=not self._compiled), self._bar() as bar:
             started = time.perf_counter()
             try:
                 for stage in self.stages:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from smi_fast import kernels
 from smi_fast.keep import Keep, pack_keep
-from smi_fast.kernels.linear import linear
+from smi_fast.kernels.linear import PackedWeight, can_pack, linear
 from smi_fast.kernels.rows import gather_rows, sequence_of_tokens
 from smi_fast.stopping import Mass, kept_count
 from smi_fast.tokens import PackedTokens, pad, prepend, unpad
@@ -295,17 +295,23 @@ class AcceleratedViT(nn.Module):
         return model.head(model.head_drop(model.fc_norm(pooled)))
 
     @contextmanager
-    def cast_weights(self) -> Iterator[None]:
+    def cast_weights(self, *, pack: bool = True) -> Iterator[None]:
         """While weights do not change: those of matrix products are cast to the compute dtype once, not by every
-        forward pass. The numbers are the same; the copies take memory."""
+        forward pass, and on a CPU in bfloat16 packed for its products, which torch.compile does not take. The numbers
+        are the same; the copies take memory."""
+        pack = pack and can_pack(self.compute_dtype, self.model.patch_embed.proj.weight.device)
+        sliced = getattr(getattr(self.model.blocks[-1], "attn", None), "qkv", None)  # which are read in part
         parts = [module for module in self.model.modules() if type(module) is nn.Linear]
         parts = [part for part in [*parts, self.model.patch_embed.proj] if not hasattr(part, "_cast_weights")]
         if self.compute_dtype == self.model.patch_embed.proj.weight.dtype:
             parts = []
         try:
             for part in parts:
-                cast = (None if w is None else w.detach().to(self.compute_dtype) for w in (part.weight, part.bias))
-                part._cast_weights = tuple(cast)
+                weight = part.weight.detach().to(self.compute_dtype)
+                bias = None if part.bias is None else part.bias.detach().to(self.compute_dtype)
+                if pack and type(part) is nn.Linear and part is not sliced:
+                    weight = PackedWeight(weight)
+                part._cast_weights = weight, bias
             yield
         finally:
             for part in parts:
@@ -422,7 +428,7 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
     return linear(x, *_weights(module)) if type(module) is nn.Linear else module(x)
 
 
-def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
     """Weight and bias, cast already within `AcceleratedViT.cast_weights`."""
     return getattr(module, "_cast_weights", None) or (module.weight, module.bias)
 

@@ -17,6 +17,8 @@ from smi_fast.kernels import attention
 from smi_fast.kernels.attention import (
     attention_backward_op,
     attention_op,
+    attention_reference,
+    class_attention_reference,
     launch_attention,
     launch_attention_backward,
 )
@@ -41,13 +43,19 @@ BACKWARD = {
 }
 
 
+PLAIN = (None, "sdpa")
+
+
 def run(qkv, lengths, grad_out, scale=None, backend=None):
-    """Output, class row and gradient; of the formula where no backend is named."""
+    """Output, class row and gradient; of the formula where no backend is named, and of SDPA for the backend "sdpa"."""
     qkv = qkv.detach().requires_grad_()
+    cu_seqlens = cu_seqlens_of(lengths, qkv.device)
     if backend is None:
         out, row = naive_attention(qkv, lengths, scale or qkv.shape[-1] ** -0.5)
+    elif backend == "sdpa":
+        arguments = qkv, cu_seqlens, max(lengths), scale or qkv.shape[-1] ** -0.5
+        out, row = attention_reference(*arguments), class_attention_reference(*arguments)
     else:
-        cu_seqlens = cu_seqlens_of(lengths, qkv.device)
         out, row = attention(qkv, cu_seqlens, max(lengths), scale=scale, return_class_attention=True, backend=backend)
     (grad,) = torch.autograd.grad(out, qkv, grad_out.to(out.dtype))
     return {"out": out.detach(), "class_attention": row.detach(), "grad": grad}
@@ -57,7 +65,7 @@ def check(lengths, heads, head_dim, dtype, device, backend, scale=None):
     qkv = torch.randn(sum(lengths), 3, heads, head_dim, device=device).to(dtype)
     grad_out = torch.randn(sum(lengths), heads, head_dim, device=device).to(dtype)
     exact = run(qkv.double(), lengths, grad_out, scale)
-    plain = [run(qkv, lengths, grad_out, scale, backend) for backend in (None, "torch")]  # the formula, and SDPA
+    plain = [run(qkv, lengths, grad_out, scale, plain_form) for plain_form in PLAIN]
     with poisoned_memory():
         result = run(qkv, lengths, grad_out, scale, backend)
     assert_within_twice(result, plain, exact)
@@ -105,6 +113,18 @@ def test_lengths_from_1_to_4096_mix_in_one_batch(device, seed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_triton_is_right_over_several_tiles_and_heads(dtype, device, seed):
     check([47, 130, 1], 3, 64, dtype, device, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "length", "head_dim"), [(1, 1, 8), (1, 3, 64), (2, 47, 64), (3, 67, 40), (2, 197, 64)]
+)
+def test_short_sequences_on_a_cpu_err_at_most_twice_as_far_as_plain_torch(dtype, batch, length, head_dim, seed):
+    """Equally long ones, whose softmax is kept for the backward pass unless they are too long for that."""
+    qkv = torch.randn(batch * length, 3, 3, head_dim, dtype=dtype, requires_grad=True)
+    out = attention(qkv, cu_seqlens_of([length] * batch), length, backend="torch")
+    assert ("KeptSoftmax" in out.grad_fn.name()) == (length * dtype.itemsize <= 512)
+    check([length] * batch, 3, head_dim, dtype, "cpu", "torch")
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -163,7 +163,7 @@ def test_the_copies_of_weights_give_the_numbers_of_casting_in_every_forward_pass
     expected = fast(images)
     with fast.cast_weights(), fast.cast_weights():
         assert torch.equal(fast(images), expected)
-        assert model.blocks[0].mlp.fc1._cast_weights[0].dtype == torch.bfloat16
+        assert model.blocks[0].mlp.fc1._cast_weights[1].dtype == torch.bfloat16
         with torch.no_grad():
             model.blocks[0].mlp.fc1.weight.zero_()
         assert torch.equal(fast(images), expected)

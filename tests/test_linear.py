@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from smi_fast.kernels import linear as linear_module
-from smi_fast.kernels.linear import linear
+from smi_fast.kernels.linear import PackedWeight, can_pack, linear
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -38,6 +38,21 @@ def test_gradients_that_are_not_contiguous_are_right(seed):
     for grad in (torch.ones(1, 1).expand(20, 6), torch.randn(6, 20).t()):
         ours = torch.autograd.grad(linear(x, weight), x, grad)[0]
         torch.testing.assert_close(ours, grad @ weight)
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16, torch.device("cpu")), reason="bfloat16 is emulated on this CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 24), (3, 7, 24), (200, 192)], ids=str)
+def test_packed_weights_give_the_numbers_of_bfloat16_products(seed, shape, dtype):
+    x, weight, bias = torch.randn(shape, dtype=dtype), torch.randn(40, shape[-1]), torch.randn(40).bfloat16()
+    x.requires_grad_()
+    grad = torch.randn(*shape[:-1], 40).bfloat16().transpose(0, -1).contiguous().transpose(0, -1)
+    found, expected = linear(x, PackedWeight(weight), bias), F.linear(x.bfloat16(), weight.bfloat16(), bias)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+    found, expected = (torch.autograd.grad(out, x, grad)[0] for out in (found, expected))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=1.6e-2, atol=2e-2)
 
 
 def test_autocast_is_obeyed(seed):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from kernel_cases import assert_within_twice, canaries, cu_seqlens_of, poisoned_memory
 from smi_fast.kernels import pixels as pixels_module
 from smi_fast.kernels.patches import gather_patches_op
-from smi_fast.kernels.pixels import patch_sites, pixel_step, pixel_step_op, prior_reference
+from smi_fast.kernels.pixels import patch_sites, pixel_step, pixel_step_op, prior_reference, zero_unless
 from test_selection_kernel import Operators
 
 BACKENDS = ["torch", "triton"]
@@ -536,3 +536,12 @@ def test_gpu_steps_without_synchronising(device, seed):
             step(backend)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32], ids=str)
+def test_zero_unless_is_where_also_for_nan(dtype):
+    x = torch.tensor([[1, -2, 0, float("nan"), float("inf"), -0.0]] * 2 if dtype.is_floating_point else [[1, -2]] * 2)
+    x, condition = x.to(dtype), torch.tensor([[True], [False]])
+    found = zero_unless(condition, x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, torch.stack((x[0], torch.zeros_like(x[1]))), rtol=0, atol=0, equal_nan=True)
