@@ -200,6 +200,19 @@ class Experiment:
         images, labels = zip(*(dataset[i] for i in chosen.tolist()), strict=True)
         return self.whole(torch.stack(images), torch.tensor(labels))
 
+    @torch.no_grad()
+    def attended(self, dataset: InvertedDataset, count: int) -> InvertedDataset:
+        """Of each image the `count` patches that have the most of the class token's attention."""
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        images, keep = dataset.images(), []
+        with frozen(self.fast):
+            for batch in images.split(BATCH):
+                _, attention = self.fast(((batch - mean) / std).to(self.device), return_attention=True)
+                keep.append(attention.topk(count).indices.sort().values.cpu())
+        return InvertedDataset.from_images(
+            images, torch.cat(keep), dataset.targets, self.patch_size, {"mean": self.mean, "std": self.std}
+        )
+
     def noise(self, count: int, seed: int) -> Tensor:
         """Standard normal in normalised space, as the published code has it: (count, C, H, W)."""
         shape = (count, len(self.mean), *self.image_size)

@@ -170,6 +170,22 @@ def test_speed_weighs_each_stage_by_its_length_and_ignores_outliers(monkeypatch)
     assert inversion_seconds(None, schedule, 4000, 8, 5) == pytest.approx(50 + 250 * 0.5 + 3700 * 0.25)
 
 
+def test_real_images_are_left_with_the_patches_of_most_attention(models, data, tmp_path):
+    run = Experiment(*models, data, None, tmp_path, TINY, False)
+    whole = run.real(6, seed=1)
+    part = run.attended(whole, 5)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    _, attention = accelerate(models[0])((whole.images() - mean) / std, return_attention=True)
+    for number, image in enumerate(part.images()):
+        kept = part[number][1].long()
+        dropped = torch.tensor([cell for cell in range(16) if cell not in kept])
+        assert len(kept) == 5
+        assert attention[number, kept].min() >= attention[number, dropped].max()
+        seen = torch.zeros(16).index_fill(0, kept, 1).view(1, 4, 1, 4, 1).expand(3, 4, 4, 4, 4).reshape(3, 16, 16)
+        assert torch.equal(image, whole.images([number])[0] * seen)
+    assert torch.equal(part.targets, whole.targets)
+
+
 def test_table_5_counts_to_the_first_round_that_reaches_the_dense_best(seed):
     curves = {
         "dense inversion": [[10.0, 30.0, 20.0], [50.0, 40.0, 45.0]],
