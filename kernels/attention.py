@@ -120,7 +120,8 @@ class _KeptSoftmax(torch.autograd.Function):
         p = scores.softmax(-1).to(qkv.dtype)  # (B * H, N, N)
         ctx.save_for_backward(packed, p)
         ctx.batch, ctx.scale = batch, scale
-        return torch.bmm(p, v).unflatten(0, (batch, heads)).transpose(1, 2).flatten(0, 1).contiguous()
+        # Contiguous before it is flattened: torch.compile (2.11) gives wrong gradients the other way round.
+        return torch.bmm(p, v).unflatten(0, (batch, heads)).transpose(1, 2).contiguous().flatten(0, 1)
 
     @staticmethod
     @once_differentiable
@@ -131,7 +132,7 @@ class _KeptSoftmax(torch.autograd.Function):
         ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v.mT), p, -1, p.dtype)  # sums in float32
         dq, dk, dv = torch.bmm(ds, k).mul_(ctx.scale), torch.bmm(ds.mT, q).mul_(ctx.scale), torch.bmm(p.mT, do)
         grads = torch.stack((dq, dk, dv)).unflatten(1, (ctx.batch, -1)).permute(1, 3, 0, 2, 4)  # (B, N, 3, H, D)
-        return grads.flatten(0, 1).contiguous(), None, None
+        return grads.flatten(0, 1), None, None
 
 
 @torch.no_grad()

@@ -288,7 +288,6 @@ def test_the_papers_preset_has_the_published_settings():
     assert (paper.iterations, paper.lr, paper.tv_l2, paper.images) == (4000, 0.25, 1e-4, 32)
     assert (paper.rounds, paper.samples, paper.steps, paper.batch_size) == (1000, 100, 1, 32)
     assert paper.test_images is None
-    assert PRESETS["demo"].test_images is None
 
 
 def test_a_page_without_matplotlib_has_its_tables(monkeypatch, tmp_path):
