@@ -57,22 +57,31 @@ def gather_patches(
     return (patches, cells, inverse) if return_inverse else (patches, cells)
 
 
-def _check_patches(images, positions, cu_seqlens, view, patch_size) -> None:
+def check_images(images: Tensor, patch_size: tuple[int, int]) -> None:
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(f"images is {tuple(images.shape)} {images.dtype}, not floats (batch, channels, height, width)")
-    batch, _, height, width = images.shape
+    height, width = images.shape[2:]
     ph, pw = patch_size
     if ph < 1 or pw < 1 or height % ph or width % pw:
         raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {ph}x{pw}")
+
+
+def check_view(view: Tensor, batch: int) -> None:
+    if view.shape not in ((3,), (batch, 3)):
+        raise ValueError(f"view has shape {tuple(view.shape)}, not (3,) or ({batch}, 3)")
+    if view.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"view has dtype {view.dtype}, not torch.int32 or torch.int64")
+
+
+def _check_patches(images, positions, cu_seqlens, view, patch_size) -> None:
+    check_images(images, patch_size)
+    batch = len(images)
     if positions.dim() != 1 or positions.dtype != torch.int32:
         raise ValueError(f"positions is {tuple(positions.shape)} {positions.dtype}, not (tokens,) torch.int32")
     if cu_seqlens.shape != (batch + 1,) or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, not ({batch + 1},) torch.int32")
     if view is not None:
-        if view.shape not in ((3,), (batch, 3)):
-            raise ValueError(f"view has shape {tuple(view.shape)}, not (3,) or ({batch}, 3)")
-        if view.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"view has dtype {view.dtype}, not torch.int32 or torch.int64")
+        check_view(view, batch)
     for name, tensor in (("positions", positions), ("cu_seqlens", cu_seqlens), ("view", view)):
         if tensor is not None and tensor.device != images.device:
             raise ValueError(f"{name} is on {tensor.device}, images on {images.device}")

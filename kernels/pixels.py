@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .backend import cdiv, jit, launch, next_power_of_2, resolve_backend, tl
 from .dispatch import choose
-from .patches import _load_view, _view_stride, _wrap
+from .patches import _load_view, _view_stride, _wrap, check_images, check_view
 from .rows import sequence_of_tokens
 
 # The neighbours that total variation compares: right, down, and the two diagonals. (dy, dx) from the upper pixel.
@@ -136,12 +136,8 @@ def _check_numbers(lr, betas, eps, tv_l2, l2) -> None:
 
 
 def _check_state(next_images, exp_avg, exp_avg_sq, step, images, sites, lowest, highest, patch_size) -> None:
-    if images.dim() != 4 or not images.is_floating_point():
-        raise ValueError(f"images is {tuple(images.shape)} {images.dtype}, not floats (batch, channels, height, width)")
-    _, channels, height, width = images.shape
-    ph, pw = patch_size
-    if ph < 1 or pw < 1 or height % ph or width % pw:
-        raise ValueError(f"images of {height}x{width} pixels do not divide into patches of {ph}x{pw}")
+    check_images(images, patch_size)
+    channels, (ph, pw) = images.shape[1], patch_size
     if sites.dim() != 2 or sites.shape[1] != 4 or sites.dtype != torch.int32:
         raise ValueError(f"sites is {tuple(sites.shape)} {sites.dtype}, not (patches, 4) torch.int32")
     moments = len(sites), channels * ph * pw
@@ -183,10 +179,7 @@ def _check_gradient(images, grad, sites, inverse, view, patch_size) -> None:
     if (view is None) != (inverse is None):
         raise ValueError(f"view and inverse come together: {'view' if view is None else 'inverse'} is None")
     if view is not None:
-        if view.shape not in ((3,), (batch, 3)):
-            raise ValueError(f"view has shape {tuple(view.shape)}, not (3,) or ({batch}, 3)")
-        if view.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"view has dtype {view.dtype}, not torch.int32 or torch.int64")
+        check_view(view, batch)
         cells = batch, height // ph, width // pw
         if inverse.shape != cells or inverse.dtype != torch.int32:
             raise ValueError(f"inverse is {tuple(inverse.shape)} {inverse.dtype}, not {cells} torch.int32")
