@@ -1,4 +1,11 @@
-"""Matrix products with weights, whose backward pass skips the weights where they are frozen."""
+"""Matrix products with weights, whose backward pass skips the weights where they are frozen.
+
+On a CPU, float32 products with frozen weights run in oneDNN, which on some CPUs is twice as fast as the BLAS that torch
+takes for them. They are called as 1x1 convolutions over the rows, never as oneDNN's inner product: for some shapes and
+for transposed weights the latter falls back to a generated kernel (`gemm:jit`) that uses the stack pointer to address
+the heap. A signal handler that interrupts it overwrites what lies there, and the process aborts. The convolutions
+(`brgconv_1x1`) and the bfloat16 products (`brg_matmul`) keep their stack.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +14,82 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-MIN_ROWS = 16  # of the input: below, setting oneDNN up costs more than it gains
-# The product is torch's own, but not a public name of it.
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+MIN_ROWS = 256  # of an input: with fewer, laying the weight out for one product costs more than oneDNN gains
+MIN_PACKED_ROWS = 32  # with fewer, setting oneDNN up does
+CONVOLUTION = (0, 0), (1, 1), (1, 1), 1  # padding, stride, dilation and groups of a matrix product
+
+# These operators are torch's own, but have no public name. Their convolution is `brgconv_1x1` from AVX2 on.
+HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise"))
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+)
 
 
 class PackedWeight:
-    """A frozen weight (N, K) in bfloat16, as a CPU's oneDNN lays it out for the product and its gradient."""
+    """A weight (N, K) that does not change for a while, laid out for oneDNN's products.
+
+    Args:
+        weight: float32 or bfloat16, as `can_pack` allows. It is read again when an input has another number of rows.
+    """
 
     def __init__(self, weight: Tensor):
-        weight = weight.detach().to(torch.bfloat16)
-        self.forward = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self.backward = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous())
+        weight = weight.detach()
+        self.forward, self.backward = _Layout(weight), _Layout(weight.t())
+
+
+class _Layout:
+    """A weight (N, K) as oneDNN wants it for inputs (rows, K); a float32 layout is right for one number of rows only."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self.rows: int | None = None
+        self.packed: Tensor | None = None
+        if weight.dtype == torch.bfloat16:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x weight^T + bias for x (..., K) of the weight's dtype."""
+        if self.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        rows = x.numel() // x.shape[-1]
+        if rows < MIN_PACKED_ROWS:
+            return F.linear(x, self.weight, bias)
+        if rows != self.rows:
+            weight, shape = self.weight.contiguous()[:, :, None, None], (1, x.shape[-1], rows, 1)
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *CONVOLUTION, shape)
+            self.rows = rows
+        return _convolve(x, self.packed, bias)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `PackedWeight` is there for this dtype and device."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and torch.backends.mkldnn.enabled
-        and HAS_ONEDNN
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    if device.type != "cpu" or not torch.backends.mkldnn.enabled or not HAS_ONEDNN:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, as torch.nn.functional.linear.
 
-    On a CPU, float32 products whose weights need no gradient run in oneDNN, in the place of the BLAS that torch takes
-    for them: the same float32 arithmetic, summed in another order. Everything else is torch's own linear, which on a
-    CPU takes bfloat16 products to oneDNN itself; with a packed weight, they need not lay it out anew each time.
+    On a CPU, float32 products of many rows whose weights need no gradient run in oneDNN, in the place of the BLAS that
+    torch takes for them: the same float32 arithmetic, summed in another order. Everything else is torch's own linear,
+    which takes bfloat16 products to oneDNN itself. A packed weight is not laid out anew for each product.
 
     Args:
         x: (..., K).
         weight: (N, K), or packed.
-        bias: (N,) or None; bfloat16 where the weight is packed.
+        bias: (N,) or None; of the weight's dtype where that is packed.
 
     Returns:
-        (..., N) in the dtype that torch's linear would give; bfloat16 where the weight is packed.
+        (..., N) in the dtype that torch's linear would give; in that of the weight where it is packed.
     """
     if isinstance(weight, PackedWeight):
-        return _PackedLinear.apply(x, weight, bias)
+        return _PackedLinear.apply(x, weight.forward, weight.backward, bias)
     if not _suits_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     return onednn_op(x, weight, bias) if torch.compiler.is_compiling() else _OneDnnLinear.apply(x, weight, bias)
@@ -67,21 +108,32 @@ def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return _convolve(x, weight[:, :, None, None], bias)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of x (..., K) and a weight (N, K, 1, 1): the rows are the pixels of an image of K channels."""
+    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    image = torch.ops.mkldnn._convolution_pointwise(image, weight, bias, *CONVOLUTION, "none", [], "")
+    return image.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 if HAS_ONEDNN:  # torch's FlopCounterMode knows its public products only
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
         rows = 1
         for size in x_shape[:-1]:
             rows *= size
         return 2 * rows * weight_shape[0] * weight_shape[1]
 
+    @register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
+    def _convolution_flops(image_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+        return 2 * image_shape[2] * weight_shape[0] * weight_shape[1]
+
 
 class _OneDnnLinear(torch.autograd.Function):
-    """2 M N K operations forward and the same backward, for the input alone."""
+    """2 M N K operations forward and the same backward, for the input alone. Any order of gradient is right."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -91,20 +143,21 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _onednn(grad, weight.t(), None), None, None
+        return _OneDnnLinear.apply(grad, weight.t().contiguous(), None), None, None
 
 
 class _PackedLinear(torch.autograd.Function):
-    """As `_OneDnnLinear`, in bfloat16."""
+    """As `_OneDnnLinear`, with a weight that is laid out for the product and for its gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        ctx.weight, ctx.dtype = weight, x.dtype
-        return _onednn(x.to(torch.bfloat16), weight.forward, bias)
+    def forward(ctx, x: Tensor, product: _Layout, gradient: _Layout, bias: Tensor | None) -> Tensor:
+        ctx.product, ctx.gradient, ctx.dtype = product, gradient, x.dtype
+        return product(x.to(product.dtype), bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _onednn(grad, ctx.weight.backward, None).to(ctx.dtype), None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = _PackedLinear.apply(grad, ctx.gradient, ctx.product, None)
+        return grad.to(ctx.dtype), None, None, None
 
 
 def _compiled_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -125,7 +178,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad):
-    return onednn_op(grad, ctx.saved_tensors[0].t(), None), None, None
+    return onednn_op(grad, ctx.saved_tensors[0].t().contiguous(), None), None, None
 
 
 onednn_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,5 +1,12 @@
 """linear() against torch's own and float64."""
 
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,17 +14,23 @@ from smi_fast.kernels import linear as linear_module
 from smi_fast.kernels.linear import PackedWeight, can_pack, linear
 from torch.utils.flop_counter import FlopCounterMode
 
+HERE = Path(__file__).parent
+SHAPES = [(1, 24), (31, 24), (32, 24), (3, 7, 24), (255, 192), (256, 192), (600, 192)]  # around the changes of product
 
-@pytest.mark.parametrize("shape", [(1, 24), (15, 24), (16, 24), (3, 7, 24), (200, 192)])
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_output_and_gradient_are_at_most_twice_as_far_from_float64_as_torchs(seed, shape, bias):
+def test_output_and_gradient_are_at_most_twice_as_far_from_float64_as_torchs(seed, shape, bias, pack):
+    if pack and not can_pack(torch.float32, torch.device("cpu")):
+        pytest.skip("this CPU or this torch has no oneDNN products to pack weights for")
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(40, shape[-1])
     bias = torch.randn(40) if bias else None
     grad = torch.randn(*shape[:-1], 40)
     exact_x = x.detach().double().requires_grad_()
     exact = F.linear(exact_x, weight.double(), None if bias is None else bias.double())
     (exact_grad,) = torch.autograd.grad(exact, exact_x, grad.double())
-    ours, theirs = linear(x, weight, bias), F.linear(x, weight, bias)
+    ours, theirs = linear(x, PackedWeight(weight) if pack else weight, bias), F.linear(x, weight, bias)
     for got, reference, wanted in (
         (ours, theirs, exact),
         (torch.autograd.grad(ours, x, grad)[0], torch.autograd.grad(theirs, x, grad)[0], exact_grad),
@@ -34,8 +47,8 @@ def test_weights_that_train_get_their_gradients(seed):
 
 
 def test_gradients_that_are_not_contiguous_are_right(seed):
-    x, weight = torch.randn(20, 8, requires_grad=True), torch.randn(6, 8)
-    for grad in (torch.ones(1, 1).expand(20, 6), torch.randn(6, 20).t()):
+    x, weight = torch.randn(300, 8, requires_grad=True), torch.randn(6, 8)
+    for grad in (torch.ones(1, 1).expand(300, 6), torch.randn(6, 300).t()):
         ours = torch.autograd.grad(linear(x, weight), x, grad)[0]
         torch.testing.assert_close(ours, grad @ weight)
 
@@ -47,7 +60,8 @@ def test_packed_weights_give_the_numbers_of_bfloat16_products(seed, shape, dtype
     x, weight, bias = torch.randn(shape, dtype=dtype), torch.randn(40, shape[-1]), torch.randn(40).bfloat16()
     x.requires_grad_()
     grad = torch.randn(*shape[:-1], 40).bfloat16().transpose(0, -1).contiguous().transpose(0, -1)
-    found, expected = linear(x, PackedWeight(weight), bias), F.linear(x.bfloat16(), weight.bfloat16(), bias)
+    packed = PackedWeight(weight.bfloat16())
+    found, expected = linear(x, packed, bias), F.linear(x.bfloat16(), weight.bfloat16(), bias)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected)
     found, expected = (torch.autograd.grad(out, x, grad)[0] for out in (found, expected))
@@ -61,14 +75,14 @@ def test_autocast_is_obeyed(seed):
 
 
 @pytest.mark.skipif(not linear_module.HAS_ONEDNN, reason="this torch is built without oneDNN")
-def test_onednn_serves_float32_products_without_weight_gradients_and_nothing_else(seed, monkeypatch):
+def test_onednn_serves_large_float32_products_without_weight_gradients_and_nothing_else(seed, monkeypatch):
     calls = []
     monkeypatch.setattr(linear_module, "_onednn", lambda *args: calls.append(args) or F.linear(*args))
-    x, weight = torch.randn(20, 8), torch.randn(6, 8)
+    x, weight = torch.randn(256, 8), torch.randn(6, 8)
     linear(x, weight)
     assert len(calls) == 1
     linear(x.double(), weight.double())
-    linear(x[:15], weight)
+    linear(x[:255], weight)
     trained = weight.clone().requires_grad_()
     linear(x, trained)
     assert len(calls) == 1
@@ -77,9 +91,56 @@ def test_onednn_serves_float32_products_without_weight_gradients_and_nothing_els
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_gradients_of_gradients_are_torchs(seed, layout):
+    """Of a product that stands behind something that is not linear, so that its gradient has one in turn."""
+    x, weight = torch.randn(300, 24, requires_grad=True), torch.randn(40, 24)
+    if layout == "packed" and not can_pack(torch.float32, torch.device("cpu")):
+        pytest.skip("this CPU or this torch has no oneDNN products to pack weights for")
+    seconds = []
+    for product in (
+        lambda y: linear(y, weight if layout == "plain" else PackedWeight(weight)),
+        lambda y: y @ weight.t(),
+    ):
+        (grad,) = torch.autograd.grad(product(x.tanh()).square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.skipif(not can_pack(torch.float32, torch.device("cpu")), reason="no oneDNN products on this CPU")
+def test_a_packed_weight_serves_inputs_of_changing_numbers_of_rows(seed):
+    weight = torch.randn(40, 24)
+    packed = PackedWeight(weight)
+    for rows in (300, 47, 1, 300, 1000):
+        x = torch.randn(rows, 24)
+        torch.testing.assert_close(linear(x, packed), x @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+def interrupted_products(*arguments: str) -> dict[str, list[int]]:
+    run = subprocess.run([sys.executable, HERE / "interrupted_products.py", *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
+    return json.loads(run.stdout)
+
+
+def test_signals_during_products_do_no_harm():
+    interrupted_products()
+
+
+@pytest.mark.skipif(
+    not shutil.which("gcc") or platform.system() != "Linux" or platform.machine() != "x86_64",
+    reason="the probe is C for Linux on x86-64, and gcc compiles it",
+)
+def test_no_product_takes_its_stack_pointer_off_the_stack(tmp_path):
+    probe = tmp_path / "stack_probe.so"
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", HERE / "stack_probe.c", "-o", probe], check=True)
+    counts = interrupted_products(str(probe))
+    assert sum(interrupts for _, interrupts in counts.values()) > 500
+    assert {name: outside for name, (outside, _) in counts.items() if outside} == {}
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_flop_counter_mode_counts_both_ways_of_multiplying(frozen):
-    x, weight = torch.randn(3, 20, 8, requires_grad=True), torch.randn(6, 8, requires_grad=not frozen)
+    x, weight = torch.randn(3, 100, 8, requires_grad=True), torch.randn(6, 8, requires_grad=not frozen)
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(linear(x, weight).sum(), x)
-    assert counter.get_total_flops() == 2 * (2 * 60 * 8 * 6)
+    assert counter.get_total_flops() == 2 * (2 * 300 * 8 * 6)
