@@ -39,7 +39,7 @@ class PackedWeight:
 
 
 class _Layout:
-    """A weight (N, K) as oneDNN wants it for inputs (rows, K); a float32 layout is right for one number of rows only."""
+    """A weight (N, K) as oneDNN wants it for inputs (rows, K). In float32 that depends on the number of rows."""
 
     def __init__(self, weight: Tensor):
         self.weight = weight

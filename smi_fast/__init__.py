@@ -25,7 +25,7 @@ from smi_fast.adaptor import SMIAdaptor  # noqa: E402
 from smi_fast.data import accuracy, load_data  # noqa: E402
 from smi_fast.dataset import InvertedDataset, RandomHorizontalFlip, normalize_patches  # noqa: E402
 from smi_fast.distillation import DistillationResult, Round, distill, transfer_loss  # noqa: E402
-from smi_fast.inversion import InversionResult, Inverter, Stage, Step  # noqa: E402
+from smi_fast.inversion import InversionResult, Inverter, NonFiniteError, Stage, Step  # noqa: E402
 from smi_fast.objectives import KeptPixels, Objective, deep_inversion  # noqa: E402
 from smi_fast.quantization import QuantizedViT, quantize  # noqa: E402
 from smi_fast.stopping import Mass, StoppingSchedule, select_patches  # noqa: E402
@@ -40,6 +40,7 @@ __all__ = [
     "Inverter",
     "KeptPixels",
     "Mass",
+    "NonFiniteError",
     "Objective",
     "PackedTokens",
     "QuantizedViT",

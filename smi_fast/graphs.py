@@ -5,115 +5,110 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 
 import torch
 
-Pool = tuple[int, int]
 _FAILED: list[torch.cuda.CUDAGraph] = []
 
 
-def graph_pool(device: torch.device) -> Pool | None:
-    """Memory that graphs share which run one after the other; None where there are no CUDA graphs."""
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-
-
-class Replayed:
-    """Calls of `function(number)`: for each number two run as they are, the third is captured and all are replayed.
-
-    What the function does must be the same in every call with the same number: it may read and write device memory that
-    stays where it is, and must neither wait for the device nor decide by what the host knows. A function that cannot be
-    captured runs as it is, which a warning says; one that waits for the device must do so before it changes anything,
-    because it is called again then.
-
-    Args:
-        function: of one integer; what it returns is dropped.
-        pool: of `graph_pool`.
-    """
-
-    def __init__(self, function: Callable[[int], object], pool: Pool):
-        self.function, self.pool, self.stream = function, pool, torch.cuda.Stream()
-        self.calls: dict[int, int] = {}
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.works = True
-
-    def __call__(self, number: int) -> None:
-        calls = self.calls[number] = self.calls.get(number, 0) + 1
-        if self.works and calls == 2 and self._tries(lambda: rehearse(lambda: self.function(number), self.stream)):
-            return
-        if self.works and calls == 3:
-            self._tries(lambda: self._capture(number))
-        if number in self.graphs and self.works:
-            self.graphs[number].replay()
-        else:
-            self.function(number)
-
-    def _capture(self, number: int) -> None:
-        self.graphs[number] = capture(lambda: self.function(number), self.pool, self.stream)
-
-    def _tries(self, attempt: Callable[[], None]) -> bool:
-        try:
-            attempt()
-        except RuntimeError as error:
-            self.works = False
-            reason = (str(error).splitlines() or [""])[0]
-            warnings.warn(f"iterations run without a CUDA graph: one cannot be captured, {reason}", stacklevel=5)
-        return self.works
-
-
-def rehearse(function: Callable[[], object], stream: torch.cuda.Stream) -> None:
-    """Call a function on the stream that is to capture it, which sets up what libraries keep for each stream.
-
-    Raises:
-        RuntimeError: it waits for the device; found here, since a capture that fails leaves more behind.
-    """
-    with _on(stream), waiting_is_an_error():
-        function()
-
-
-def capture(function: Callable[[], object], pool: Pool, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """What a function launches, as a graph; none of it runs.
-
-    Raises:
-        RuntimeError: it cannot be captured.
-    """
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with _on(stream):
-        try:
-            # Of this thread alone: the backward pass runs in another.
-            graph.capture_begin(pool, capture_error_mode="thread_local")
-            try:
-                function()
-            finally:
-                graph.capture_end()
-        except RuntimeError:
-            # A capture that ends in an error is not taken off the allocators, which then go on asking its graph.
-            _FAILED.append(graph)
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            torch.cuda.synchronize()
-            raise
-    return graph
-
-
 @contextmanager
-def waiting_is_an_error() -> Iterator[None]:
-    """Within it, what waits for the device raises RuntimeError."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Within it, work is queued on the device's side stream, behind and before that of its current stream.
+
+    Graphs cannot be captured on the default stream. All runs on a device share one side stream, because the caching
+    allocator and cuBLAS keep memory for each stream that they have seen. On other devices than GPUs nothing changes.
+    """
+    if not has_graphs(device):
         yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-@contextmanager
-def _on(stream: torch.cuda.Stream) -> Iterator[None]:
-    """On another stream, behind and before what the current one does."""
-    current = torch.cuda.current_stream()
+        return
+    current = torch.cuda.current_stream(device)
+    stream = _side_stream(current.device_index)
     stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream):
             yield
     finally:
         current.wait_stream(stream)
+
+
+@lru_cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether CUDA graphs can be captured on a device."""
+    return device.type == "cuda"
+
+
+class Replayed:
+    """Calls of `function(number)`: the first with each number runs as it is, the second is captured, all are replayed.
+
+    What the function does must be the same in every call with the same number: it may read and write device memory that
+    stays where it is, and must neither wait for the device nor decide by what the host knows. A function that cannot be
+    captured runs as it is, which a warning says; since a capture runs nothing, no call is lost. Call it on a
+    `side_stream`.
+
+    Args:
+        function: of one integer; what it returns is dropped.
+    """
+
+    def __init__(self, function: Callable[[int], object]):
+        self.function = function
+        self.pool = torch.cuda.graph_pool_handle()  # the graphs run one after the other and share their memory
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.seen: set[int] = set()
+        self.works = True
+
+    def __call__(self, number: int) -> None:
+        if self.works and number in self.seen and number not in self.graphs:
+            self._capture(number)
+        self.seen.add(number)
+        if number in self.graphs:
+            self.graphs[number].replay()
+        else:
+            self.function(number)
+
+    def _capture(self, number: int) -> None:
+        try:
+            self.graphs[number] = capture(lambda: self.function(number), self.pool)
+        except RuntimeError as error:
+            self.works = False
+            self.graphs.clear()
+            reason = (str(error).splitlines() or [""])[0]
+            warnings.warn(f"iterations run without a CUDA graph: one cannot be captured, {reason}", stacklevel=4)
+
+
+def capture(function: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+    """What a function launches on the current stream, as a graph; none of it runs.
+
+    Raises:
+        RuntimeError: it cannot be captured. The pool must not be used again then.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the graph has memory of its own: what calls before it used is free for that
+    # Of this thread alone: the backward pass runs in another.
+    graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        function()
+    except BaseException:
+        with suppress(RuntimeError):
+            _end(graph, pool)
+        raise
+    _end(graph, pool)
+    return graph
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """End a capture. One that fails is taken off the allocator, which would go on giving memory to it."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        _FAILED.append(graph)  # the allocator of pinned memory goes on asking it, and has no such end
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+        torch.cuda.synchronize()
+        raise

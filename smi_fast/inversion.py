@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from smi_fast import kernels
-from smi_fast.graphs import Replayed, graph_pool
+from smi_fast.graphs import Replayed, has_graphs, side_stream
 from smi_fast.keep import PackedKeep, uniform_keep
 from smi_fast.kernels.selection import cumulative
 from smi_fast.objectives import KeptPixels, Loss, Objective, as_objective, deep_inversion
-from smi_fast.stopping import Mass, StoppingSchedule, select_patches
+from smi_fast.scaling import LossScale
+from smi_fast.stopping import Mass, StoppingSchedule, as_schedule, select_patches
 from smi_fast.tokens import PackedTokens
 from smi_fast.views import random_views
 from smi_fast.vit import AcceleratedViT, accelerate
@@ -89,6 +91,23 @@ class InversionResult:
     interrupted: bool = False
 
 
+class NonFiniteError(RuntimeError):
+    """Raised by `Inverter.run` at a stopping where the attention is NaN or infinite, so that it selects no patches.
+
+    Attributes:
+        iteration: the stopping's.
+        result: the `InversionResult` of the iterations before it. Pixels that are no longer finite are there as they
+            were when the last stage began.
+    """
+
+    def __init__(self, iteration: int, result: InversionResult):
+        since = "" if result.losses.isfinite().all() else f"; the loss is {_first_non_finite(result.losses)} on"
+        super().__init__(
+            f"at iteration {iteration} no patch can be selected, because the attention is NaN or infinite{since}"
+        )
+        self.iteration, self.result = iteration, result
+
+
 class Inverter:
     """Sparse model inversion of a timm ViT (Hu et al., ICML 2024).
 
@@ -99,7 +118,9 @@ class Inverter:
     Args:
         model: a timm model that `accelerate` takes, or an `AcceleratedViT`. It is in evaluation mode and its weights
             are frozen while `run` runs; both are as they were afterwards.
-        stopping: when patches are stopped; None: the paper's schedule.
+        stopping: when patches are stopped: a `StoppingSchedule`, what one is made of, such as {50: 0.3}, or a text that
+            `StoppingSchedule.parse` reads, of which "paper" is scaled to the number of iterations. None: the paper's
+            schedule, {50: 0.3, 100: 0.3, 200: 0.3, 300: 0.3}.
         objective: what is minimised: `deep_inversion(...)`, a function of (logits, images, targets), or an `Objective`.
         iterations: optimiser steps.
         lr, betas: of Adam.
@@ -112,7 +133,7 @@ class Inverter:
         compile: fuse what surrounds the matrix products with torch.compile, which takes a minute before the first
             iteration.
         cuda_graphs: on a GPU, capture an iteration of each stage and replay it. Python in a loss of your own then runs
-            a few times a stage only: turn this off where it counts its calls, say. A loss that cannot be captured runs
+            four times a stage only: turn this off where it counts its calls, say. A loss that cannot be captured runs
             as it is, which a warning says.
         seed: of the initial noise and the views. The same seed, device, dtype and backend give the same bits.
         progress: show a progress bar with iteration, tokens per image and loss.
@@ -126,7 +147,7 @@ class Inverter:
         self,
         model: nn.Module,
         *,
-        stopping: StoppingSchedule | None = None,
+        stopping: StoppingSchedule | Mapping[int, float | Mass] | str | None = None,
         objective: Objective | Loss | None = None,
         iterations: int = 4000,
         lr: float = 0.25,
@@ -148,8 +169,8 @@ class Inverter:
             raise TypeError(f"iterations must be an integer, got {iterations!r}")
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {iterations}")
-        if not lr > 0:
-            raise ValueError(f"lr must be positive, got {lr}")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {lr}")
         if not 0 <= jitter <= 1:
             raise ValueError(f"jitter must lie in [0, 1], got {jitter}")
         if not 0 <= flip <= 1:
@@ -163,7 +184,7 @@ class Inverter:
         else:
             self.fast = accelerate(model, dtype=dtype, backend=backend)
         timm_model = self.fast.model
-        self.stopping = StoppingSchedule.paper() if stopping is None else stopping
+        self.stopping = StoppingSchedule.paper() if stopping is None else as_schedule(stopping, iterations)
         self.objective = as_objective(deep_inversion() if objective is None else objective)
         self.iterations, self.lr, self.betas = iterations, lr, betas
         self.jitter, self.flip, self.view_per_image = jitter, flip, view_per_image
@@ -212,28 +233,45 @@ class Inverter:
 
         Raises:
             ValueError: targets that are no classes of the model; weights that are not finite.
+            NonFiniteError: the attention is NaN or infinite when it has to select patches. The images so far are kept.
         """
         device = self.fast.model.patch_embed.proj.weight.device
-        targets = self._check_targets(targets).to(device)
+        targets = self._check_targets(targets)
         self._check_weights()
+        with side_stream(device), frozen(self.fast), self.fast.cast_weights(pack=not self._compiled):
+            return self._run(targets.to(device), callback)
+
+    def _run(self, targets: Tensor, callback: Callable[[Step], None] | None) -> InversionResult:
+        device = targets.device
         losses = torch.zeros(self.iterations, device=device)
         generator = torch.Generator().manual_seed(self.seed)
         views = self._draw_views(len(targets), generator).to(device)
         pixels = Pixels(self, len(targets), generator, device)
-        iterate = partial(self._iterate, pixels, targets, views, losses)
-        pool = graph_pool(device) if self.cuda_graphs else None
+        scale = LossScale(device) if self.fast.compute_dtype == torch.float16 else None
+        iterate = partial(self._iterate, pixels, targets, views, losses, scale)
         interrupted, done, attention, history = False, 0, None, []
-        with frozen(self.fast), self.fast.cast_weights(pack=not self._compiled), self._bar() as bar:
-            started = time.perf_counter()
+
+        def result() -> InversionResult:
+            """What there is after the iterations that are done."""
+            stages = [replace(stage, end=min(stage.end, done)) for stage in history if stage.start < done]
+            keep = pixels.keep()
+            keep = keep.cpu() if isinstance(keep, Tensor) else [row.cpu() for row in keep]
+            images, so_far = pixels.results().cpu(), losses[:done].cpu()
+            return InversionResult(images, keep, targets.cpu(), so_far, stages, pixels.patch_size, interrupted)
+
+        started = time.perf_counter()
+        with self._bar() as bar:
             try:
                 for stage in self.stages:
                     if stage.start:
+                        if attention.isfinite().logical_not().any():
+                            raise NonFiniteError(stage.start, result())
                         pixels.stop(attention, self.stopping.stops[stage.start])
                     stage = replace(
                         stage, patches=pixels.count, tokens=pixels.count + self.fast.model.num_prefix_tokens
                     )
                     history.append(stage)
-                    inner = iterate if pool is None else Replayed(iterate, pool)
+                    inner = Replayed(iterate) if self.cuda_graphs and has_graphs(device) else iterate
                     for iteration in range(stage.start, stage.end):
                         measures = iteration + 1 in self.stopping.stops
                         if measures or iteration in self.stopping.stops:
@@ -247,15 +285,10 @@ class Inverter:
                         bar.advance(stage, losses[iteration])
             except KeyboardInterrupt:
                 interrupted = True
-        history = [replace(stage, end=min(stage.end, done)) for stage in history if stage.start < done]
-        losses = losses[:done].cpu()
-        if not losses.isfinite().all():
-            first = int((~losses.isfinite()).nonzero()[0])
-            warnings.warn(f"the loss is {losses[first].item()} from iteration {first} on", stacklevel=2)
-        keep = pixels.keep()
-        keep = keep.cpu() if isinstance(keep, Tensor) else [row.cpu() for row in keep]
-        images = pixels.results().cpu()
-        return InversionResult(images, keep, targets.cpu(), losses, history, pixels.patch_size, interrupted)
+        finished = result()
+        if not finished.losses.isfinite().all():
+            warnings.warn(f"the loss is {_first_non_finite(finished.losses)} on", stacklevel=3)
+        return finished
 
     def _iterate(
         self,
@@ -263,6 +296,7 @@ class Inverter:
         targets: Tensor,
         views: Tensor,
         losses: Tensor,
+        scale: LossScale | None,
         number: int,
         plain: bool = False,
         measures: bool = False,
@@ -281,7 +315,7 @@ class Inverter:
             logits = self._forward_patches(tokens, grid_size=pixels.grid_size, return_attention=measures)
             logits, attention = logits if measures else (logits, None)
             loss = self.objective.classification(logits, targets)
-            (grad,) = torch.autograd.grad(loss, patches)
+            grad = _gradient(loss, patches, scale)
             inverse = None if plain else inverse
             terms = {"tv_l2": self.objective.tv_l2, "l2": self.objective.l2}
             loss = loss.detach() + pixels.step(number, grad, inverse=inverse, view=view, **terms)
@@ -290,7 +324,7 @@ class Inverter:
             logits = self._forward(images, keep, view=view, return_attention=measures)
             logits, attention = logits if measures else (logits, None)
             loss = self.objective.loss(logits, images, targets, pixels.kept_pixels)
-            (grad,) = torch.autograd.grad(loss, images)
+            grad = _gradient(loss, images, scale)
             pixels.step(number, pixels.kept.gather(grad.contiguous()))
         losses.index_copy_(0, pixels.steps - 1, loss.detach().to(losses.dtype).view(1))
         return attention
@@ -317,9 +351,10 @@ class Inverter:
         return targets.long()
 
     def _check_weights(self) -> None:
-        for name, parameter in self.fast.model.named_parameters():
-            if not parameter.isfinite().all():
-                count = int((~parameter.isfinite()).sum())
+        names, parameters = zip(*self.fast.model.named_parameters(), strict=True)
+        counts = torch.stack([parameter.detach().isfinite().logical_not().sum() for parameter in parameters]).tolist()
+        for name, count in zip(names, counts, strict=True):
+            if count:
                 raise ValueError(f"the model's weight {name} holds {count} values that are NaN or infinite")
 
     def _bar(self) -> _Bar:
@@ -355,6 +390,7 @@ class Pixels:
         self.pair = (images, images.clone())
         self.current = 0  # which of the pair the next step reads
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
+        self.begun = images.clone()  # as they were when the stage began
         self._keep(torch.arange(rows * columns, device=device).expand(batch_size, -1))
         moments = images.new_zeros(2, batch_size * rows * columns, images[0].numel() // (rows * columns))
         self.moments = tuple(moments)
@@ -402,6 +438,7 @@ class Pixels:
         rows = kept.flatten() if isinstance(kept, Tensor) else torch.cat(kept)
         self.moments = tuple(moment[rows] for moment in self.moments)
         self.pair[1 - self.current].copy_(self.images())  # of which stopped pixels are a step behind
+        self.begun.copy_(self.images())
         positions = self.packed_keep.positions[rows].long()
         self._keep(
             positions.view(kept.shape) if isinstance(kept, Tensor) else list(positions.split([len(k) for k in kept]))
@@ -409,9 +446,26 @@ class Pixels:
 
     @torch.no_grad()
     def results(self) -> Tensor:
-        """The images in [0, 1], stopped patches black: (B, C, H, W)."""
-        patches = (self.kept.gather(self.images()) * self.std + self.mean).clamp(0, 1)
+        """The images in [0, 1], stopped patches black: (B, C, H, W).
+
+        Pixels that are not finite are as they were when the stage began.
+        """
+        images = torch.where(self.images().isfinite(), self.images(), self.begun)
+        patches = (self.kept.gather(images) * self.std + self.mean).clamp(0, 1)
         return self.kept.scatter(patches, torch.zeros_like(self.images()))
+
+
+def _gradient(loss: Tensor, of: Tensor, scale: LossScale | None) -> Tensor:
+    """The gradient of a scalar loss, which is scaled for the backward pass where float16 needs it."""
+    if scale is None:
+        return torch.autograd.grad(loss, of)[0]
+    return scale.unscale(torch.autograd.grad(loss * scale.value, of)[0])
+
+
+def _first_non_finite(losses: Tensor) -> str:
+    """Such as "nan from iteration 12", of losses (iterations,) of which one is not finite."""
+    first = int((~losses.isfinite()).nonzero()[0])
+    return f"{losses[first].item()} from iteration {first}"
 
 
 class _Bar(tqdm):

@@ -134,6 +134,21 @@ class StoppingSchedule:
         return hash(tuple(self.stops.items()))
 
 
+def as_schedule(stopping: StoppingSchedule | Mapping[int, float | Mass] | str, iterations: int) -> StoppingSchedule:
+    """A schedule out of one, out of the stops that make one, or out of a text; "paper" is scaled to `iterations`.
+
+    Raises:
+        TypeError, ValueError: none of these; as `StoppingSchedule` and its `parse`.
+    """
+    if isinstance(stopping, StoppingSchedule):
+        return stopping
+    if isinstance(stopping, str):
+        return StoppingSchedule.parse(stopping, iterations)
+    if isinstance(stopping, (Mapping, Sequence)):
+        return StoppingSchedule(stopping)
+    raise TypeError(f"stopping is a StoppingSchedule, such as {{50: 0.3}}, or a text such as 50:0.3, got {stopping!r}")
+
+
 def kept_count(count: int, fraction: float) -> int:
     """Of `count` patches, how many are left when `fraction` of them is stopped (may be 0)."""
     return int(count * (1 - fraction))

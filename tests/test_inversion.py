@@ -243,6 +243,9 @@ def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
         ({"iterations": 0}, ValueError, "at least 1, got 0"),
         ({"iterations": 2.5}, TypeError, r"2\.5"),
         ({"lr": 0.0}, ValueError, "lr"),
+        ({"lr": float("inf")}, ValueError, "inf"),
+        ({"stopping": 5}, TypeError, "5"),
+        ({"stopping": "50:0.3,"}, ValueError, "50:0.3,"),
         ({"jitter": -0.1}, ValueError, r"-0\.1"),
         ({"flip": 1.5}, ValueError, r"1\.5"),
         ({"image_size": (9, 8)}, ValueError, "9x8"),
@@ -288,6 +291,51 @@ def test_a_loss_that_is_not_finite_is_reported(model):
     inverter = quiet(model, stopping=StoppingSchedule.dense(), iterations=3, objective=loss)
     with pytest.warns(UserWarning, match="nan from iteration 0"):
         inverter.run([0])
+
+
+def test_attention_that_is_not_finite_at_a_stopping_ends_the_run_and_keeps_the_images(model):
+    calls = itertools.count()
+
+    def loss(logits, images, targets):
+        return logits.float().mean() * (float("nan") if next(calls) == 5 else 1)
+
+    seen = []
+    inverter = quiet(model, stopping={3: 0.3, 8: 0.3}, iterations=12, objective=loss)
+    with pytest.raises(smi_fast.NonFiniteError, match=r"at iteration 8 .* nan from iteration 5") as caught:
+        inverter.run([0, 1], lambda step: seen.append(step.images()))
+    result = caught.value.result
+    assert caught.value.iteration == 8
+    assert (len(result.losses), result.keep.shape, [stage.end for stage in result.history]) == (8, (2, 11), [3, 8])
+    mask = grid_mask(result.keep)
+    assert torch.equal(result.images, (seen[2] * mask))  # pixels are NaN from iteration 5 on
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("weight", [1e-5, 1.0, 1e5], ids="loss times {:g}".format)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "user"])
+def test_float16_inverts_as_float32_does(model, seed, weight, fused):
+    """Gradients of the light loss vanish in float16 and those of the heavy one overflow, unless the loss is scaled."""
+
+    class Weighted(deep_inversion):
+        def classification(self, logits, targets):
+            return weight * super().classification(logits, targets)
+
+    def users(logits, images, targets):
+        return weight * F.cross_entropy(logits.float(), targets)
+
+    objective = Weighted(tv_l2=0.0) if not fused else users
+    options = dict(stopping={10: 0.3}, iterations=40, lr=0.01, objective=objective, seed=seed)
+    half, single = (quiet(model, dtype=dtype, **options).run([0, 3]) for dtype in (torch.float16, torch.float32))
+    start = quiet(model, **options | {"iterations": 11}).run([0, 3])  # a step before, to compare with
+    assert half.images.isfinite().all()
+    assert (half.images - single.images).abs().mean() < 0.2 * (start.images - single.images).abs().mean()
+
+
+def test_a_schedule_may_be_a_text_or_the_stops_alone(model):
+    assert quiet(model, stopping={50: 0.3}, iterations=60).stopping == StoppingSchedule({50: 0.3})
+    assert quiet(model, stopping="50:0.3", iterations=60).stopping == StoppingSchedule({50: 0.3})
+    assert quiet(model, stopping="paper", iterations=400).stopping == StoppingSchedule.paper(400)
+    assert quiet(model, stopping="dense", iterations=60).stopping == StoppingSchedule.dense()
 
 
 @pytest.mark.cuda

@@ -1,0 +1,98 @@
+"""What test_fakecuda.py runs in a process of its own, on the CUDA runtime beside this file, which computes nothing.
+
+    python scenarios.py SCENARIO LOG DEVICE
+
+prints what the scenario found as JSON. LOG gets all that reached the runtime, with a note after each iteration.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import warnings
+
+import torch
+from torch import nn
+from triton.runtime.jit import JITFunction
+
+import smi_fast
+from smi_fast import Inverter
+from smi_fast.models import cifar10_vit
+
+runtime = ctypes.CDLL(os.environ["FAKECUDA_RUNTIME"])
+runtime.fake_launch.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+STOPS = {8: 0.3, 16: 0.3}
+ITERATIONS = 24
+
+
+def launch_nothing(self, *args, grid, warmup, **options):
+    """In the place of Triton's launcher, which would load a kernel into a driver that there is not."""
+    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+    runtime.fake_launch(self.__name__.encode(), stream)
+
+
+JITFunction.run = launch_nothing
+
+
+def note(text: str) -> None:
+    runtime.fake_note(text.encode())
+
+
+def small_model() -> nn.Module:
+    return cifar10_vit(False, img_size=16, patch_size=4, depth=2, embed_dim=64, num_heads=2)
+
+
+def run(model: nn.Module, targets=(0, 1, 2, 3), callback=lambda step: note(str(step.iteration)), **options) -> None:
+    settings = {"stopping": STOPS, "iterations": ITERATIONS, "progress": False} | options
+    Inverter(model, **settings).run(list(targets), callback)
+
+
+def waiting_loss(logits, images, targets):
+    return nn.functional.cross_entropy(logits.float(), targets) * (1 + 0 * logits.mean().item())
+
+
+def plain_loss(logits, images, targets):
+    return nn.functional.cross_entropy(logits.float(), targets) + 1e-3 * images.abs().mean()
+
+
+def stages(device: torch.device) -> dict:
+    run(small_model().to(device))
+    note("own loss")
+    run(small_model().to(device), objective=plain_loss)
+    return {}
+
+
+def memory(device: torch.device) -> dict:
+    """MiB that the allocator holds after each of three runs, and the most that was in use at once."""
+    model = smi_fast.accelerate(
+        cifar10_vit(False, img_size=224, patch_size=16, depth=6, embed_dim=192, num_heads=3).to(device),
+    )
+    reserved = []
+    for _ in range(3):
+        run(model, targets=[0] * 32, callback=None)
+        reserved.append(torch.cuda.memory_reserved(device) / 2**20)
+    return {"reserved": reserved, "peak": torch.cuda.max_memory_allocated(device) / 2**20}
+
+
+def failed_capture(device: torch.device) -> dict:
+    """A loss that waits for the device, which a capture forbids; then one that does not."""
+    model = small_model().to(device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(model, objective=waiting_loss)
+    mode = torch.cuda.get_sync_debug_mode()
+    reserved = []
+    for _ in range(3):
+        note("again")
+        run(model)
+        reserved.append(torch.cuda.memory_reserved(device))
+    return {"warnings": [str(warning.message) for warning in caught], "sync_debug_mode": mode, "reserved": reserved}
+
+
+if __name__ == "__main__":
+    scenario, log, name = sys.argv[1:]
+    warnings.simplefilter("error", UserWarning)  # that iterations run without a graph is one
+    runtime.fake_log(log.encode())
+    found = {"stages": stages, "memory": memory, "failed_capture": failed_capture}[scenario](torch.device(name))
+    runtime.fake_log(None)
+    print(json.dumps(found))
