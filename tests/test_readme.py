@@ -28,7 +28,7 @@ FEWER_ITERATIONS = ("iterations = 4000", "iterations = 4")
 SHORTER = {  # options that are appended to a command
     "info": "",
     "evaluate": "--quiet --device cpu",
-    "invert": "--quiet --device cpu --iterations 6 --images-per-class 2",
+    "invert": "--quiet --device cpu --iterations 4",
     "quantize": "--quiet --device cpu",
     "distill": "--quiet --device cpu --rounds 1 --samples 4 --steps 1 --iterations 5",
     "reproduce": "--quiet --device cpu --sections table3",
