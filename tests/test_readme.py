@@ -67,7 +67,7 @@ def run_readme() -> dict:
         if language == "python":
             exec(text.replace(*FEWER_ITERATIONS), names)
             continue
-        for line in text.splitlines():
+        for line in text.replace("\\\n", " ").splitlines():
             command, *arguments = shlex.split(line, comments=True)
             if command == "smi-fast":
                 assert main([*arguments, *SHORTER[arguments[0]].split()]) == 0, line
