@@ -16,7 +16,7 @@ SET_UP = $(if $(filter file,$(origin BIN)),$(VENV)/.installed-$(1))
 .PHONY: demo test test-cuda lint bench gpu-check clean
 
 demo: $(call SET_UP,viz)
-	$(BIN)/smi-fast invert --out $(OUT) --overwrite $(ARGS)
+	$(BIN)/smi-fast invert --out "$(OUT)" --overwrite $(ARGS)
 
 test: $(call SET_UP,test)
 	$(BIN)/python -m pytest -m "not cuda" $(PARALLEL) $(ARGS)
@@ -33,7 +33,7 @@ bench: $(call SET_UP,bench)
 # On a GPU, in eight minutes: tests, compute-sanitizer, tuning, benchmarks and their report. ARGS="--smi-checkout PATH"
 # measures the authors' published code beside it.
 gpu-check: $(call SET_UP,bench)
-	$(BIN)/python bench/gpu_check.py --out $(OUT) $(ARGS)
+	$(BIN)/python bench/gpu_check.py --out "$(OUT)" $(ARGS)
 
 # One stamp for each set of extras, older than its sources when those change; nothing up to date is installed again.
 $(VENV)/.installed-test: EXTRAS := test,viz

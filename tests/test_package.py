@@ -120,3 +120,16 @@ def test_kernels_are_imported_from_an_unpacked_wheel(source, unpacked, tmp_path)
 def test_kernels_are_imported_from_the_root_of_a_checkout():
     imported = {Path(line).resolve() for line in run_python(IMPORT_KERNELS, ROOT).splitlines()}
     assert imported == {(ROOT / "kernels" / name).resolve() for name in files(ROOT / "kernels", "*.py")}
+
+
+@pytest.mark.parametrize("target", ["demo", "gpu-check"])
+def test_make_writes_to_a_folder_whose_name_has_spaces(target, tmp_path):
+    make = shutil.which("make") or pytest.skip("no make")
+    for name in ("smi-fast", "python"):  # in the place of the real ones, it prints its arguments
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "argument: %s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    command = [make, "--no-print-directory", target, f"BIN={tmp_path}", "OUT=out dir/it's", "ARGS=--seed 3"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    arguments = re.findall(r"^argument: (.*)$", output, flags=re.MULTILINE)
+    assert arguments[arguments.index("--out") + 1] == "out dir/it's"
+    assert arguments[-2:] == ["--seed", "3"]
