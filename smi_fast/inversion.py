@@ -19,6 +19,7 @@ from smi_fast.graphs import Replayed, graph_pool
 from smi_fast.keep import PackedKeep, uniform_keep
 from smi_fast.kernels.selection import cumulative
 from smi_fast.objectives import KeptPixels, Loss, Objective, as_objective, deep_inversion
+from smi_fast.seeds import seeded_generator
 from smi_fast.stopping import Mass, StoppingSchedule, select_patches
 from smi_fast.tokens import PackedTokens
 from smi_fast.views import random_views
@@ -217,7 +218,7 @@ class Inverter:
         targets = self._check_targets(targets).to(device)
         self._check_weights()
         losses = torch.zeros(self.iterations, device=device)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = seeded_generator(self.seed)
         views = self._draw_views(len(targets), generator).to(device)
         pixels = Pixels(self, len(targets), generator, device)
         iterate = partial(self._iterate, pixels, targets, views, losses)
