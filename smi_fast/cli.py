@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,8 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     args = argparse.Namespace(written=[])  # the names of the files in the folder of results that are complete
     try:
-        _parser().parse_args(arguments, args)
-        return args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _parser().parse_args(arguments, args)
+            return args.run(args)
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
@@ -58,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
         what = f"after it wrote {', '.join(args.written)} to {args.out}" if args.written else "before it wrote anything"
         print(f"smi-fast: interrupted {what}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _show_warning(message: Warning, *where: object) -> None:
+    print(f"smi-fast: warning: {message}", file=sys.stderr)
 
 
 def _parser() -> Parser:

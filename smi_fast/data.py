@@ -102,7 +102,8 @@ def _by_name(name: str, root: Path, split: str, model: nn.Module, transform: Cal
     except ModuleNotFoundError as error:
         raise ValueError(f"{name} cannot be read from {root}: torchvision needs {error.name} for it") from error
     except Exception as error:  # torchvision and the readers behind it raise a dozen types between them
-        raise ValueError(f"{name} cannot be read from {root}: {first_line(error)}") from error
+        reason = first_line(error).removesuffix(" You can use download=True to download it")
+        raise ValueError(f"{name} cannot be read from {root}: {reason}") from error
     if len(dataset.classes) != model.num_classes:
         raise ValueError(f"{name} has {len(dataset.classes)} classes, the model has {model.num_classes}")
     return dataset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import warnings
 from pathlib import Path
 
 import timm
@@ -83,7 +84,9 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ValueError(f"the checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
-        weights = load_state_dict(str(path), device="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about forms of pickles; what comes of them is checked
+            weights = load_state_dict(str(path), device="cpu", weights_only=True)
     except (AttributeError, TypeError):  # no dict, or one whose keys are not names
         weights = None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
@@ -111,8 +114,13 @@ def _contradiction(model: nn.Module, weights: dict[str, torch.Tensor]) -> str | 
         found = weights.get(name, tensor)
         if found.shape != tensor.shape:
             return f"its {name} is {tuple(found.shape)}, the model's is {tuple(tensor.shape)}"
+        if found.layout != torch.strided:
+            return f"its {name} is {found.layout}, the model's is dense"
         if found.is_floating_point() != tensor.is_floating_point():
             return f"its {name} is {found.dtype}, the model's is {tensor.dtype}"
+        wrong = int((~found.isfinite()).sum())
+        if wrong:
+            return f"its weight {name} holds {wrong} values that are NaN or infinite"
     missing, unknown = model.load_state_dict(weights, strict=False)
     for names, what in ((missing, "it lacks"), (unknown, "the model has no")):
         if names:

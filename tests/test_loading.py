@@ -87,9 +87,11 @@ def test_unknown_names_missing_files_and_missing_weights_are_refused(tmp_path):
             "its head.weight is torch.int8, the model's is torch.f",
         ),
         ({"head.weight": torch.zeros(7, 64)}, r"it lacks cls_token, pos_embed, [\w.]+ and \d+ more$"),
+        ({"head.weight": torch.zeros(7, 64).to_sparse()}, "its head.weight is torch.sparse_coo, the model's is dense"),
+        ({"head.weight": torch.full((7, 64), torch.nan)}, "its weight head.weight holds 448 values that are NaN"),
         ({"head.weight": TypeError}, "cannot be read: it is damaged, or holds more than weights$"),
     ],
-    ids=["list", "tensor", "int keys", "no dict", "0-d", "int8", "missing keys", "unsafe"],
+    ids=["list", "tensor", "int keys", "no dict", "0-d", "int8", "missing keys", "sparse", "nan", "unsafe"],
 )
 def test_a_file_that_holds_other_things_than_weights_is_refused_in_one_sentence(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pth")
