@@ -55,12 +55,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in OUT_OF_MEMORY):
             raise
-        print(f"smi-fast: error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
+        print(f"smi-fast: error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         what = f"after it wrote {', '.join(args.written)} to {args.out}" if args.written else "before it wrote anything"
         print(f"smi-fast: interrupted {what}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _sentence(error: Exception) -> str:
+    """An error's message in one line. A DataLoader's worker hands on a traceback, whose last line holds the message."""
+    text = str(error).strip() or "out of memory"  # MemoryError says nothing
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
 
 
 def _show_warning(message: Warning, *where: object) -> None:

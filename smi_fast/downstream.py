@@ -253,6 +253,8 @@ def run_reproduce(args: argparse.Namespace) -> int:
             sections=sections, progress=not args.quiet,
         )  # fmt: skip
     except KeyboardInterrupt:
+        if not (args.out / "about.json").exists():
+            raise
         print(
             f"interrupted: what is finished is in {args.out}, and the same command goes on from there", file=sys.stderr
         )

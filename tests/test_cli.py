@@ -323,6 +323,22 @@ def test_an_interruption_says_what_was_written(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "p").exists()
 
 
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise ValueError("a.png: cannot be read as an image")
+
+
+def test_an_error_of_a_worker_is_its_sentence_without_the_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "smi_fast.cli.show_info", lambda args: list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+    )
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "smi-fast: error: a.png: cannot be read as an image\n"
+
+
 def test_help_shows_defaults_where_there_are_any(capsys):
     for command in ("invert", "quantize", "distill", "reproduce", "evaluate"):
         with pytest.raises(SystemExit):
