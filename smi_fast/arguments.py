@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from smi_fast.files import first_line
 from smi_fast.loading import MODEL_INSIDE, load_model
 from smi_fast.objectives import deep_inversion
 from smi_fast.presets import DEMO, PAPER, InversionSettings, settings_of
@@ -63,6 +64,18 @@ def seed(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def device(text: str) -> torch.device:
+    """The type of an option that names a device which this machine has."""
+    try:
+        found = torch.device(text)
+        if found.type not in ("cpu", "cuda"):
+            raise ValueError("only cpu and cuda are supported")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {first_line(error)}") from error
+    return found
+
+
 def _number(kind: type, text: str, what: str) -> int | float:
     try:
         return kind(text)
@@ -94,19 +107,19 @@ def model_of(args: argparse.Namespace, role: str = "model") -> nn.Module:
         checkpoint=getattr(args, f"{prefix}checkpoint"),
         options=tuple(f"--{prefix}{option}".replace("_", "-") for option in ("pretrained", "checkpoint")),
     )
-    return model.to(device_of(args.device))
+    return model.to(args.device)
 
 
 def add_inversion(group: argparse._ArgumentGroup, lr: str) -> None:
     """Add the settings of an inversion; `lr` is the option of its learning rate."""
     for option, name, kind, what in (
-        ("--iterations", "iterations", count, "of an inversion"),
+        ("--iterations", "iterations", count, "iterations of an inversion"),
         (lr, "inversion_lr", finite, "learning rate of the pixels"),
         ("--tv-l2", "tv_l2", finite, "weight of total variation"),
     ):
         field = name.removeprefix("inversion_")
-        defaults = f"{getattr(PAPER, field):g}, of the model inside {getattr(DEMO, field):g}"
-        group.add_argument(option, dest=name, type=kind, metavar="N", help=f"{what}; {defaults}")
+        defaults = f"default: {getattr(PAPER, field):g}, for {MODEL_INSIDE} {getattr(DEMO, field):g}"
+        group.add_argument(option, dest=name, type=kind, metavar="N", help=f"{what} ({defaults})")
     group.add_argument("--l2", type=finite, default=0.0, metavar="N", help="weight of the l2 prior")
     group.add_argument(
         "--stopping",
@@ -141,7 +154,7 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool) -> None:
 def add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine = parser.add_argument_group("machine")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    machine.add_argument("--device", default=default, help="cpu, cuda, cuda:1, ...")
+    machine.add_argument("--device", type=device, default=default, help="cpu, cuda, cuda:1, ...")
     return machine
 
 
@@ -201,14 +214,3 @@ def check_memory(option: str, images: int, values: int) -> None:
         raise ValueError(
             f"{option}: {images} images take {needed / 2**30:.0f} GiB, the machine's memory has {there / 2**30:.0f}"
         )
-
-
-def device_of(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError("only cpu and cuda are supported")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device

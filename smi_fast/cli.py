@@ -124,7 +124,6 @@ def invert_classes(args: argparse.Namespace) -> int:
     model = model_of(args)
     names = class_names(model)
     classes = parse_classes(args.classes, names)
-    device = next(model.parameters()).device
     inverter = Inverter(
         model,
         **arguments,
@@ -136,10 +135,10 @@ def invert_classes(args: argparse.Namespace) -> int:
     check_memory("--images-per-class", len(classes) * args.images_per_class, values)
     targets = torch.tensor(classes).repeat_interleave(args.images_per_class)
     batches = targets.split(args.batch_size)
-    name = report.device_name(device)
+    name = report.device_name(args.device)
     print(f"inverting {len(targets)} images of {len(classes)} classes with {args.model} on {name}")
     started = time.perf_counter()
-    results, meter, snapshots = [], report.StageMeter(device), Snapshots(batches[0])
+    results, meter, snapshots = [], report.StageMeter(args.device), Snapshots(batches[0])
     for number, batch in enumerate(batches):
         inverter.seed = batch_seed(args.seed, number)
         callbacks = [meter] if results else [meter, snapshots]
@@ -164,7 +163,7 @@ def invert_classes(args: argparse.Namespace) -> int:
         "settings": {**asdict(settings), "l2": args.l2, "jitter": inverter.jitter, "flip": inverter.flip},
         "seed": args.seed,
         "dtype": str(inverter.fast.compute_dtype).removeprefix("torch."),
-        "backend": kernels.resolve_backend(args.backend, device),
+        "backend": kernels.resolve_backend(args.backend, args.device),
         "device": name,
         "versions": report.versions(),
         "interrupted": results[-1].interrupted,

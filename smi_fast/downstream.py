@@ -28,7 +28,6 @@ from smi_fast.arguments import (
     check_out,
     check_writable,
     count,
-    device_of,
     finite,
     inversion_of,
     model_of,
@@ -131,7 +130,7 @@ def run_quantize(args: argparse.Namespace) -> int:
     record = {
         "model": args.model, "calibration": args.calibration, "images": args.images, "sparsity": sparsity,
         "weight_bits": args.weight_bits, "activation_bits": args.activation_bits, "seconds": seconds,
-        "device": report.device_name(next(model.parameters()).device), "versions": report.versions(),
+        "device": report.device_name(args.device), "versions": report.versions(),
         "ranges": quantized.ranges,
     }  # fmt: skip
     if test is not None:
@@ -206,7 +205,7 @@ def run_distill(args: argparse.Namespace) -> int:
     record = {
         "teacher": args.model, "student": args.student, "fine_tune": args.fine_tune,
         "images": images, "settings": settings, "test_images": len(test.dataset),
-        "device": report.device_name(next(student.parameters()).device), "versions": report.versions(), "rounds": [],
+        "device": report.device_name(args.device), "versions": report.versions(), "rounds": [],
     }  # fmt: skip
     if args.dataset is None:
         record["inversion"] = {**asdict(inversion), "l2": args.l2, "stopping": str(arguments["stopping"])}
@@ -269,7 +268,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     elif args.pretrained or args.checkpoint is not None or args.model != MODEL_INSIDE:
         raise ValueError("--quantized holds the whole model: leave out --model, --pretrained and --checkpoint")
     else:
-        model = QuantizedViT.load(args.quantized).to(device_of(args.device))
+        model = QuantizedViT.load(args.quantized).to(args.device)
     test = _test_data(args, model)
     result = _evaluated(model, test, not args.quiet)
     print(f"{result['accuracy']:.2%} of {len(test.dataset)} images, {result['seconds']:.1f} s")
