@@ -17,8 +17,8 @@ import torch
 from report import as_text
 
 from smi_fast import Inverter, StoppingSchedule, accelerate, deep_inversion
-from smi_fast.cli import MODEL_INSIDE_SETTINGS
 from smi_fast.loading import MODEL_INSIDE, load_model
+from smi_fast.presets import DEMO
 from smi_fast.report import confidences
 
 FINAL = 20  # iterations, of the last, over which the loss is averaged: views differ from one to the next
@@ -26,13 +26,12 @@ FINAL = 20  # iterations, of the last, over which the loss is averaged: views di
 
 def outcome(model: torch.nn.Module, dtype: torch.dtype, seed: int, images: int) -> dict[str, float]:
     """The mean loss of the last iterations, and the mean confidence of the float32 model."""
-    iterations = MODEL_INSIDE_SETTINGS["iterations"]
     inverter = Inverter(
         model,
-        stopping=StoppingSchedule.paper(iterations),
-        objective=deep_inversion(tv_l2=MODEL_INSIDE_SETTINGS["tv_l2"]),
-        iterations=iterations,
-        lr=MODEL_INSIDE_SETTINGS["lr"],
+        stopping=StoppingSchedule.paper(DEMO.iterations),
+        objective=deep_inversion(tv_l2=DEMO.tv_l2),
+        iterations=DEMO.iterations,
+        lr=DEMO.lr,
         dtype=dtype,
         seed=seed,
         progress=False,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,73 +16,88 @@ from torch import Tensor
 
 import smi_fast
 from smi_fast import kernels, report, visualization
-from smi_fast.arguments import INTERRUPTED, add_device, add_model, add_output, check_out, check_positive, device_of
-from smi_fast.dataset import InvertedDataset, atomic_write
+from smi_fast.arguments import (
+    INTERRUPTED,
+    Parser,
+    add_device,
+    add_inversion,
+    add_model,
+    add_output,
+    check_memory,
+    check_out,
+    count,
+    inversion_of,
+    model_of,
+    seed,
+)
+from smi_fast.dataset import InvertedDataset
 from smi_fast.downstream import add_downstream
+from smi_fast.files import write_json
 from smi_fast.inversion import InversionResult, Inverter, Step
-from smi_fast.loading import MODEL_INSIDE, class_names, load_model
+from smi_fast.loading import MODEL_INSIDE, class_names
 from smi_fast.models import MODEL_DIR
-from smi_fast.objectives import deep_inversion
-from smi_fast.stopping import StoppingSchedule
+from smi_fast.seeds import batch_seed
 
-PAPER_SETTINGS = {"iterations": 4000, "lr": 0.25, "tv_l2": 1e-4}
-# A small model of small images is sure sooner, and needs a smoother prior and smaller steps.
-MODEL_INSIDE_SETTINGS = {"iterations": 600, "lr": 0.1, "tv_l2": 1e-3}
 DTYPES = ("float32", "bfloat16", "float16")
 FILES = ("inverted.safetensors", "grid.png", "process.png", "curve.png", "report.json")
 MAX_ROWS, MAX_COLUMNS = 50, 10  # of the pictures
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # what torch says, by a RuntimeError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    args = _parser().parse_args(arguments)
+    args = argparse.Namespace(written=[])  # the names of the files in the folder of results that are complete
     try:
-        return args.run(args)
-    except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
-        print(f"smi-fast: error: {error}", file=sys.stderr)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _parser().parse_args(arguments, args)
+            return args.run(args)
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in OUT_OF_MEMORY):
+            raise
+        print(f"smi-fast: error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("smi-fast: interrupted before there was anything to keep", file=sys.stderr)
+        what = f"after it wrote {', '.join(args.written)} to {args.out}" if args.written else "before it wrote anything"
+        print(f"smi-fast: interrupted {what}", file=sys.stderr)
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="smi-fast", description="Fast sparse model inversion of Vision Transformers.")
+def _sentence(error: Exception) -> str:
+    """An error's message in one line. A DataLoader's worker hands on a traceback, whose last line holds the message."""
+    text = str(error).strip() or "out of memory"  # MemoryError says nothing
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
+
+
+def _show_warning(message: Warning, *where: object) -> None:
+    print(f"smi-fast: warning: {message}", file=sys.stderr)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="smi-fast", description="Fast sparse model inversion of Vision Transformers.")
     parser.add_argument("--version", action="version", version=f"smi-fast {smi_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="versions, device, backends, and why Triton is or is not in use")
     info.set_defaults(run=show_info)
 
-    invert = commands.add_parser(
-        "invert",
-        help="turn a trained classifier into images of its classes",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    invert = commands.add_parser("invert", help="turn a trained classifier into images of its classes")
     invert.set_defaults(run=invert_classes)
     add_model(invert)
     images = invert.add_argument_group("images")
     images.add_argument(
         "--classes", default="first ten", metavar="LIST", help="such as 0,3,7-9, the model's class names, or all"
     )
-    images.add_argument("--images-per-class", type=int, default=2, metavar="N", help="images of each class")
-    images.add_argument("--batch-size", type=int, default=128, metavar="N", help="images inverted at once")
+    images.add_argument("--images-per-class", type=count, default=2, metavar="N", help="images of each class")
+    images.add_argument("--batch-size", type=count, default=128, metavar="N", help="images inverted at once")
     loop = invert.add_argument_group("inversion")
-    settings = f"paper's: %s; {MODEL_INSIDE}: %s"
-    for name, kind in (("iterations", int), ("lr", float), ("tv_l2", float)):
-        both = settings % (PAPER_SETTINGS[name], MODEL_INSIDE_SETTINGS[name])
-        loop.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar="N", help=both)
-    loop.add_argument("--l2", type=float, default=0.0, metavar="N", help="weight of the l2 prior")
-    loop.add_argument(
-        "--stopping",
-        default="paper",
-        metavar="SCHEDULE",
-        help="iteration:fraction,... such as 50:0.3,100:0.3; paper (scaled to the number of iterations); dense",
-    )
-    loop.add_argument("--seed", type=int, default=0, metavar="N", help="of noise and views")
+    add_inversion(loop, lr="--lr")
+    loop.add_argument("--seed", type=seed, default=0, metavar="N", help="of noise and views")
     machine = add_device(invert)
     machine.add_argument(
-        "--dtype", choices=DTYPES, default=argparse.SUPPRESS,
+        "--dtype", choices=DTYPES,
         help="of the matrix products: bfloat16 on a GPU that has it in hardware, else float32",
     )  # fmt: skip
     machine.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help="of the kernels")
@@ -101,41 +119,28 @@ def show_info(args: argparse.Namespace) -> int:
 
 
 def invert_classes(args: argparse.Namespace) -> int:
-    check_positive(args, "images_per_class", "batch_size")
-    check_out(args.out, args.overwrite)
-    settings = {**(MODEL_INSIDE_SETTINGS if args.model == MODEL_INSIDE else PAPER_SETTINGS)}
-    settings |= {name: getattr(args, name) for name in settings if hasattr(args, name)}
-    if settings["iterations"] < 1:
-        raise ValueError(f"--iterations must be at least 1, got {settings['iterations']}")
-    if args.stopping == "paper":
-        stopping = StoppingSchedule.paper(settings["iterations"])
-    else:
-        stopping = StoppingSchedule.parse(args.stopping)
-    device = device_of(args.device)
-    model = load_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint).to(device)
+    check_out(args.out, args.overwrite, FILES)
+    settings, arguments = inversion_of(args)
+    model = model_of(args)
     names = class_names(model)
     classes = parse_classes(args.classes, names)
+    inverter = Inverter(
+        model,
+        **arguments,
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        backend=args.backend,
+        progress=not args.quiet,
+    )
+    values = len(inverter.mean) * math.prod(inverter.image_size)
+    check_memory("--images-per-class", len(classes) * args.images_per_class, values)
     targets = torch.tensor(classes).repeat_interleave(args.images_per_class)
     batches = targets.split(args.batch_size)
-    inverters = [
-        Inverter(
-            model,
-            stopping=stopping,
-            objective=deep_inversion(tv_l2=settings["tv_l2"], l2=args.l2),
-            iterations=settings["iterations"],
-            lr=settings["lr"],
-            dtype=getattr(torch, args.dtype) if hasattr(args, "dtype") else None,
-            backend=args.backend,
-            seed=args.seed + number,
-            progress=not args.quiet,
-        )
-        for number in range(len(batches))
-    ]
-    name = report.device_name(device)
+    name = report.device_name(args.device)
     print(f"inverting {len(targets)} images of {len(classes)} classes with {args.model} on {name}")
     started = time.perf_counter()
-    results, meter, snapshots = [], report.StageMeter(device), Snapshots(batches[0])
-    for inverter, batch in zip(inverters, batches, strict=True):
+    results, meter, snapshots = [], report.StageMeter(args.device), Snapshots(batches[0])
+    for number, batch in enumerate(batches):
+        inverter.seed = batch_seed(args.seed, number)
         callbacks = [meter] if results else [meter, snapshots]
         meter.begin_batch()
         results.append(inverter.run(batch, lambda step, to=callbacks: [tell(step) for tell in to]))
@@ -146,27 +151,27 @@ def invert_classes(args: argparse.Namespace) -> int:
     if not meter.costs:
         raise KeyboardInterrupt
 
-    first, costs = inverters[0], list(meter.costs.values())
+    costs = list(meter.costs.values())
     for cost in costs:
-        cost.flops = report.iteration_flops(first, cost.stage, len(batches[0]))
+        cost.flops = report.iteration_flops(inverter, cost.stage, len(batches[0]))
     summary = {
         "model": args.model,
         "weights": str(args.checkpoint) if args.checkpoint else "pretrained" if args.pretrained else "inside",
-        "mean": first.mean,
-        "std": first.std,
-        "stopping": str(stopping),
-        "settings": {**settings, "l2": args.l2, "jitter": first.jitter, "flip": first.flip},
+        "mean": inverter.mean,
+        "std": inverter.std,
+        "stopping": str(inverter.stopping),
+        "settings": {**asdict(settings), "l2": args.l2, "jitter": inverter.jitter, "flip": inverter.flip},
         "seed": args.seed,
-        "dtype": str(first.fast.compute_dtype).removeprefix("torch."),
-        "backend": kernels.resolve_backend(args.backend, device),
+        "dtype": str(inverter.fast.compute_dtype).removeprefix("torch."),
+        "backend": kernels.resolve_backend(args.backend, args.device),
         "device": name,
         "versions": report.versions(),
         "interrupted": results[-1].interrupted,
     }
-    outcome = _outcome(first, results, names) | {"seconds": seconds, "stages": report.stage_records(costs)}
-    written = _write(args.out, results, names, snapshots, summary, outcome)
+    outcome = _outcome(inverter, results, names) | {"seconds": seconds, "stages": report.stage_records(costs)}
+    _write(args, results, names, snapshots, summary, outcome)
     print(report.stage_table(costs))
-    _print_outcome(outcome, written, args.out)
+    _print_outcome(outcome, args.written, args.out)
     if results[-1].interrupted:
         print("interrupted: the results are those of the iterations that ran", file=sys.stderr)
         return INTERRUPTED
@@ -220,20 +225,27 @@ class Snapshots:
 
 
 def _write(
-    out: Path, results: list[InversionResult], names: list[str], snapshots: Snapshots, summary: dict, outcome: dict
-) -> list[str]:
-    """Write all results, each file complete or not at all; returns their names."""
+    args: argparse.Namespace,
+    results: list[InversionResult],
+    names: list[str],
+    snapshots: Snapshots,
+    summary: dict,
+    outcome: dict,
+) -> None:
+    """Write all results, each file complete or not at all."""
+    out, written = args.out, args.written
     out.mkdir(parents=True, exist_ok=True)
     images, targets = torch.cat([r.images for r in results]), torch.cat([r.targets for r in results])
     keep = [row for r in results for row in r.keep]
     dataset = InvertedDataset.from_images(images, keep, targets, results[0].patch_size, summary)
     dataset.save(out / "inverted.safetensors", overwrite=True)
+    written.append("inverted.safetensors")
     classes = list(dict.fromkeys(targets.tolist()))[:MAX_ROWS]
     rows = [images[targets == target][:MAX_COLUMNS] for target in classes]
     columns = min(map(len, rows))
     labels = [names[target] for target in classes]
     visualization.save_grid(torch.cat([row[:columns] for row in rows]), out / "grid.png", columns, labels)
-    written = ["inverted.safetensors", "grid.png"]
+    written.append("grid.png")
     if snapshots.images:
         visualization.save_process(snapshots.images, out / "process.png", snapshots.titles)
         written.append("process.png")
@@ -244,12 +256,10 @@ def _write(
     ]
     if curve and visualization.save_curve(curve, out / "curve.png"):
         written.append("curve.png")
-    with atomic_write(out / "report.json") as partial:
-        partial.write_text(json.dumps(summary | outcome, indent=1) + "\n")
+    write_json(out / "report.json", summary | outcome)
     written.append("report.json")
     for stale in set(FILES) - set(written):
         (out / stale).unlink(missing_ok=True)  # of an earlier run
-    return written
 
 
 def parse_classes(text: str, names: list[str]) -> list[int]:
@@ -265,13 +275,16 @@ def parse_classes(text: str, names: list[str]) -> list[int]:
         first, dash, last = part.partition("-")
         if part in names:
             classes.append(names.index(part))
-        elif part.isdigit():
-            classes.append(int(part))
-        elif dash and first.isdigit() and last.isdigit() and int(first) <= int(last):
-            classes.extend(range(int(first), int(last) + 1))
+        elif part.isdecimal():
+            classes.append(_class_number(part, names))
+        elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
+            classes.extend(range(int(first), _class_number(last, names) + 1))
         else:
             raise ValueError(f"--classes: {part!r} is neither a class number, a range such as 0-9, nor a class name")
-    wrong = [number for number in classes if number >= len(names)]
-    if wrong:
-        raise ValueError(f"--classes: {wrong[0]} is no class of the model, which has {len(names)}")
     return list(dict.fromkeys(classes))
+
+
+def _class_number(text: str, names: list[str]) -> int:
+    if int(text) >= len(names):
+        raise ValueError(f"--classes: {text} is no class of the model, which has {len(names)}")
+    return int(text)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from tqdm import tqdm
 
+from smi_fast.files import first_line, read_image
 from smi_fast.inversion import frozen
 from smi_fast.loading import class_names
 from smi_fast.vit import AcceleratedViT
@@ -62,7 +63,7 @@ def load_data(
 def evaluation_transform(model: nn.Module) -> Callable:
     """timm's preprocessing of a PIL image for the evaluation of a model of timm's, to the size that the model takes."""
     config = resolve_data_config(model=model)
-    size = getattr(model.patch_embed, "img_size", None)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return create_transform(**config | ({"input_size": (config["input_size"][0], *size)} if size else {}))
 
 
@@ -98,8 +99,11 @@ def _by_name(name: str, root: Path, split: str, model: nn.Module, transform: Cal
     which = {"split": "train" if split == "train" else "val"} if name == "ImageNet" else {"train": split == "train"}
     try:
         dataset = getattr(datasets, name)(str(root), **which, transform=transform)
-    except (RuntimeError, OSError, ImportError) as error:
-        raise ValueError(f"{name} cannot be read from {root}: {str(error).splitlines()[0]}") from error
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} cannot be read from {root}: torchvision needs {error.name} for it") from error
+    except Exception as error:  # torchvision and the readers behind it raise a dozen types between them
+        reason = first_line(error).removesuffix(" You can use download=True to download it")
+        raise ValueError(f"{name} cannot be read from {root}: {reason}") from error
     if len(dataset.classes) != model.num_classes:
         raise ValueError(f"{name} has {len(dataset.classes)} classes, the model has {model.num_classes}")
     return dataset
@@ -122,7 +126,7 @@ def _from_folder(folder: Path, model: nn.Module, transform: Callable) -> dataset
     if not _folders(folder):
         raise ValueError(f"{folder} holds no folders of classes")
     try:
-        dataset = datasets.ImageFolder(str(folder), transform)
+        dataset = datasets.ImageFolder(str(folder), transform, loader=read_image)
     except FileNotFoundError as error:  # a class without images
         raise ValueError(f"{folder}: {error}") from error
     names = class_names(model)

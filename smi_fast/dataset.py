@@ -10,8 +10,7 @@ import shutil
 import uuid
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
+from .files import atomic_write, checksum, read_image
 from .keep import Keep, pack_keep
 from .tokens import PackedTokens
 
@@ -213,7 +213,7 @@ class InvertedDataset(torch.utils.data.Dataset):
             patch_size=self.patch_size,
             metadata=self.metadata,
         )
-        checksums = [_checksum(self._sample(i)[0]) for i in range(len(self))]
+        checksums = [checksum(self._sample(i)[0]) for i in range(len(self))]
         tensors = {name: getattr(self, name).contiguous() for name in ("patches", *INDEX)}
         tensors["checksums"] = torch.tensor(checksums, dtype=torch.int64)
         header["checksum"] = _index_checksum(header, tensors)
@@ -274,8 +274,8 @@ class InvertedDataset(torch.utils.data.Dataset):
                 index = {name: opened.get_tensor(name).clone() for name in INDEX}
                 checksums = None
                 if header["format_version"] > 1:
-                    checksums, checksum = opened.get_tensor("checksums").clone(), header.pop("checksum")
-                    if _index_checksum(header, index | {"checksums": checksums}) != checksum:
+                    checksums, expected = opened.get_tensor("checksums").clone(), header.pop("checksum")
+                    if _index_checksum(header, index | {"checksums": checksums}) != expected:
                         raise ValueError("its index does not have the checksum that it was saved with, it is damaged")
                     _check_tensor("checksums", checksums, torch.int64, (index["targets"].numel(),))
                 del header["format_version"]
@@ -462,32 +462,9 @@ class _Shard:
     def read(self, image: int, tokens: slice) -> Tensor:
         """A copy of the patches of one image, compared with its checksum."""
         patches = self.patches[tokens].clone()
-        if self.checksums is not None and _checksum(patches) != self.checksums[image]:
+        if self.checksums is not None and checksum(patches) != self.checksums[image]:
             raise ValueError(f"{self.file}: image {image} does not have the checksum it was saved with, it is damaged")
         return patches
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside `path` to write to; it replaces `path` once complete, and is removed after an error.
-
-    Raises:
-        FileNotFoundError: the folder of `path` does not exist.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
-    partial = path.parent / f".{uuid.uuid4().hex}.partial"
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)  # safetensors writes files that only their owner reads; follow the umask, as others do
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _parse_header(text: str | None) -> dict:
@@ -511,15 +488,10 @@ def _parse_header(text: str | None) -> dict:
 
 def _index_checksum(header: dict, tensors: dict[str, Tensor]) -> int:
     """CRC-32 of all that a file holds but the patches, whose own are among it; see `InvertedDataset.save`."""
-    checksum = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    value = zlib.crc32(json.dumps(header, sort_keys=True).encode())
     for name in (*INDEX, "checksums"):
-        checksum = _checksum(tensors[name], checksum)
-    return checksum
-
-
-def _checksum(tensor: Tensor, before: int = 0) -> int:
-    """CRC-32 of a tensor's bytes, going on from that of the bytes before."""
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), before)
+        value = checksum(tensors[name], value)
+    return value
 
 
 def _folder_names(targets: list[int], class_names: Sequence[str] | None) -> dict[int, str]:
@@ -553,11 +525,7 @@ def _folder_labels(folders: list[str], class_names: Sequence[str] | None) -> lis
 
 def _read_pixels(file: str) -> Tensor:
     """(1, H, W) uint8 of a greyscale image, (3, H, W) of any other."""
-    try:
-        with Image.open(file) as image:
-            pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow calls a broken PNG a SyntaxError
-        raise ValueError(f"{file}: cannot be read as an image ({error})") from None
+    pixels = np.array(read_image(file, ("L", "RGB")))
     return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
 
 

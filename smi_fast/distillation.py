@@ -21,6 +21,7 @@ from tqdm import tqdm
 from smi_fast.data import accuracy
 from smi_fast.dataset import InvertedDataset, RandomHorizontalFlip, Sample, normalize_patches
 from smi_fast.inversion import Inverter, frozen
+from smi_fast.seeds import batch_seed, check_seed
 from smi_fast.tokens import PackedTokens
 from smi_fast.vit import AcceleratedViT, accelerate
 
@@ -133,10 +134,11 @@ def distill(
     for name, count in (("rounds", rounds), ("samples", samples), ("steps", steps), ("batch_size", batch_size)):
         if not (name == "samples" and count is None):
             _check_count(name, count)
-    if not (temperature > 0 and lr > 0 and 0 <= momentum < 1 and weight_decay >= 0):
+    check_seed(seed)
+    if not (0 < temperature < math.inf and 0 < lr < math.inf and 0 <= momentum < 1 and 0 <= weight_decay < math.inf):
         raise ValueError(
-            f"temperature and lr must be positive, momentum in [0, 1) and weight_decay at least 0; got {temperature}, "
-            f"{lr}, {momentum} and {weight_decay}"
+            "temperature and lr must be positive, momentum in [0, 1) and weight_decay at least 0, all of them finite; "
+            f"got {temperature}, {lr}, {momentum} and {weight_decay}"
         )
     if (inverter is None) == (dataset is None):
         raise ValueError("give either an inverter or a dataset")
@@ -323,14 +325,14 @@ class Pool:
 
 def _inverted(inverter: Inverter, count: int, num_classes: int, bar: tqdm) -> Iterator[InvertedDataset]:
     """Batches of fresh images, of all classes in turn."""
-    generator = torch.Generator().manual_seed(inverter.seed)
-    for first in itertools.count(0, count):
-        inverter = copy.copy(inverter)
-        inverter.seed, inverter.progress = int(torch.randint(2**62, (), generator=generator)), False
-        result = inverter.run(torch.arange(first, first + count) % num_classes, lambda step: bar.update())
+    for number in itertools.count():
+        fresh = copy.copy(inverter)
+        fresh.seed, fresh.progress = batch_seed(inverter.seed, number), False
+        targets = torch.arange(number * count, (number + 1) * count) % num_classes
+        result = fresh.run(targets, lambda step: bar.update())
         if result.interrupted:
             raise KeyboardInterrupt
-        metadata = {"mean": inverter.mean, "std": inverter.std, "seed": inverter.seed}
+        metadata = {"mean": fresh.mean, "std": fresh.std, "seed": fresh.seed}
         yield InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
 
 

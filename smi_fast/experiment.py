@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -17,12 +16,14 @@ from torch.utils.data import DataLoader, Subset
 
 from smi_fast import report
 from smi_fast.data import accuracy, load_data
-from smi_fast.dataset import InvertedDataset, atomic_write
+from smi_fast.dataset import InvertedDataset
 from smi_fast.distillation import Reader, distill
+from smi_fast.files import atomic_write, checksum, read_json, write_json
 from smi_fast.inversion import Inverter, frozen
 from smi_fast.objectives import deep_inversion
 from smi_fast.page import Section
 from smi_fast.quantization import check_supported, quantize
+from smi_fast.seeds import batch_seed
 from smi_fast.stopping import StoppingSchedule
 from smi_fast.vit import AcceleratedViT, accelerate
 
@@ -100,7 +101,7 @@ class Experiment:
         self.about = {
             "model": name_of(model),
             "student": None if student is None else name_of(student),
-            "weights": [checksum(m) for m in (model, student) if m is not None],
+            "weights": [weights_checksum(m) for m in (model, student) if m is not None],
             "data": Path(data).name,
             "device": report.device_name(self.device),
             "versions": report.versions(),
@@ -118,7 +119,7 @@ class Experiment:
                 raise ValueError(f"the model has patches of {ours}, the student of {theirs}")
         file = self.out / "about.json"
         if file.is_file():
-            before, now = (about | about["settings"] for about in (json.loads(file.read_text()), self.about))
+            before, now = (about | about.get("settings", {}) for about in (read_json(file), self.about))
             for key in now.keys() - {"settings"}:
                 if before.get(key) != now[key]:
                     raise ValueError(f"{self.out} holds results of {key} {before.get(key)}, not {now[key]}")
@@ -126,8 +127,7 @@ class Experiment:
             raise ValueError(f"{self.out} is there already and holds no results to go on from")
         else:
             (self.out / "sections").mkdir(parents=True)
-            with atomic_write(file) as partial:
-                partial.write_text(json.dumps(self.about, indent=1) + "\n")
+            write_json(file, self.about)
 
     def section(self, name: str, make: Callable[[Experiment], Section]) -> Section:
         """A section, read from its file or worked out now."""
@@ -142,7 +142,7 @@ class Experiment:
 
     def finished(self, name: str) -> Section | None:
         file = self._file(name)
-        return Section(**json.loads(file.read_text())) if file.is_file() else None
+        return Section(**read_json(file)) if file.is_file() else None
 
     def _file(self, name: str) -> Path:
         return self.out / "sections" / f"{name}.json"
@@ -162,7 +162,7 @@ class Experiment:
             objective=deep_inversion(tv_l2=self.settings.tv_l2),
             iterations=self.settings.iterations,
             lr=self.settings.lr,
-            seed=number,
+            seed=batch_seed(count, number),  # batches of different sizes share no image
             progress=self.progress,
         )
         classes = torch.randperm(self.model.num_classes, generator=torch.Generator().manual_seed(number))
@@ -308,11 +308,11 @@ def name_of(model: nn.Module) -> str:
     return (getattr(model, "pretrained_cfg", None) or {}).get("architecture", type(model).__name__)
 
 
-def checksum(model: nn.Module) -> int:
+def weights_checksum(model: nn.Module) -> int:
     """CRC-32 of the weights."""
     value = 0
     for tensor in model.state_dict().values():
-        value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), value)
+        value = checksum(tensor.cpu(), value)
     return value
 
 

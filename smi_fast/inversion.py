@@ -21,6 +21,7 @@ from smi_fast.keep import PackedKeep, uniform_keep
 from smi_fast.kernels.selection import cumulative
 from smi_fast.objectives import KeptPixels, Loss, Objective, as_objective, deep_inversion
 from smi_fast.scaling import LossScale
+from smi_fast.seeds import check_seed, seeded_generator
 from smi_fast.stopping import Mass, StoppingSchedule, as_schedule, select_patches
 from smi_fast.tokens import PackedTokens
 from smi_fast.views import random_views
@@ -188,7 +189,7 @@ class Inverter:
         self.objective = as_objective(deep_inversion() if objective is None else objective)
         self.iterations, self.lr, self.betas = iterations, lr, betas
         self.jitter, self.flip, self.view_per_image = jitter, flip, view_per_image
-        self.cuda_graphs, self.seed, self.progress = cuda_graphs, seed, progress
+        self.cuda_graphs, self.seed, self.progress = cuda_graphs, check_seed(seed), progress
         self._compiled, self._forward, self._forward_patches = compile, self.fast, self.fast.forward_patches
         if compile:
             self._forward, self._forward_patches = torch.compile(self._forward), torch.compile(self._forward_patches)
@@ -244,7 +245,7 @@ class Inverter:
     def _run(self, targets: Tensor, callback: Callable[[Step], None] | None) -> InversionResult:
         device = targets.device
         losses = torch.zeros(self.iterations, device=device)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = seeded_generator(self.seed)
         views = self._draw_views(len(targets), generator).to(device)
         pixels = Pixels(self, len(targets), generator, device)
         scale = LossScale(device) if self.fast.compute_dtype == torch.float16 else None

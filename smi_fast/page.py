@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from smi_fast.dataset import atomic_write
+from smi_fast.files import atomic_write
 
 Value = float | str | list[float | None]
 

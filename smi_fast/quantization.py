@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,14 +31,15 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast import kernels
-from smi_fast.dataset import InvertedDataset, atomic_write, normalize_patches
+from smi_fast.dataset import InvertedDataset, normalize_patches
+from smi_fast.files import atomic_write, checksum, first_line
 from smi_fast.keep import Keep, pack_keep
 from smi_fast.kernels.linear import linear
 from smi_fast.tokens import PackedTokens, pad, prepend, unpad
 from smi_fast.vit import UnsupportedModelError
 
-FORMAT_VERSION = 1
-HEADER_KEY = "smi_fast_quantized"
+FORMAT_VERSION = 2
+HEADER_KEY, CHECKSUM_KEY = "smi_fast_quantized", "checksum"
 BITS = range(2, 9)
 MAX_PACKED_BITS = 4  # weights of up to so many bits lie two to a byte in a file
 MAX_HEAD_DIM = 256  # 255^2 * 256 < 2^24: a score of 8-bit queries and keys is exact in float32
@@ -359,7 +361,8 @@ class QuantizedViT(nn.Module):
 
         Weights are int8, or up to 4 bits two to a byte; everything else is as it is. The header's entry
         "smi_fast_quantized" is a JSON object: format_version, weight_bits, activation_bits, arguments (of timm's
-        VisionTransformer), pretrained_cfg, and for each place low, high, scale and zero_point.
+        VisionTransformer), pretrained_cfg, and for each place low, high, scale and zero_point. The entry "checksum" is
+        the CRC-32 of that text, followed by each tensor's name, dtype, shape and bytes, sorted by name.
 
         Raises:
             ValueError: `path` does not end in .safetensors.
@@ -375,6 +378,7 @@ class QuantizedViT(nn.Module):
         for name, layer in self._named_layers():
             integers = layer.weight.to(torch.int8)
             tensors[f"{name}.weight"] = _pack(integers) if self.weight_bits <= MAX_PACKED_BITS else integers
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         header = dict(
             format_version=FORMAT_VERSION,
             weight_bits=self.weight_bits,
@@ -386,36 +390,41 @@ class QuantizedViT(nn.Module):
                 for name, q in self.quantizers.items()
             },
         )
+        text = json.dumps(header)
         with atomic_write(path) as partial_file:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                partial_file,
-                metadata={HEADER_KEY: json.dumps(header)},
-            )
+            save_file(tensors, partial_file, {HEADER_KEY: text, CHECKSUM_KEY: str(_checksum(text, tensors))})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> QuantizedViT:
         """Read what `save` has written, on the CPU: the same bits.
 
+        Files of format version 1 have no checksum, and damage to their numbers is not found.
+
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a file that is truncated, foreign, inconsistent or of a newer format; names the file.
+            ValueError: a file that is truncated, damaged, foreign, inconsistent or of a newer format; names the file.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         try:
             with safe_open(path, framework="pt") as file:
-                header = (file.metadata() or {}).get(HEADER_KEY)
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path}: not a complete quantised model ({error})") from None
-        if header is None:
+        if HEADER_KEY not in metadata:
             raise ValueError(f'{path}: no "{HEADER_KEY}" in its header, so it is not a quantised model')
+        text, expected = metadata[HEADER_KEY], metadata.get(CHECKSUM_KEY)
+        if expected is not None and expected != str(_checksum(text, tensors)):
+            raise ValueError(f"{path}: does not have the checksum that it was saved with, it is damaged")
         try:
-            return cls._from_file(json.loads(header), tensors)
+            header = json.loads(text)
+            if expected is None and header["format_version"] != 1:
+                raise ValueError("it has no checksum")
+            return cls._from_file(header, tensors)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path}: not a quantised model that is understood ({error})") from None
+            raise ValueError(f"{path}: not a quantised model that is understood ({first_line(error)})") from None
 
     @classmethod
     def _from_file(cls, header: dict, tensors: dict[str, Tensor]) -> QuantizedViT:
@@ -588,6 +597,15 @@ def _dense(layer: IntegerLinear, x: Tensor, source: Quantizer, quantizer: Quanti
 def _add(x: Tensor, x_scale: float, y: Tensor, y_scale: float, quantizer: Quantizer) -> Tensor:
     """x + y, each in its units, in integers of `quantizer`; y is overwritten."""
     return quantizer(y.mul_(y_scale / quantizer.scale).add_(x, alpha=x_scale / quantizer.scale))
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> int:
+    """CRC-32 of all that a file holds: its header's text, and what and where its tensors are; see `save`."""
+    value = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = checksum(tensor, value)
+    return value
 
 
 def _pack(integers: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from smi_fast.experiment import ABLATION, BITS, Experiment, Settings, Variant, k
 from smi_fast.inversion import Inverter, frozen
 from smi_fast.models import MODEL_DIR
 from smi_fast.page import Section, spread, write_page
+from smi_fast.presets import DEMO, PAPER
 from smi_fast.stopping import StoppingSchedule, kept_count
 from smi_fast.vit import AcceleratedViT, accelerate
 
@@ -30,13 +32,13 @@ PAPER_SPEEDUP = "The paper's, of its models on its GPUs: up to 3.79 times faster
 
 PRESETS = {
     "paper": Settings(  # 100,000 images a transfer, of which the dense ones take 60 GB on the disk
-        iterations=4000, lr=0.25, tv_l2=1e-4, images=32, seeds=3, test_images=None, rounds=1000, samples=100, steps=1,
+        **asdict(PAPER), images=32, seeds=3, test_images=None, rounds=1000, samples=100, steps=1,
         batch_size=32, real_images=5000, ablation_seeds=3, ablation_test_images=None, ablation_steps=200,
         fractions=(0.1, 0.2, 0.4, 0.5), removal_images=10_000, speed_batches=(32, 64, 128), speed_iterations=50,
         speed_models=("deit_tiny_patch16_224", "deit_base_patch16_224"),
     ),
     "demo": Settings(
-        iterations=600, lr=0.1, tv_l2=1e-3, images=32, seeds=3, test_images=2500, rounds=4, samples=32, steps=200,
+        **asdict(DEMO), images=32, seeds=3, test_images=2500, rounds=4, samples=32, steps=200,
         batch_size=64, real_images=2000, ablation_seeds=2, ablation_test_images=2000, ablation_steps=200,
         fractions=(0.15, 0.5), removal_images=2000, speed_batches=(8, 32), speed_iterations=6,
         speed_models=("deit_tiny_patch16_224",),

@@ -64,14 +64,16 @@ class StoppingSchedule:
         }
 
     @classmethod
-    def parse(cls, text: str) -> StoppingSchedule:
-        """Read "50:0.3,100:0.3", "50:0.3,100:mass=0.9", "paper" or "dense".
+    def parse(cls, text: str, iterations: int = PAPER_ITERATIONS) -> StoppingSchedule:
+        """Read "50:0.3,100:0.3", "50:0.3,100:mass=0.9", "paper" (scaled to `iterations`) or "dense".
 
         Raises:
             ValueError: the text is none of these; the message names the part that is wrong.
         """
-        if text.strip() in ("dense", "paper"):
-            return getattr(cls, text.strip())()
+        if text.strip() == "dense":
+            return cls.dense()
+        if text.strip() == "paper":
+            return cls.paper(iterations)
         pairs = []
         for part in text.split(","):
             iteration, _, fraction = part.partition(":")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .dataset import atomic_write
+from .files import atomic_write
 
 GAP = 4
 MIN_SIDE = 96  # smaller images are enlarged

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 
 import hypothesis
 import pytest
@@ -14,6 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     torch.manual_seed(0)  # of what is drawn while tests are collected, which has to be the same in all processes
+# A script's job in the background ignores Ctrl-C, and so would the tests and every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("smi-fast", deadline=None)  # timings say nothing on a busy machine
 hypothesis.settings.load_profile("smi-fast")
 

@@ -180,9 +180,9 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--iterations", "0"], "--iterations must be at least 1, got 0"),
-        (["--images-per-class", "0"], "--images-per-class must be at least 1, got 0"),
-        (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
+        (["--iterations", "0"], "--iterations: must be at least 1, got 0"),
+        (["--images-per-class", "0"], "--images-per-class: must be at least 1, got 0"),
+        (["--batch-size", "-1"], "--batch-size: must be at least 1, got -1"),
         (["--classes", "3,10"], "10 is no class of the model, which has 10"),
         (["--classes", "unicorn"], "'unicorn' is neither"),
         (["--stopping", "50:1.5"], "must lie in (0, 1), got 1.5"),
@@ -195,6 +195,17 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
         (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["--device", "toaster"], "'toaster' cannot be used"),
         (["--lr", "-1"], "lr must be positive, got -1"),
+        (["--lr", "inf"], "--lr: must be a finite number, got inf"),
+        (["--tv-l2", "nan"], "--tv-l2: must be a finite number, got nan"),
+        (["--seed", str(2**64)], f"--seed: it must lie in 0 to 2^64 - 1, got {2**64}"),
+        (["--seed", "1.5"], "--seed: must be an integer, got '1.5'"),
+        (["--iterations", "9" * 20], "--iterations: must be at most 2147483647, got 9999"),
+        (["--images-per-class", "999999999"], "--images-per-class: 9999999990 images take "),
+        (["--classes", "0-99999999999"], "99999999999 is no class of the model, which has 10"),
+        (["--classes", "²"], "'²' is neither a class number"),
+        (["--device", "meta"], "'meta' cannot be used: only cpu and cuda are supported"),
+        (["--device", "mps"], "'mps' cannot be used: only cpu and cuda are supported"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
 def test_bad_input_ends_in_one_sentence_and_exit_code_2_and_writes_nothing(tmp_path, capsys, arguments, message):
@@ -245,6 +256,97 @@ def test_a_folder_that_is_not_empty_is_left_alone_unless_overwriting(tmp_path, c
     assert (out / "mine.txt").read_text() == "precious"
     assert main(["invert", *SHORT, "--out", str(out / "mine.txt")]) == 2
     assert "is a file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def awkward(tmp_path):
+    """A folder with a file, a link to nothing, and a folder where a result is to be written."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "taken" / "report.json").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "is a file, not a folder"),
+        ("file/below", "cannot be written to: Not a directory"),
+        ("link", "is a link to nothing"),
+        ("taken", "report.json is a folder"),
+        ("nul\0byte", "holds a NUL byte"),
+        ("long" * 100, "cannot be written to: File name too long"),
+        ("/proc/results", "cannot be written to: No such file or directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_model_is_read(awkward, capsys, out, message):
+    arguments = ["--out", out if out.startswith("/") else str(awkward / out), "--overwrite", "--quiet"]
+    before = sorted(awkward.rglob("*"))
+    for command in (["invert"], ["quantize"], ["distill", "--data", "nowhere"]):
+        assert main([*command, "--model", "nonsense", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("smi-fast: error: --out: ")
+        assert message in error
+        assert error.count("\n") == 1
+    assert sorted(awkward.rglob("*")) == before
+
+
+def test_runs_of_neighbouring_seeds_have_no_image_in_common(tmp_path):
+    arguments = ["--classes", "5", "--images-per-class", "3", "--batch-size", "1", "--iterations", "1", "--quiet"]
+    for run_seed in "01":
+        assert main(["invert", *arguments, "--seed", run_seed, "--out", str(tmp_path / run_seed)]) == 0
+    images = torch.cat([smi_fast.InvertedDataset.load(tmp_path / run_seed).images() for run_seed in "01"]).flatten(1)
+    assert (torch.cdist(images, images) + 100 * torch.eye(6)).min() > 5  # of independent noise, about 17
+
+
+def test_a_loss_that_is_not_finite_is_warned_of_in_one_line_and_null_in_the_report(tmp_path, capsys):
+    arguments = ["--classes", "0", "--iterations", "2", "--stopping", "dense", "--tv-l2", "1e38"]
+    assert main(["invert", *SHORT, *arguments, "--out", str(tmp_path / "o")]) == 0
+    assert capsys.readouterr().err == "smi-fast: warning: the loss is inf from iteration 0 on\n"
+    record = json.loads((tmp_path / "o" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert record["loss"] == [None, None]
+
+
+def test_an_interruption_says_what_was_written(tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    arguments = ["invert", *SHORT, "--iterations", "2", "--classes", "0"]
+    monkeypatch.setattr(smi_fast.visualization, "save_curve", interrupt)
+    assert main([*arguments, "--out", str(tmp_path / "o")]) == 130
+    error = capsys.readouterr().err
+    assert f"after it wrote inverted.safetensors, grid.png, process.png to {tmp_path / 'o'}" in error
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == FILES[1:4]
+    monkeypatch.setattr(smi_fast.Inverter, "run", interrupt)
+    assert main([*arguments, "--out", str(tmp_path / "p")]) == 130
+    assert "before it wrote anything" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise ValueError("a.png: cannot be read as an image")
+
+
+def test_an_error_of_a_worker_is_its_sentence_without_the_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "smi_fast.cli.show_info", lambda args: list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+    )
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "smi-fast: error: a.png: cannot be read as an image\n"
+
+
+def test_help_shows_defaults_where_there_are_any(capsys):
+    for command in ("invert", "quantize", "distill", "reproduce", "evaluate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "default: None" not in text
+        assert "default: False" not in text
+        assert "(default: cifar10_vit)" in text
 
 
 def test_info_tells_versions_device_backend_and_why(capsys):

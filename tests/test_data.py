@@ -123,6 +123,27 @@ def test_what_cannot_be_data_is_refused_in_one_sentence(model, tmp_path):
         load_data(tmp_path, split="train", model=model)
 
 
+def test_a_picture_that_cannot_be_read_is_named(model, tmp_path, monkeypatch):
+    write_classes(tmp_path, ["truck", "cat"], 1)
+    whole = (tmp_path / "cat" / "0.png").read_bytes()
+    (tmp_path / "cat" / "0.png").write_bytes(whole[: len(whole) // 2])
+    dataset = load_data(tmp_path, model=model)
+    with pytest.raises(ValueError, match=r"cat/0\.png: cannot be read as an image"):
+        dataset[0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # of 32x32, more than twice as many
+    with pytest.raises(ValueError, match=r"truck/0\.png: cannot be read as an image .*exceeds limit"):
+        dataset[1]
+
+
+def test_a_package_that_torchvision_lacks_is_named(model, tmp_path, monkeypatch):
+    def imagenet(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    monkeypatch.setattr(datasets, "ImageNet", imagenet)
+    with pytest.raises(ValueError, match=r"ImageNet cannot be read from .*: torchvision needs scipy for it"):
+        load_data("imagenet", tmp_path, model=model)
+
+
 def test_accuracy_is_the_share_of_images_whose_largest_logit_is_their_label(model, tmp_path):
     write_classes(tmp_path, PLAIN_NAMES, 3)
     dataset = load_data(tmp_path, model=model)

@@ -1,8 +1,11 @@
 """smi-fast quantize, distill and evaluate, as a user runs them, on small data."""
 
 import json
+import resource
+import shutil
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -70,6 +73,87 @@ def test_quantize_writes_a_model_that_evaluate_reads_with_its_accuracy(source, d
     assert f"{record['test']['quantized']['accuracy']:.2%} of 20 images" in capsys.readouterr().out
 
 
+def test_evaluate_takes_any_classifier_of_timms(data, tmp_path, capsys, seed):
+    model = timm.create_model("test_resnet", num_classes=10).eval()
+    save_file(model.state_dict(), tmp_path / "resnet.safetensors")
+    arguments = ["--model", "test_resnet", "--checkpoint", str(tmp_path / "resnet.safetensors")]
+    assert main(["evaluate", *arguments, "--data", str(data), "--quiet"]) == 0
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    files = [(label, f) for label, c in enumerate(sorted(CIFAR10_CLASSES)) for f in (data / "test" / c).iterdir()]
+    with torch.no_grad():
+        right = [int(model(transform(Image.open(file))[None]).argmax()) == label for label, file in files]
+    assert f"{sum(right) / 20:.2%} of 20 images" in capsys.readouterr().out
+
+
+def test_a_bad_test_image_leaves_nothing_behind_and_the_retry_is_welcome(data, tmp_path, capsys):
+    mine, bad = shutil.copytree(data, tmp_path / "data"), tmp_path / "data" / "test" / "ship" / "1.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:500])
+    command = ["quantize", "--images", "2", "--data", str(mine), "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(command) == 2
+    assert f"{bad}: cannot be read as an image" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    bad.write_bytes(whole)
+    assert main(command) == 0
+
+
+@pytest.fixture
+def small_disk():
+    """No file can grow beyond 64 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("command", ["quantize", "distill"])
+def test_a_full_disk_is_one_sentence_that_names_the_file(command, data, inverted, tmp_path, capsys, small_disk):
+    how = ["--images", "2"] if command == "quantize" else ["--dataset", str(inverted), "--rounds", "1", "--steps", "1"]
+    out = tmp_path / "out"
+    assert main([command, *how, "--data", str(data), "--out", str(out), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"smi-fast: error: {out}/")
+    assert ".safetensors cannot be written: " in error
+    assert error.count("\n") == 1
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "deit_base_patch16_224"], (4000, 0.25, 1e-4, "50:0.3,100:0.3,200:0.3,300:0.3")),
+        ([], (600, 0.1, 1e-3, "8:0.3,15:0.3,30:0.3,45:0.3")),
+        (["--iterations", "400", "--tv-l2", "0.5"], (400, 0.1, 0.5, "5:0.3,10:0.3,20:0.3,30:0.3")),
+    ],
+    ids=["another model", "the model inside", "given"],
+)
+def test_distill_inverts_with_the_settings_of_invert(arguments, expected, monkeypatch, tmp_path):
+    """The published settings of the paper, those of the model inside for it, and given ones in their place."""
+    made = []
+
+    def stop(model, *, stopping, objective, iterations, lr, **options):
+        made.append((iterations, lr, objective.tv_l2, str(stopping)))
+        raise KeyboardInterrupt
+
+    for module in (smi_fast.cli, smi_fast.downstream):
+        monkeypatch.setattr(module, "Inverter", stop)
+        monkeypatch.setattr(module, "model_of", lambda *args: cifar10_vit(pretrained=False, depth=1))
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["invert", *arguments, *out]) == 130
+    assert main(["distill", *arguments, "--data", "nowhere", *out]) == 130
+    assert made == [expected, expected]
+
+
+def test_an_interrupted_distillation_says_what_is_kept(data, inverted, tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smi_fast.visualization, "save_accuracy", interrupt)
+    how = ["--dataset", str(inverted), "--rounds", "1", "--steps", "1", "--data", str(data)]
+    assert main(["distill", *how, "--out", str(tmp_path / "out"), "--quiet"]) == 130
+    assert "after it wrote student.safetensors, report.json" in capsys.readouterr().err
+
+
 def test_quantize_calibrates_on_the_kept_patches_alone(inverted, tmp_path):
     arguments = ["--calibration", str(inverted), "--images", "20", "--out", str(tmp_path / "out"), "--quiet"]
     assert main(["quantize", *arguments]) == 0
@@ -107,19 +191,38 @@ def test_distill_trains_the_students_head_and_keeps_every_round(stored, data, in
         (["quantize", "--weight-bits", "9"], "weight_bits must be an integer from 2 to 8, got 9"),
         (["quantize", "--calibration", "nowhere"], "nowhere is neither noise, real, nor"),
         (["quantize", "--calibration", "real"], "needs --data"),
-        (["quantize", "--images", "0"], "--images must be at least 1, got 0"),
+        (["quantize", "--images", "0"], "--images: must be at least 1, got 0"),
         (["quantize", "--calibration", "INVERTED", "--images", "21"], "holds 20 images, not 21"),
         (["evaluate", "--data", "nowhere"], "nowhere is neither a folder nor"),
         (["evaluate", "--data", "EMPTY"], "holds no folders of classes"),
         (["evaluate", "--quantized", "INVERTED/inverted.safetensors", "--data", "EMPTY"], "is not a quantised model"),
-        (["distill", "--data", "DATA", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["distill", "--data", "DATA", "--rounds", "0"], "--rounds: must be at least 1, got 0"),
         (["distill", "--data", "DATA", "--student", "cifar10_vit", "--dataset", "EMPTY"], "no .safetensors"),
+        (["distill", "--data", "DATA", "--lr", "inf"], "--lr: must be a finite number, got inf"),
+        (["distill", "--data", "DATA", "--dataset", "INVERTED", "--tv-l2", "1"], "--tv-l2 is of an inversion"),
+        (["distill", "--data", "DATA", "--student", "deit_tiny_patch16_224"], "--student-pretrained downloads timm's"),
+        (
+            ["distill", "--data", "DATA", "--student", "test_resnet", "--student-checkpoint", "RESNET"],
+            "resnet.ResNet, not",
+        ),
+        (["distill", "--data", "DATA", "--samples", "2147483647"], "--samples: 2147483647 images take"),
+        (["quantize", "--model", "test_resnet", "--checkpoint", "RESNET"], "the model is a ResNet, and only"),
+        (["quantize", "--images", "2147483647"], "--images: 2147483647 images take"),
+        (["quantize", "--calibration", "real", "--data", "DATA"], "DATA holds 20 images, not 32"),
+        (["evaluate", "--data", "DATA", "--quantized", "Q", "--checkpoint", "nowhere"], "--quantized holds the whole"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(arguments, message, data, inverted, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    places = {"INVERTED": str(inverted), "EMPTY": str(tmp_path / "empty"), "DATA": str(data)}
+    save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "resnet.safetensors")
+    message = message.replace("DATA", str(data))
+    places = {
+        "RESNET": str(tmp_path / "resnet.safetensors"),
+        "INVERTED": str(inverted),
+        "EMPTY": str(tmp_path / "empty"),
+        "DATA": str(data),
+    }
     for word, path in places.items():
         arguments = [argument.replace(word, path) for argument in arguments]
     if arguments[0] != "evaluate":

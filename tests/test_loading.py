@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from smi_fast.loading import class_names, load_model
-from smi_fast.models import CIFAR10_CLASSES, cifar10_vit
+from smi_fast.models import CIFAR10_CLASSES, cifar10_student, cifar10_vit
 
 
 @pytest.fixture
@@ -68,10 +68,61 @@ def test_unknown_names_missing_files_and_missing_weights_are_refused(tmp_path):
         load_model("deit_tinny_patch16_224", pretrained=True)
     with pytest.raises(ValueError, match=r"nowhere\.pth does not exist"):
         load_model("test_vit", checkpoint=tmp_path / "nowhere.pth")
-    with pytest.raises(ValueError, match="--pretrained"):
+    with pytest.raises(ValueError, match="pretrained=True downloads"):
         load_model("test_vit")
     with pytest.raises(ValueError, match="not both"):
         load_model("test_vit", pretrained=True, checkpoint=tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(3)], "holds no state dict"),
+        (torch.zeros(3), "holds no state dict"),
+        ({3: torch.zeros(3)}, "holds no state dict"),
+        ({"state_dict": 5}, "holds no state dict"),
+        ({"head.weight": torch.tensor(1.0)}, r"its head.weight is \(\), the model's is \(1000, 64\)"),
+        (
+            {"head.weight": torch.zeros(7, 64, dtype=torch.int8)},
+            "its head.weight is torch.int8, the model's is torch.f",
+        ),
+        ({"head.weight": torch.zeros(7, 64)}, r"it lacks cls_token, pos_embed, [\w.]+ and \d+ more$"),
+        ({"head.weight": torch.zeros(7, 64).to_sparse()}, "its head.weight is torch.sparse_coo, the model's is dense"),
+        ({"head.weight": torch.full((7, 64), torch.nan)}, "its weight head.weight holds 448 values that are NaN"),
+        ({"head.weight": TypeError}, "cannot be read: it is damaged, or holds more than weights$"),
+    ],
+    ids=["list", "tensor", "int keys", "no dict", "0-d", "int8", "missing keys", "sparse", "nan", "unsafe"],
+)
+def test_a_file_that_holds_other_things_than_weights_is_refused_in_one_sentence(tmp_path, content, message):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=rf"checkpoint .*weights\.pth .*{message}") as caught:
+        load_model("test_vit", checkpoint=tmp_path / "weights.pth")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="is no file"):
+        load_model("test_vit", checkpoint=tmp_path)
+
+
+def test_a_name_with_an_unknown_tag_is_refused(test_vit, tmp_path):
+    torch.save(test_vit.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"test_vit\.nonsense cannot be made: Invalid pretrained tag"):
+        load_model("test_vit.nonsense", checkpoint=tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("test_resnet", {"num_classes": 5}), ("cifar10_student", {}), ("deit_tiny_distilled_patch16_224", {})],
+)
+def test_a_checkpoint_of_any_classifier_loads_with_its_number_of_classes(seed, tmp_path, name, options):
+    model = cifar10_student(pretrained=False) if name == "cifar10_student" else timm.create_model(name, **options)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = load_model(name, checkpoint=tmp_path / "weights.safetensors")
+    assert loaded.num_classes == model.num_classes
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
 
 
 def test_classes_have_the_models_names():

@@ -2,10 +2,14 @@
 
 import copy
 import math
+import random
+import zlib
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import smi_fast
@@ -271,6 +275,43 @@ def test_a_saved_model_comes_back_with_the_same_bits(seed, tmp_path, weight_bits
     assert 0 < size - weights * (1 if weight_bits > 4 else 0.5) - 4 * others < 16_000  # the header
 
 
+def rewrite(path, change, checksum: bool = True) -> None:
+    """Change the header's text; the checksum is that of the changed text, or left out."""
+    with safe_open(path, "pt") as file:
+        text = change(file.metadata()["smi_fast_quantized"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    value = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        described = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        value = zlib.crc32(described + tensor.numpy().tobytes(), value)
+    save_file(tensors, path, {"smi_fast_quantized": text} | ({"checksum": str(value)} if checksum else {}))
+
+
+@pytest.mark.parametrize("weight_bits", [8, 4])
+def test_every_flipped_bit_of_a_saved_model_is_found(seed, tmp_path, weight_bits):
+    path = tmp_path / "model.safetensors"
+    quantize(cifar10_vit(pretrained=False, depth=1), torch.randn(2, 3, 32, 32), weight_bits, 8).save(path)
+    data = path.read_bytes()
+    generator = random.Random(seed)
+    header = 8 + int.from_bytes(data[:8], "little")
+    places = [generator.randrange(header) for _ in range(40)] + [generator.randrange(len(data)) for _ in range(60)]
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        print(f"byte {place} of {len(data)}, header {header}: {data[place]} became {damaged[place]}")
+        with pytest.raises(ValueError, match=r"model\.safetensors: "):
+            QuantizedViT.load(path)
+
+
+def test_a_model_of_format_version_1_which_has_no_checksum_is_read(model, images, tmp_path):
+    path = tmp_path / "model.safetensors"
+    quantized = quantize(model, images)
+    quantized.save(path)
+    rewrite(path, lambda text: text.replace('"format_version": 2', '"format_version": 1'), checksum=False)
+    assert torch.equal(QuantizedViT.load(path)(images), quantized(images))
+
+
 def test_what_is_no_quantised_model_is_refused(model, images, tmp_path):
     path = tmp_path / "model.safetensors"
     quantize(model, images).save(path)
@@ -282,11 +323,15 @@ def test_what_is_no_quantised_model_is_refused(model, images, tmp_path):
     path.write_bytes(data[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors: not a complete quantised model"):
         QuantizedViT.load(path)
-    path.write_bytes(data.replace(b'\\"format_version\\": 1', b'\\"format_version\\": 9'))
-    with pytest.raises(ValueError, match="format version 9 is newer than 1"):
+    path.write_bytes(data)
+    rewrite(path, lambda text: text.replace('"format_version": 2', '"format_version": 9'))
+    with pytest.raises(ValueError, match="format version 9 is newer than 2"):
         QuantizedViT.load(path)
-    path.write_bytes(data.replace(b'\\"gelu\\"', b'\\"relu\\"').replace(b".gelu", b".relu"))
+    rewrite(path, lambda text: text.replace('": 9', '": 2').replace("gelu", "relu"))
     with pytest.raises(ValueError, match=r"not a quantised model that is understood .*gelu"):
+        QuantizedViT.load(path)
+    path.write_bytes(data.replace(b'"checksum"', b'"checksun"'))
+    with pytest.raises(ValueError, match=r"not a quantised model that is understood .*no checksum"):
         QuantizedViT.load(path)
     keep = torch.zeros(5, 1).long()
     InvertedDataset.from_images(torch.rand(5, 3, 32, 32), keep, keep[:, 0], (8, 8)).save(path, overwrite=True)

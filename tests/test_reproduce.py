@@ -186,6 +186,13 @@ def test_real_images_are_left_with_the_patches_of_most_attention(models, data, t
     assert torch.equal(part.targets, whole.targets)
 
 
+def test_batches_of_different_sizes_share_no_image(models, data, tmp_path):
+    settings = replace(TINY, iterations=1)
+    run = Experiment(*models, data, None, tmp_path, settings, progress=False)
+    two, three = (run.inverted(run.dense, 0, count).images().flatten(1) for count in (2, 3))
+    assert torch.cdist(two, three).min() > 3  # of independent noise, about 9
+
+
 def test_table_5_counts_to_the_first_round_that_reaches_the_dense_best(seed):
     curves = {
         "dense inversion": [[10.0, 30.0, 20.0], [50.0, 40.0, 45.0]],
@@ -265,6 +272,12 @@ def test_results_of_other_arguments_are_refused_and_stay_as_they_are(models, dat
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     (tmp_path / "thesis.md").write_text("mine")
     with pytest.raises(ValueError, match="is there already"):
+        reproduce(models[0], data, tmp_path, settings=TINY, progress=False)
+
+
+def test_results_that_are_damaged_are_named(models, data, tmp_path):
+    (tmp_path / "about.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"about\.json is damaged"):
         reproduce(models[0], data, tmp_path, settings=TINY, progress=False)
 
 

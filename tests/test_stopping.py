@@ -28,6 +28,7 @@ def test_a_schedule_is_read_as_it_is_printed(stops):
     schedule = StoppingSchedule(sorted((k, round(v, 3)) for k, v in stops.items()))
     assert StoppingSchedule.parse(str(schedule)) == schedule
     assert StoppingSchedule.parse("paper") == StoppingSchedule.paper()
+    assert StoppingSchedule.parse(" paper ", 600) == StoppingSchedule({8: 0.3, 15: 0.3, 30: 0.3, 45: 0.3})
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,10 @@ def cifar10_vit(pretrained: bool = True, **overrides) -> VisionTransformer:
     return _vit("cifar10_vit", pretrained, overrides)
 
 
-def cifar10_student(**overrides) -> VisionTransformer:
+def cifar10_student(pretrained: bool = True, **overrides) -> VisionTransformer:
     """A student for `cifar10_vit`, of the same architecture, in evaluation mode: it was trained on the same images
-    without their labels, and its head is zero."""
-    return _vit("cifar10_student", True, overrides)
+    without their labels, and its head is zero. Arguments are those of `cifar10_vit`."""
+    return _vit("cifar10_student", pretrained, overrides)
 
 
 def _vit(name: str, pretrained: bool, overrides: dict) -> VisionTransformer:

@@ -1,0 +1,104 @@
+"""Files: written complete or not at all, compared with a checksum, and errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from torch import uint8 as byte
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary file beside `path` to write to. It replaces `path` once it is complete, and is removed after an
+    error.
+
+    Raises:
+        FileNotFoundError: the folder of `path` does not exist.
+        OSError: the file cannot be written, for example because the disk is full; the message names `path`.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
+    partial = path.parent / f".{uuid.uuid4().hex}.partial"
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)  # safetensors writes files that only their owner reads; follow the umask, as others do
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except SafetensorError as error:  # safetensors reports every failure to write by this type
+        raise OSError(f"{path} cannot be written: {error}") from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, record: dict) -> None:
+    """Write `record` as strict JSON, complete or not at all. JSON has no NaN and no infinity: they become null.
+
+    Raises:
+        OSError: as `atomic_write`.
+    """
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: the file holds no JSON object; the message names it.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+    except ValueError as error:  # of which JSONDecodeError and UnicodeDecodeError are kinds
+        raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return record
+
+
+def read_image(path: str | os.PathLike, modes: tuple[str, ...] = ("RGB",)) -> Image.Image:
+    """A picture, decoded as a whole; converted to RGB unless its mode is one of `modes`.
+
+    Raises:
+        ValueError: the file is no picture, is truncated, or has more pixels than Pillow's limit, which protects the
+            memory; the message names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.copy() if image.mode in modes else image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # a broken PNG: SyntaxError
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def checksum(tensor: Tensor, before: int = 0) -> int:
+    """CRC-32 of the bytes of a tensor on the CPU, going on from that of the bytes before."""
+    return zlib.crc32(tensor.detach().contiguous().flatten().view(byte).numpy(), before)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
