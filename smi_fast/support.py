@@ -48,11 +48,15 @@ from smi_fast import kernels
 MODELS = (VisionTransformer, VisionTransformerDistilled)
 TIMM_BLOCKS = (Block, DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock)
 TIMM_ATTENTIONS = (Attention, DiffAttention)
+DIFFERENTIAL = (DiffAttention, DiffParallelScalingBlock)
 MLPS = (Mlp, GluMlp, SwiGLU)
 DROPS = (nn.Dropout, nn.Identity)
 NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm)
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, TimmGELU, GELUTanh, QuickGELU)
 CONTAINERS = (nn.Sequential, nn.ModuleList)
+LINEAR, MLP = (nn.Linear,), (Mlp,)
+WEIGHTED = (nn.Linear, nn.Conv2d)  # whose weights are read
+WEIGHTS = (nn.Parameter, Tensor, type(None))  # a replica of nn.DataParallel has its tensors elsewhere
 # What treats each token alone, and the modules of timm that are known.
 KNOWN = frozenset(
     (
@@ -88,7 +92,7 @@ def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
         return " has hooks"
     if "forward" in module.__dict__:
         return " has a forward of its own"
-    if type(module) in (nn.Linear, nn.Conv2d) and type(module.weight) not in (nn.Parameter, Tensor):
+    if type(module) in WEIGHTED and type(module._parameters.get("weight")) not in WEIGHTS:
         return f" has a weight that is a {type(module.weight).__module__}.{type(module.weight).__name__}"
     return None
 
@@ -126,15 +130,16 @@ def _attention_obstacle(attn: nn.Module, name: str) -> str | None:
 
 def _parts_obstacle(attn: nn.Module) -> str | None:
     """As `obstacle`, for what an attention calls with the heads apart, where ours lie in another order."""
-    parts = [("q_norm", NORMS), ("k_norm", NORMS)]
-    if hasattr(attn, "sub_norm"):
-        parts.append(("sub_norm", NORMS))
-    if not attn.fused_attn:  # else timm does not call it
-        parts.append(("attn_drop", DROPS))
-    for name, kinds in parts:
-        reason = obstacle(getattr(attn, name), kinds)
-        if reason is not None:
-            return f".{name}{reason}"
+    reason = obstacle(attn.q_norm, NORMS)
+    if reason is not None:
+        return f".q_norm{reason}"
+    reason = obstacle(attn.k_norm, NORMS)
+    if reason is not None:
+        return f".k_norm{reason}"
+    if type(attn) in DIFFERENTIAL and (reason := obstacle(attn.sub_norm, NORMS)) is not None:
+        return f".sub_norm{reason}"
+    if not attn.fused_attn and (reason := obstacle(attn.attn_drop, DROPS)) is not None:  # else timm does not call it
+        return f".attn_drop{reason}"
     return None
 
 
@@ -204,8 +209,6 @@ def check_supported(model: nn.Module) -> None:
         for part in branches:
             if hasattr(part, "attn") and type(part.attn) not in TIMM_ATTENTIONS:
                 refuse(f"blocks[{number}].attn", part.attn, "timm's Attention or DiffAttention")
-            if hasattr(part, "mlp") and type(part.mlp) not in MLPS:
-                refuse(f"blocks[{number}].mlp", part.mlp, "an MLP of timm's that treats each token alone")
             head_dim = getattr(getattr(part, "attn", part), "head_dim", 8)
             if head_dim % 8 or head_dim > kernels.MAX_HEAD_DIM:
                 raise UnsupportedModelError(

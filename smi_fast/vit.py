@@ -17,7 +17,6 @@ from timm.layers import (
     AttentionPoolLatent,
     DiffAttention,
     DropPath,
-    Mlp,
     PatchDropout,
     resample_abs_pos_embed,
 )
@@ -38,6 +37,8 @@ from smi_fast.kernels.linear import PackedWeight, can_pack, linear
 from smi_fast.kernels.rows import gather_rows, sequence_of_tokens
 from smi_fast.stopping import Mass, kept_count
 from smi_fast.support import (
+    LINEAR,
+    MLP,
     UnsupportedModelError,
     block_obstacle,
     check_bypassed,
@@ -343,7 +344,7 @@ class AcceleratedViT(nn.Module):
         proj = patch_projection(self.model)
         pack = pack and can_pack(self.compute_dtype, proj.weight.device)
         sliced = getattr(getattr(self.model.blocks[-1], "attn", None), "qkv", None)  # which are read in part
-        parts = [proj, *(module for module in self.model.modules() if obstacle(module, (nn.Linear,)) is None)]
+        parts = [proj, *(module for module in self.model.modules() if obstacle(module, LINEAR) is None)]
         parts = [part for part in parts if not hasattr(part, "_cast_weights")]
         if self.compute_dtype == proj.weight.dtype:
             parts = []
@@ -374,13 +375,18 @@ class AcceleratedViT(nn.Module):
             raise ValueError(f"images are on {images.device}, the model is on {weight.device}")
 
     def _check_training(self, uniform: bool) -> None:
-        """What timm does at random while training and packed tokens cannot: refused, never left out silently."""
-        if not self.training:
+        """What timm does at random while training and packed tokens cannot: refused, never left out silently.
+
+        Modes are timm's modules': each has its own, and `train()` on the timm model does not set that of this one.
+        """
+        if not (self.model.training or any(block.training for block in self.model.blocks)):
             return
         for name, module in self.model.named_modules():
+            if not module.training:
+                continue
             if isinstance(module, PatchDropout) and module.prob > 0:
                 raise UnsupportedModelError(f"{name} drops patches while training: say which to keep instead")
-            if name.endswith("attn_drop") and module.p > 0:
+            if name.endswith("attn_drop") and getattr(module, "p", 0) > 0:
                 raise UnsupportedModelError(f"{name} drops attention while training, which the kernels do not")
             if isinstance(module, DropPath) and module.drop_prob and not uniform:
                 raise UnsupportedModelError(
@@ -467,7 +473,7 @@ def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
     """timm's Linear. Modifications: the product is ours; what is not a plain Linear, or no longer, runs as it is."""
-    return linear(x, *_weights(module)) if obstacle(module, (nn.Linear,)) is None else module(x)
+    return linear(x, *_weights(module)) if obstacle(module, LINEAR) is None else module(x)
 
 
 def _weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
@@ -477,7 +483,7 @@ def _weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     """timm's Mlp. Modifications: as for `_linear`; what is not a plain Mlp runs as it is."""
-    if obstacle(mlp, (Mlp,)) is not None:
+    if obstacle(mlp, MLP) is not None:
         return mlp(x)
     x = mlp.drop1(mlp.act(_linear(mlp.fc1, x)))
     return mlp.drop2(_linear(mlp.fc2, mlp.norm(x)))
