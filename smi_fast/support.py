@@ -65,7 +65,8 @@ KNOWN = frozenset(
     )
 )
 MODEL_METHODS = ("forward", "forward_features", "_pos_embed", "forward_head", "pool")
-ORIGINALS = {(kind, "forward"): kind.forward for kind in (*KNOWN, nn.Conv2d, PatchEmbed, PatchDropout)}
+PLAIN = KNOWN | {nn.Conv2d, PatchEmbed, PatchDropout, *MODELS}
+ORIGINALS = {(kind, "forward"): kind.forward for kind in PLAIN}
 ORIGINALS |= {(kind, name): getattr(kind, name) for kind in MODELS for name in MODEL_METHODS}
 GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,

@@ -422,3 +422,21 @@ def test_casting_weights_casts_none_that_a_module_changes(seed, change):
     assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
     torch.testing.assert_close(importance, expected_importance, rtol=0.1, atol=0.01)
     assert not any(hasattr(module, "_cast_weights") for module in model.modules())
+
+
+def quantizable() -> VisionTransformer:
+    return VisionTransformer(img_size=12, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=5).eval()
+
+
+@pytest.mark.parametrize("change", [*HOOKS, "lora_fc1", "pruned_linear", "old_weight_norm", "weight_subclass"])
+def test_changed_models_are_not_quantised(seed, change):
+    images = torch.randn(2, 3, 12, 12)
+    smi_fast.quantize(quantizable(), images)
+    for place in ("", "blocks.1", "blocks.1.attn.attn_drop", "blocks.1.mlp.fc1", "patch_embed.proj", "norm"):
+        model = quantizable()
+        if change in HOOKS:
+            HOOKS[change](model.get_submodule(place))
+        else:
+            CHANGES[change][1](model)
+        with pytest.raises(smi_fast.UnsupportedModelError):
+            smi_fast.quantize(model, images)
