@@ -272,7 +272,7 @@ def test_second_order_gradients_are_timms_or_an_error(seed, dtype, kind):
             got = second_order(fast, images, inputs)
     except RuntimeError:
         return
-    assert torch.nn.functional.cosine_similarity(got, expected, dim=0) > 0.99
+    assert torch.nn.functional.cosine_similarity(got, expected, dim=0) > 0.999
     assert 0.9 < got.norm() / expected.norm() < 1.1
 
 
