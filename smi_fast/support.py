@@ -49,23 +49,19 @@ MODELS = (VisionTransformer, VisionTransformerDistilled)
 TIMM_BLOCKS = (Block, DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock)
 TIMM_ATTENTIONS = (Attention, DiffAttention)
 DIFFERENTIAL = (DiffAttention, DiffParallelScalingBlock)
-MLPS = (Mlp, GluMlp, SwiGLU)
+POOLS = (AttentionPoolLatent, AttentionPoolPrr)
+LINEAR, MLP = (nn.Linear,), (Mlp,)
 DROPS = (nn.Dropout, nn.Identity)
 NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm)
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, TimmGELU, GELUTanh, QuickGELU)
 CONTAINERS = (nn.Sequential, nn.ModuleList)
-LINEAR, MLP = (nn.Linear,), (Mlp,)
+TOKENWISE = frozenset(
+    (nn.Linear, Mlp, GluMlp, SwiGLU, LayerScale, DropPath, *DROPS, *NORMS, *ACTIVATIONS, *CONTAINERS)
+)  # treat each token alone
+PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS, *TIMM_ATTENTIONS, *POOLS}
 WEIGHTED = (nn.Linear, nn.Conv2d)  # whose weights are read
 WEIGHTS = (nn.Parameter, Tensor, type(None))  # a replica of nn.DataParallel has its tensors elsewhere
-# What treats each token alone, and the modules of timm that are known.
-KNOWN = frozenset(
-    (
-        *(nn.Linear, LayerScale, DropPath, AttentionPoolLatent, AttentionPoolPrr),
-        *(*TIMM_BLOCKS, *TIMM_ATTENTIONS, *MLPS, *DROPS, *NORMS, *ACTIVATIONS, *CONTAINERS),
-    )
-)
 MODEL_METHODS = ("forward", "forward_features", "_pos_embed", "forward_head", "pool")
-PLAIN = KNOWN | {nn.Conv2d, PatchEmbed, PatchDropout, *MODELS}
 ORIGINALS = {(kind, "forward"): kind.forward for kind in PLAIN}
 ORIGINALS |= {(kind, name): getattr(kind, name) for kind in MODELS for name in MODEL_METHODS}
 GLOBAL_HOOKS = (
@@ -98,16 +94,38 @@ def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
     return None
 
 
-def obstacle_within(module: nn.Module) -> str | None:
-    """As `obstacle`, for a module and all modules within it, which must treat each token alone or be timm's own."""
-    reason = obstacle(module, KNOWN)
-    if reason is not None:
-        return reason
+def obstacle_within(module: nn.Module, attentions: Collection[nn.Module] = ()) -> str | None:
+    """As `obstacle`, for a module and all within it, which must treat each token alone; `attentions` need not."""
+    kinds = TOKENWISE
+    for attn in attentions:
+        if module is attn:
+            kinds = TIMM_ATTENTIONS
+    return obstacle(module, kinds) or _children_obstacle(module, attentions)
+
+
+def _children_obstacle(module: nn.Module, attentions: Collection[nn.Module] = ()) -> str | None:
     for name, child in module._modules.items():
-        reason = None if child is None else obstacle_within(child)
+        reason = None if child is None else obstacle_within(child, attentions)
         if reason is not None:
             return f".{name}{reason}"
     return None
+
+
+def obstacle_within_block(block: nn.Module) -> str | None:
+    """As `obstacle`, for a block and all within it: tokens see each other in its attentions only."""
+    reason = obstacle(block, TIMM_BLOCKS)
+    if reason is not None:
+        return reason
+    if type(block) is ParallelThingsBlock:
+        attentions = [branch.attn for branch in block.attns]
+    else:
+        attentions = [block.attn] if type(block) in (Block, ResPostBlock) else []
+    return _children_obstacle(block, attentions)
+
+
+def obstacle_within_pool(pool: nn.Module) -> str | None:
+    """As `obstacle`, for an attention pooling and all within it."""
+    return obstacle(pool, POOLS) or _children_obstacle(pool)
 
 
 def block_obstacle(block: nn.Module) -> str | None:

@@ -45,6 +45,8 @@ from smi_fast.support import (
     check_supported,
     obstacle,
     obstacle_within,
+    obstacle_within_block,
+    obstacle_within_pool,
     patch_projection,
 )
 from smi_fast.tokens import PackedTokens, pad, prepend, unpad
@@ -197,7 +199,7 @@ class AcceleratedViT(nn.Module):
         model = self.model
         uniform = patches.is_uniform and not any(isinstance(share, Mass) for share in self.prune.values())
         self._check_training(uniform)
-        if not uniform and patches.batch_size > 1 and self._token_obstacle() is not None:
+        if not uniform and patches.batch_size > 1 and not self._packs():
             return self._one_by_one(patches, grid_size, return_attention)
         with self._autocast(patches.values.device):
             tokens = self._embed(patches, grid_size)
@@ -217,7 +219,7 @@ class AcceleratedViT(nn.Module):
                 x = _block_of_first_tokens(last, x, queries, attend)
             x = model.norm(x)
             if return_attention and _pools_by_attention(model):
-                reason = obstacle_within(model.attn_pool)
+                reason = obstacle_within_pool(model.attn_pool)
                 if reason is not None:
                     raise UnsupportedModelError(f"attn_pool{reason}, so the attention within it cannot be measured")
                 attend.measured = [_pooling_attention(model, x, attend)[None]]
@@ -236,15 +238,13 @@ class AcceleratedViT(nn.Module):
         importance = importance.new_zeros(patches.batch_size * cells).index_copy(0, left, importance)[given]
         return logits, importance.view(-1, patches.max_seqlen) if patches.is_uniform else importance
 
-    def _token_obstacle(self) -> str | None:
-        """What keeps tokens of several images from being laid end to end: modules that may not treat each alone."""
+    def _packs(self) -> bool:
+        """Whether tokens of several images may lie end to end: they see each other in plain attentions only."""
         model = self.model
-        for part in ("norm_pre", "blocks", "norm", "attn_pool"):
-            module = getattr(model, part)
-            reason = None if module is None else obstacle_within(module)
-            if reason is not None:
-                return f"{part}{reason}"
-        return None
+        reasons = [obstacle_within(model.norm_pre), obstacle_within(model.norm)]
+        reasons += [obstacle_within_block(block) for block in model.blocks]
+        reasons += [] if model.attn_pool is None else [obstacle_within_pool(model.attn_pool)]
+        return reasons.count(None) == len(reasons)
 
     def _one_by_one(
         self, patches: PackedTokens, grid_size: tuple[int, int], return_attention: bool
@@ -311,7 +311,7 @@ class AcceleratedViT(nn.Module):
         """How many tokens, from the first, the head reads of the last block; None where something reads all."""
         if self.model.global_pool != "token" or type(block) is not Block or type(block.attn) is not Attention:
             return None
-        if type(block.attn.qkv) is not nn.Linear or obstacle_within(block) or obstacle_within(self.model.norm):
+        if type(block.attn.qkv) is not nn.Linear or obstacle_within_block(block) or obstacle_within(self.model.norm):
             return None
         return 2 if isinstance(self.model, VisionTransformerDistilled) else 1
 

@@ -220,6 +220,13 @@ def old_weight_norm(linear: nn.Linear) -> None:
     linear.weight_g.data *= 1.25
 
 
+def attn(model: nn.Module) -> Attention:
+    """An attention that is not the one which importance is measured in."""
+    other = copy.deepcopy(model.blocks[0].attn)
+    other.fused_attn = False
+    return other
+
+
 def scaled_weight(linear: nn.Linear) -> None:
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(ScaledWeight))
 
@@ -251,6 +258,8 @@ CHANGES: dict[str, tuple[str, Callable[[VisionTransformer], object]]] = {
     "blocks_class": (REFUSED, lambda m: become(m, "blocks", OwnSequential)),
     "foreign_block": (UNMEASURED, lambda m: replace_module(m, "blocks.1", lambda _: Mixing())),
     "foreign_mlp": (SAME, lambda m: replace_module(m, "blocks.1.mlp", lambda mlp: nn.Sequential(mlp, Mixing()))),
+    "attention_in_mlp": (SAME, lambda m: replace_module(m, "blocks.1.mlp", lambda mlp: nn.Sequential(mlp, attn(m)))),
+    "attention_in_norm": (SAME, lambda m: replace_module(m, "norm", lambda norm: nn.Sequential(norm, attn(m)))),
     "foreign_norm": (SAME, lambda m: replace_module(m, "blocks.1.norm2", lambda norm: nn.Sequential(norm, Mixing()))),
     "foreign_final_norm": (SAME, lambda m: replace_module(m, "norm", lambda norm: nn.Sequential(norm, Mixing()))),
     "foreign_activation": (SAME, lambda m: replace_module(m, "blocks.1.mlp.act", lambda _: Mixing())),
