@@ -48,10 +48,10 @@ from smi_fast import kernels
 MODELS = (VisionTransformer, VisionTransformerDistilled)
 TIMM_BLOCKS = (Block, DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock)
 TIMM_ATTENTIONS = (Attention, DiffAttention)
-DIFFERENTIAL = (DiffAttention, DiffParallelScalingBlock)
+HEAD_NORMS = ("q_norm", "k_norm", "sub_norm")
 POOLS = (AttentionPoolLatent, AttentionPoolPrr)
 LINEAR, MLP = (nn.Linear,), (Mlp,)
-DROPS = (nn.Dropout, nn.Identity)
+DROPS, PATCH_DROPS = (nn.Dropout, nn.Identity), (PatchDropout, nn.Identity)
 NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm)
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, TimmGELU, GELUTanh, QuickGELU)
 CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -62,8 +62,8 @@ PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS,
 WEIGHTED = (nn.Linear, nn.Conv2d)  # whose weights are read
 WEIGHTS = (nn.Parameter, Tensor, type(None))  # a replica of nn.DataParallel has its tensors elsewhere
 MODEL_METHODS = ("forward", "forward_features", "_pos_embed", "forward_head", "pool")
-ORIGINALS = {(kind, "forward"): kind.forward for kind in PLAIN}
-ORIGINALS |= {(kind, name): getattr(kind, name) for kind in MODELS for name in MODEL_METHODS}
+ORIGINALS = [(kind, "forward", kind.forward) for kind in PLAIN - set(MODELS)]
+ORIGINALS += [(kind, name, getattr(kind, name)) for kind in MODELS for name in MODEL_METHODS]
 GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
@@ -83,13 +83,19 @@ def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
     own, forward or backward; its `forward` is that of its class; its weight, where it is a Linear or a convolution, is
     no subclass of Tensor with products of its own.
     """
-    if type(module) not in kinds:
-        return f" is a {type(module).__module__}.{type(module).__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    kind, state = type(module), module.__dict__  # nn.Module's own access to attributes is slow
+    if kind not in kinds:
+        return f" is a {kind.__module__}.{kind.__name__}"
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return " has hooks"
-    if "forward" in module.__dict__:
+    if "forward" in state:
         return " has a forward of its own"
-    if type(module) in WEIGHTED and type(module._parameters.get("weight")) not in WEIGHTS:
+    if kind in WEIGHTED and type(state["_parameters"].get("weight")) not in WEIGHTS:
         return f" has a weight that is a {type(module.weight).__module__}.{type(module.weight).__name__}"
     return None
 
@@ -133,32 +139,30 @@ def block_obstacle(block: nn.Module) -> str | None:
     reason = obstacle(block, TIMM_BLOCKS)
     if reason is not None:
         return reason
-    if type(block) is ParallelThingsBlock:
-        for number, branch in enumerate(block.attns):
-            reason = obstacle(branch, CONTAINERS) or _attention_obstacle(branch.attn, ".attn")
-            if reason is not None:
-                return f".attns[{number}]{reason}"
-        return None
-    return _attention_obstacle(block.attn, ".attn") if type(block) in (Block, ResPostBlock) else _parts_obstacle(block)
+    kind = type(block)
+    if kind is Block or kind is ResPostBlock:
+        return _attention_obstacle(".attn", block.attn, TIMM_ATTENTIONS)
+    if kind is not ParallelThingsBlock:
+        return _attention_obstacle("", block, TIMM_BLOCKS)
+    for number, branch in enumerate(block.attns):
+        reason = obstacle(branch, CONTAINERS) or _attention_obstacle(".attn", branch.attn, TIMM_ATTENTIONS)
+        if reason is not None:
+            return f".attns[{number}]{reason}"
+    return None
 
 
-def _attention_obstacle(attn: nn.Module, name: str) -> str | None:
-    reason = obstacle(attn, TIMM_ATTENTIONS) or _parts_obstacle(attn)
-    return None if reason is None else f"{name}{reason}"
-
-
-def _parts_obstacle(attn: nn.Module) -> str | None:
-    """As `obstacle`, for what an attention calls with the heads apart, where ours lie in another order."""
-    reason = obstacle(attn.q_norm, NORMS)
+def _attention_obstacle(name: str, attn: nn.Module, kinds: Collection[type]) -> str | None:
+    """As `obstacle`, with what an attention calls on heads that lie in another order than ours."""
+    reason = obstacle(attn, kinds)
     if reason is not None:
-        return f".q_norm{reason}"
-    reason = obstacle(attn.k_norm, NORMS)
-    if reason is not None:
-        return f".k_norm{reason}"
-    if type(attn) in DIFFERENTIAL and (reason := obstacle(attn.sub_norm, NORMS)) is not None:
-        return f".sub_norm{reason}"
+        return f"{name}{reason}"
+    parts = attn._modules
+    for part in HEAD_NORMS:
+        reason = obstacle(parts[part], NORMS) if part in parts else None
+        if reason is not None:
+            return f"{name}.{part}{reason}"
     if not attn.fused_attn and (reason := obstacle(attn.attn_drop, DROPS)) is not None:  # else timm does not call it
-        return f".attn_drop{reason}"
+        return f"{name}.attn_drop{reason}"
     return None
 
 
@@ -170,7 +174,7 @@ def check_bypassed(model: nn.Module) -> None:
                 raise UnsupportedModelError(
                     "a global module hook is registered, which would miss modules that are bypassed"
                 )
-    for (kind, name), original in ORIGINALS.items():
+    for kind, name, original in ORIGINALS:
         if getattr(kind, name) is not original:
             raise UnsupportedModelError(
                 f"{kind.__module__}.{kind.__name__}.{name} has been replaced by another function"
@@ -179,10 +183,11 @@ def check_bypassed(model: nn.Module) -> None:
     for name in MODEL_METHODS:
         if name in model.__dict__:
             raise UnsupportedModelError(f"the model has a {name} of its own, which would be bypassed")
-    _require("patch_embed", model.patch_embed, (PatchEmbed,))
-    _require("patch_embed.norm", model.patch_embed.norm, NORMS)
+    embed = model.patch_embed
+    _require("patch_embed", embed, (PatchEmbed,))
+    _require("patch_embed.norm", embed.norm, NORMS)
     _require("pos_drop", model.pos_drop, DROPS)
-    _require("patch_drop", model.patch_drop, (nn.Identity, PatchDropout))
+    _require("patch_drop", model.patch_drop, PATCH_DROPS)
     _require("blocks", model.blocks, CONTAINERS)
     patch_projection(model)
 

@@ -108,7 +108,7 @@ class AcceleratedViT(nn.Module):
         """The dtype of the matrix products, where the weights are now."""
         if self._dtype is not None:
             return self._dtype
-        weight = patch_projection(self.model).weight
+        weight = self.model.patch_embed.proj.weight
         if (
             weight.dtype == torch.float32
             and weight.is_cuda
