@@ -54,9 +54,10 @@ LINEAR, MLP = (nn.Linear,), (Mlp,)
 DROPS, PATCH_DROPS = (nn.Dropout, nn.Identity), (PatchDropout, nn.Identity)
 NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm)
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, TimmGELU, GELUTanh, QuickGELU)
-CONTAINERS = (nn.Sequential, nn.ModuleList)
+SEQUENTIAL = (nn.Sequential,)
+BRANCH = ("norm", "attn", "ls", "drop_path")  # of a ParallelThingsBlock
 TOKENWISE = frozenset(
-    (nn.Linear, Mlp, GluMlp, SwiGLU, LayerScale, DropPath, *DROPS, *NORMS, *ACTIVATIONS, *CONTAINERS)
+    (nn.Linear, Mlp, GluMlp, SwiGLU, LayerScale, DropPath, nn.Sequential, nn.ModuleList, *DROPS, *NORMS, *ACTIVATIONS)
 )  # treat each token alone
 PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS, *TIMM_ATTENTIONS, *POOLS}
 WEIGHTED = (nn.Linear, nn.Conv2d)  # whose weights are read
@@ -145,7 +146,10 @@ def block_obstacle(block: nn.Module) -> str | None:
     if kind is not ParallelThingsBlock:
         return _attention_obstacle("", block, TIMM_BLOCKS)
     for number, branch in enumerate(block.attns):
-        reason = obstacle(branch, CONTAINERS) or _attention_obstacle(".attn", branch.attn, TIMM_ATTENTIONS)
+        reason = obstacle(branch, SEQUENTIAL)
+        if reason is None and tuple(branch._modules) != BRANCH:
+            reason = f" holds {', '.join(branch._modules)}"
+        reason = reason or _attention_obstacle(".attn", branch.attn, TIMM_ATTENTIONS)
         if reason is not None:
             return f".attns[{number}]{reason}"
     return None
@@ -172,23 +176,23 @@ def check_bypassed(model: nn.Module) -> None:
         for hook in hooks.values():
             if not isinstance(getattr(hook, "__self__", None), ModuleTracker):  # which only notes where torch is
                 raise UnsupportedModelError(
-                    "a global module hook is registered, which would miss modules that are bypassed"
+                    "a global module hook is registered, and modules that the fast forward pass bypasses do not call it"
                 )
     for kind, name, original in ORIGINALS:
         if getattr(kind, name) is not original:
             raise UnsupportedModelError(
-                f"{kind.__module__}.{kind.__name__}.{name} has been replaced by another function"
+                f"{kind.__module__}.{kind.__name__}.{name} was replaced, and the fast forward pass bypasses it"
             )
     _require("the model", model, MODELS)
     for name in MODEL_METHODS:
         if name in model.__dict__:
-            raise UnsupportedModelError(f"the model has a {name} of its own, which would be bypassed")
+            raise UnsupportedModelError(f"the model has a {name} of its own, and the fast forward pass bypasses it")
     embed = model.patch_embed
     _require("patch_embed", embed, (PatchEmbed,))
     _require("patch_embed.norm", embed.norm, NORMS)
     _require("pos_drop", model.pos_drop, DROPS)
     _require("patch_drop", model.patch_drop, PATCH_DROPS)
-    _require("blocks", model.blocks, CONTAINERS)
+    _require("blocks", model.blocks, SEQUENTIAL)
     patch_projection(model)
 
 
@@ -210,7 +214,9 @@ def _require(part: str, module: nn.Module, kinds: Collection[type]) -> None:
     reason = obstacle(module, kinds)
     if reason is not None:
         names = " or ".join(sorted({kind.__name__ for kind in kinds}))
-        raise UnsupportedModelError(f"{part}{reason}: only a plain {names}, which the forward pass bypasses, is known")
+        raise UnsupportedModelError(
+            f"{part}{reason}, but must be a plain {names}, because the fast forward pass bypasses it"
+        )
 
 
 def check_supported(model: nn.Module) -> None:

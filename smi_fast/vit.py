@@ -63,6 +63,14 @@ def accelerate(
     without retraining): before block b those go to which the class token attends least in block b - 1, in the mean over
     heads. What is left of a batch goes on packed.
 
+    Hooks, wrapped or subclassed modules and patched forwards act as they do in timm, whenever they come and go: what is
+    not a plain module of timm's is called as it is, on tokens (B, N, C) of the kept patches, which may be slower. A
+    batch whose images keep different numbers of patches then runs image by image, as (1, N, C). What cannot be called
+    raises UnsupportedModelError in the forward pass: changes of the model itself, of its patch embedding or of the
+    container of its blocks, global module hooks, and importance or pruning by a block whose attention is changed.
+    torch.compile looks for hooks when it compiles, and later only if `torch._dynamo.config.skip_nnmodule_hook_guards`
+    is False.
+
     Args:
         model: of timm's modules `vision_transformer` or `deit`. Its weights are shared, not copied.
         dtype: compute dtype of the matrix products (torch.float32, bfloat16 or float16). None: the weights' own dtype
@@ -226,17 +234,23 @@ class AcceleratedViT(nn.Module):
             logits = self._head(x, attend)
         if not return_attention:
             return logits
-        importance = attend.rows().mean(0)  # [T'], prefix tokens included
+        return logits, self._importance(attend.rows().mean(0), patches, tokens, grid_size)
+
+    def _importance(
+        self, importance: Tensor, patches: PackedTokens, tokens: PackedTokens, grid_size: tuple[int, int]
+    ) -> Tensor:
+        """The importance of the tokens that are left (T',), prefix tokens included, as that of the patches given."""
+        prefix = self.model.num_prefix_tokens
         if tokens.is_uniform and not self.prune:
-            return logits, importance.view(-1, tokens.max_seqlen)[:, model.num_prefix_tokens :]
+            return importance.view(-1, tokens.max_seqlen)[:, prefix:]
         # By way of the grid, from the patches that are left to those that were given.
-        prefix, cells = model.num_prefix_tokens, model.num_prefix_tokens + grid_size[0] * grid_size[1]
+        cells = prefix + grid_size[0] * grid_size[1]
         given, left = (
             sequence_of_tokens(packed.cu_seqlens, len(packed.values)) * cells + packed.positions + prefix
             for packed in (patches, tokens)
         )
         importance = importance.new_zeros(patches.batch_size * cells).index_copy(0, left, importance)[given]
-        return logits, importance.view(-1, patches.max_seqlen) if patches.is_uniform else importance
+        return importance.view(-1, patches.max_seqlen) if patches.is_uniform else importance
 
     def _packs(self) -> bool:
         """Whether tokens of several images may lie end to end: they see each other in plain attentions only."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from timm.layers import Attention, Mlp
-from timm.models.vision_transformer import Block, ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
@@ -380,6 +380,15 @@ def test_pruned_images_in_a_batch_are_those_alone_where_tokens_are_mixed(seed, i
     alone = [fast(images[i : i + 1], keep=row[None], return_attention=True) for i, row in enumerate(keep)]
     torch.testing.assert_close(logits, torch.cat([each[0] for each in alone]))
     torch.testing.assert_close(importance.flatten(), torch.cat([each[1].flatten() for each in alone]))
+
+
+def test_a_longer_branch_of_parallel_attention_is_run_as_it_is(seed, images):
+    options = {"img_size": 12, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = VisionTransformer(block_fn=ParallelThingsBlock, **options).double().eval()
+    fast = smi_fast.accelerate(model)
+    for change in (lambda branch: branch.append(Mixing()), HOOKS["forward_hook"]):
+        change(model.blocks[1].attns[1])
+        assert [outcome(fast, images, RAGGED, measures) for measures in (False, True)] == [SAME, REFUSED]
 
 
 def test_attention_pooling_with_hooks_has_no_importance(seed, images):
