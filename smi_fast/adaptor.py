@@ -8,7 +8,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smi_fast.keep import INTEGER_DTYPES
-from smi_fast.vit import AcceleratedViT, UnsupportedModelError, accelerate
+from smi_fast.support import UnsupportedModelError
+from smi_fast.vit import AcceleratedViT, accelerate
 
 
 class SMIAdaptor(nn.Module):

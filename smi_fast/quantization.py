@@ -35,8 +35,8 @@ from smi_fast.dataset import InvertedDataset, normalize_patches
 from smi_fast.files import atomic_write, checksum, first_line
 from smi_fast.keep import Keep, pack_keep
 from smi_fast.kernels.linear import linear
+from smi_fast.support import PLAIN, UnsupportedModelError, check_bypassed, obstacle
 from smi_fast.tokens import PackedTokens, pad, prepend, unpad
-from smi_fast.vit import UnsupportedModelError
 
 FORMAT_VERSION = 2
 HEADER_KEY, CHECKSUM_KEY = "smi_fast_quantized", "checksum"
@@ -509,6 +509,11 @@ def check_supported(model: nn.Module) -> None:
     norms = [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]
     if not all(isinstance(norm, nn.LayerNorm) and norm.bias is not None and norm.eps == norms[0].eps for norm in norms):
         raise UnsupportedModelError("only LayerNorms with weight and bias, all of the same eps, can be quantised")
+    check_bypassed(model)
+    for name, module in model.named_modules():
+        reason = obstacle(module, PLAIN)
+        if reason is not None:
+            raise UnsupportedModelError(f"{name}{reason}, and only the weights of plain modules can be quantised")
 
 
 def _arguments(model: VisionTransformer) -> dict:

@@ -17,11 +17,7 @@ from timm.layers import (
     AttentionPoolLatent,
     DiffAttention,
     DropPath,
-    GluMlp,
-    Mlp,
     PatchDropout,
-    PatchEmbed,
-    SwiGLU,
     resample_abs_pos_embed,
 )
 from timm.models.deit import VisionTransformerDistilled
@@ -40,13 +36,22 @@ from smi_fast.keep import Keep, pack_keep
 from smi_fast.kernels.linear import PackedWeight, can_pack, linear
 from smi_fast.kernels.rows import gather_rows, sequence_of_tokens
 from smi_fast.stopping import Mass, kept_count
+from smi_fast.support import (
+    LINEAR,
+    MLP,
+    UnsupportedModelError,
+    block_obstacle,
+    check_bypassed,
+    check_supported,
+    obstacle,
+    obstacle_within,
+    obstacle_within_block,
+    obstacle_within_pool,
+    patch_projection,
+)
 from smi_fast.tokens import PackedTokens, pad, prepend, unpad
 
 Prune = Mapping[int, float | Mass]  # block -> what is pruned before it
-
-
-class UnsupportedModelError(ValueError):
-    """A model that cannot be accelerated; the message says which part of it stands in the way."""
 
 
 def accelerate(
@@ -57,6 +62,14 @@ def accelerate(
     With `prune` the forward pass itself drops patches, as EViT does (Liang et al., 2022; without its fused token and
     without retraining): before block b those go to which the class token attends least in block b - 1, in the mean over
     heads. What is left of a batch goes on packed.
+
+    Hooks, wrapped or subclassed modules and patched forwards act as they do in timm, whenever they come and go: what is
+    not a plain module of timm's is called as it is, on tokens (B, N, C) of the kept patches, which may be slower. A
+    batch whose images keep different numbers of patches then runs image by image, as (1, N, C). What cannot be called
+    raises UnsupportedModelError in the forward pass: changes of the model itself, of its patch embedding or of the
+    container of its blocks, global module hooks, and importance or pruning by a block whose attention is changed.
+    torch.compile looks for hooks when it compiles, and later only if `torch._dynamo.config.skip_nnmodule_hook_guards`
+    is False.
 
     Args:
         model: of timm's modules `vision_transformer` or `deit`. Its weights are shared, not copied.
@@ -101,9 +114,9 @@ class AcceleratedViT(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the matrix products, where the weights are now."""
-        weight = self.model.patch_embed.proj.weight
         if self._dtype is not None:
             return self._dtype
+        weight = self.model.patch_embed.proj.weight
         if (
             weight.dtype == torch.float32
             and weight.is_cuda
@@ -157,6 +170,7 @@ class AcceleratedViT(nn.Module):
         Raises:
             ValueError: images or keep that do not fit the model or each other; the message names the value.
         """
+        check_bypassed(self.model)
         self._check_images(images)
         batch_size = len(images)
         rows, columns = self.grid_size(images.shape[-2:])
@@ -170,7 +184,7 @@ class AcceleratedViT(nn.Module):
             backend=self.backend,
         )
         tokens = PackedTokens(patches, cells, kept.cu_seqlens, kept.max_seqlen)
-        return self.forward_patches(tokens, grid_size=(rows, columns), return_attention=return_attention)
+        return self._of_patches(tokens, (rows, columns), return_attention)
 
     def forward_patches(
         self, patches: PackedTokens, *, grid_size: tuple[int, int] | None = None, return_attention: bool = False
@@ -183,41 +197,81 @@ class AcceleratedViT(nn.Module):
             grid_size: (rows, columns) of the patch grid; None: the model's own.
             return_attention: as for `forward`.
         """
+        check_bypassed(self.model)
+        return self._of_patches(patches, tuple(grid_size or self.model.patch_embed.grid_size), return_attention)
+
+    def _of_patches(
+        self, patches: PackedTokens, grid_size: tuple[int, int], return_attention: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`forward_patches`, of a model that has been checked."""
         model = self.model
-        self._check_training(patches.is_uniform and not any(isinstance(share, Mass) for share in self.prune.values()))
+        uniform = patches.is_uniform and not any(isinstance(share, Mass) for share in self.prune.values())
+        self._check_training(uniform)
+        if not uniform and patches.batch_size > 1 and not self._packs():
+            return self._one_by_one(patches, grid_size, return_attention)
         with self._autocast(patches.values.device):
-            grid_size = tuple(grid_size or model.patch_embed.grid_size)
             tokens = self._embed(patches, grid_size)
             x, attend = model.norm_pre(tokens.batch_or_values()), Attend(tokens, model.has_class_token, self.backend)
             *blocks, last = model.blocks
             for following, block in enumerate(blocks, start=1):
                 attend.measures = following in self.prune
-                x = BLOCKS[type(block)](block, x, attend)
+                x = _any_block(block, following - 1, x, attend)
                 if attend.measures:
                     tokens = self._pruned(replace(tokens, values=x.flatten(0, -2)), attend, self.prune[following])
                     x, attend = tokens.batch_or_values(), Attend(tokens, model.has_class_token, self.backend)
             attend.measures = return_attention and not _pools_by_attention(model)
             queries = self._pooled_tokens(last)
             if queries is None or (queries > 1 and not tokens.is_uniform):
-                x = BLOCKS[type(last)](last, x, attend)
+                x = _any_block(last, len(blocks), x, attend)
             else:
                 x = _block_of_first_tokens(last, x, queries, attend)
             x = model.norm(x)
             if return_attention and _pools_by_attention(model):
+                reason = obstacle_within_pool(model.attn_pool)
+                if reason is not None:
+                    raise UnsupportedModelError(f"attn_pool{reason}, so the attention within it cannot be measured")
                 attend.measured = [_pooling_attention(model, x, attend)[None]]
             logits = self._head(x, attend)
         if not return_attention:
             return logits
-        importance = attend.rows().mean(0)  # [T'], prefix tokens included
+        return logits, self._importance(attend.rows().mean(0), patches, tokens, grid_size)
+
+    def _importance(
+        self, importance: Tensor, patches: PackedTokens, tokens: PackedTokens, grid_size: tuple[int, int]
+    ) -> Tensor:
+        """The importance of the tokens that are left (T',), prefix tokens included, as that of the patches given."""
+        prefix = self.model.num_prefix_tokens
         if tokens.is_uniform and not self.prune:
-            return logits, importance.view(-1, tokens.max_seqlen)[:, model.num_prefix_tokens :]
+            return importance.view(-1, tokens.max_seqlen)[:, prefix:]
         # By way of the grid, from the patches that are left to those that were given.
-        prefix, cells = model.num_prefix_tokens, model.num_prefix_tokens + grid_size[0] * grid_size[1]
+        cells = prefix + grid_size[0] * grid_size[1]
         given, left = (
             sequence_of_tokens(packed.cu_seqlens, len(packed.values)) * cells + packed.positions + prefix
             for packed in (patches, tokens)
         )
         importance = importance.new_zeros(patches.batch_size * cells).index_copy(0, left, importance)[given]
+        return importance.view(-1, patches.max_seqlen) if patches.is_uniform else importance
+
+    def _packs(self) -> bool:
+        """Whether tokens of several images may lie end to end: they see each other in plain attentions only."""
+        model = self.model
+        reasons = [obstacle_within(model.norm_pre), obstacle_within(model.norm)]
+        reasons += [obstacle_within_block(block) for block in model.blocks]
+        reasons += [] if model.attn_pool is None else [obstacle_within_pool(model.attn_pool)]
+        return reasons.count(None) == len(reasons)
+
+    def _one_by_one(
+        self, patches: PackedTokens, grid_size: tuple[int, int], return_attention: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `_of_patches`, image by image, so that hooks and foreign modules see (1, N, C); the host waits."""
+        positions = patches.positions.split(patches.cu_seqlens.diff().tolist())
+        outputs = [
+            self._of_patches(PackedTokens.from_batch(values[None], cells), grid_size, return_attention)
+            for values, cells in zip(patches.sequences(), positions, strict=True)
+        ]
+        if not return_attention:
+            return torch.cat(outputs)
+        logits, importance = (torch.cat([output[i].flatten(0, i) for output in outputs]) for i in range(2))
         return logits, importance.view(-1, patches.max_seqlen) if patches.is_uniform else importance
 
     def _pruned(self, tokens: PackedTokens, attend: Attend, share: float | Mass) -> PackedTokens:
@@ -265,11 +319,13 @@ class AcceleratedViT(nn.Module):
             if count:
                 prefix = prefix + pos_embed[0, :count]
         tokens = prepend(prefix, replace(patches, values=embedded))
-        return replace(tokens, values=model.pos_drop(tokens.values))
+        return tokens if model.pos_embed is None else replace(tokens, values=model.pos_drop(tokens.values))
 
     def _pooled_tokens(self, block: nn.Module) -> int | None:
-        """How many tokens, from the first, the head reads of the last block; None where it reads all."""
+        """How many tokens, from the first, the head reads of the last block; None where something reads all."""
         if self.model.global_pool != "token" or type(block) is not Block or type(block.attn) is not Attention:
+            return None
+        if type(block.attn.qkv) is not nn.Linear or obstacle_within_block(block) or obstacle_within(self.model.norm):
             return None
         return 2 if isinstance(self.model, VisionTransformerDistilled) else 1
 
@@ -299,11 +355,12 @@ class AcceleratedViT(nn.Module):
         """While weights do not change: those of matrix products are cast to the compute dtype once, not by every
         forward pass, and on a CPU in bfloat16 packed for its products, which torch.compile does not take. The numbers
         are the same; the copies take memory."""
-        pack = pack and can_pack(self.compute_dtype, self.model.patch_embed.proj.weight.device)
+        proj = patch_projection(self.model)
+        pack = pack and can_pack(self.compute_dtype, proj.weight.device)
         sliced = getattr(getattr(self.model.blocks[-1], "attn", None), "qkv", None)  # which are read in part
-        parts = [module for module in self.model.modules() if type(module) is nn.Linear]
-        parts = [part for part in [*parts, self.model.patch_embed.proj] if not hasattr(part, "_cast_weights")]
-        if self.compute_dtype == self.model.patch_embed.proj.weight.dtype:
+        parts = [proj, *(module for module in self.model.modules() if obstacle(module, LINEAR) is None)]
+        parts = [part for part in parts if not hasattr(part, "_cast_weights")]
+        if self.compute_dtype == proj.weight.dtype:
             parts = []
         try:
             for part in parts:
@@ -332,13 +389,18 @@ class AcceleratedViT(nn.Module):
             raise ValueError(f"images are on {images.device}, the model is on {weight.device}")
 
     def _check_training(self, uniform: bool) -> None:
-        """What timm does at random while training and packed tokens cannot: refused, never left out silently."""
-        if not self.training:
+        """What timm does at random while training and packed tokens cannot: refused, never left out silently.
+
+        Modes are timm's modules': each has its own, and `train()` on the timm model does not set that of this one.
+        """
+        if not (self.model.training or any(block.training for block in self.model.blocks)):
             return
         for name, module in self.model.named_modules():
+            if not module.training:
+                continue
             if isinstance(module, PatchDropout) and module.prob > 0:
                 raise UnsupportedModelError(f"{name} drops patches while training: say which to keep instead")
-            if name.endswith("attn_drop") and module.p > 0:
+            if name.endswith("attn_drop") and getattr(module, "p", 0) > 0:
                 raise UnsupportedModelError(f"{name} drops attention while training, which the kernels do not")
             if isinstance(module, DropPath) and module.drop_prob and not uniform:
                 raise UnsupportedModelError(
@@ -424,8 +486,8 @@ def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
 
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    """timm's Linear. Modifications: the product is ours; a module that replaced the Linear runs as it is."""
-    return linear(x, *_weights(module)) if type(module) is nn.Linear else module(x)
+    """timm's Linear. Modifications: the product is ours; what is not a plain Linear, or no longer, runs as it is."""
+    return linear(x, *_weights(module)) if obstacle(module, LINEAR) is None else module(x)
 
 
 def _weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
@@ -434,8 +496,8 @@ def _weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
 
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    """timm's Mlp. Modifications: as for `_linear`; other MLPs run as they are."""
-    if type(mlp) is not Mlp:
+    """timm's Mlp. Modifications: as for `_linear`; what is not a plain Mlp runs as it is."""
+    if obstacle(mlp, MLP) is not None:
         return mlp(x)
     x = mlp.drop1(mlp.act(_linear(mlp.fc1, x)))
     return mlp.drop2(_linear(mlp.fc2, mlp.norm(x)))
@@ -478,6 +540,16 @@ def _differential(
         received = attend.received(q1, k1, attn.scale) - weight.detach().float() * attend.received(q2, k2, attn.scale)
         attend.measured.append(received[None])
     return (attn.sub_norm(out) * (1 - attn.lambda_init)).flatten(1)
+
+
+def _any_block(block: nn.Module, number: int, x: Tensor, attend: Attend) -> Tensor:
+    """A block our way where what is bypassed in it is plain; else as it is, which leaves no attention to measure."""
+    reason = block_obstacle(block)
+    if reason is None:
+        return BLOCKS[type(block)](block, x, attend)
+    if attend.measures:
+        raise UnsupportedModelError(f"blocks[{number}]{reason}, so the attention within it cannot be measured")
+    return block(x)
 
 
 def _block(block: Block, x: Tensor, attend: Attend) -> Tensor:
@@ -554,39 +626,6 @@ BLOCKS: dict[type, Callable[[nn.Module, Tensor, Attend], Tensor]] = {
     DiffParallelScalingBlock: _diff_parallel_scaling_block,
     ParallelThingsBlock: _parallel_things_block,
 }
-TOKENWISE_MLPS = (Mlp, GluMlp, SwiGLU)
-
-
-def check_supported(model: nn.Module) -> None:
-    """Raise UnsupportedModelError, naming the part, for a model that `accelerate` does not know."""
-
-    def refuse(part: str, found: object, known: str) -> None:
-        raise UnsupportedModelError(f"{part} is a {type(found).__module__}.{type(found).__name__}, not {known}")
-
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        refuse("the model", model, "timm's VisionTransformer or VisionTransformerDistilled")
-    if type(model.patch_embed) is not PatchEmbed:
-        refuse("patch_embed", model.patch_embed, "timm's PatchEmbed: patches must be embedded one by one")
-    if model.patch_embed.dynamic_img_pad:
-        raise UnsupportedModelError(
-            "patch_embed pads images (dynamic_img_pad), so its patches are not those of the image"
-        )
-    if len(model.blocks) == 0:
-        raise UnsupportedModelError("the model has no blocks")
-    for number, block in enumerate(model.blocks):
-        if type(block) not in BLOCKS:
-            refuse(f"blocks[{number}]", block, " or ".join(sorted(known.__name__ for known in BLOCKS)))
-        branches = [*block.attns, *block.ffns] if isinstance(block, ParallelThingsBlock) else [block]
-        for part in branches:
-            if hasattr(part, "attn") and type(part.attn) not in ATTENTIONS:
-                refuse(f"blocks[{number}].attn", part.attn, "timm's Attention or DiffAttention")
-            if hasattr(part, "mlp") and type(part.mlp) not in TOKENWISE_MLPS:
-                refuse(f"blocks[{number}].mlp", part.mlp, "an MLP of timm's that treats each token alone")
-            head_dim = getattr(getattr(part, "attn", part), "head_dim", 8)
-            if head_dim % 8 or head_dim > kernels.MAX_HEAD_DIM:
-                raise UnsupportedModelError(
-                    f"blocks[{number}] has a head_dim of {head_dim}, not a multiple of 8 up to {kernels.MAX_HEAD_DIM}"
-                )
 
 
 def check_prune(model: VisionTransformer, prune: Prune) -> dict[int, float | Mass]:

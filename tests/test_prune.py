@@ -10,6 +10,7 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import smi_fast
 from smi_fast import Mass
@@ -129,12 +130,33 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch(model, images, prune):
         torch.testing.assert_close(alone_importance[0], importance[number])
 
 
+class NormalisedLengths(TorchFunctionMode):
+    """Remembers how many tokens an image has in each LayerNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.lengths = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.layer_norm:
+            self.lengths.append(args[0].shape[-2])
+        return function(*args, **(kwargs or {}))
+
+
 def test_blocks_move_only_the_tokens_that_are_left(model, images):
+    fast = smi_fast.accelerate(model, prune={1: 0.3, 3: 0.5})
+    with NormalisedLengths() as mode:
+        fast(images)
+    # two norms a block; the second of the last and the final one see only the class token
+    assert mode.lengths == [3 + 64] * 2 + [3 + 44] * 4 + [3 + 22, 1, 1]
+
+
+def test_hooks_in_the_last_block_see_all_tokens_that_are_left(model, images):
     lengths = []
     for block in model.blocks:
         block.norm2.register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[-2]))
     smi_fast.accelerate(model, prune={1: 0.3, 3: 0.5})(images)
-    assert lengths == [3 + 64, 3 + 44, 3 + 44, 1]  # of the last block only the class token is used
+    assert lengths == [3 + 64, 3 + 44, 3 + 44, 3 + 22]
 
 
 def test_ties_go_to_the_patch_that_comes_first_in_keep(model, images):

@@ -1,0 +1,246 @@
+"""Which models are refused, and which of their modules the fast forward pass may take the place of.
+
+Much of a timm model is bypassed: its Linears are products of ours, its attentions kernels, and most forwards of its
+blocks never run. That gives timm's numbers only where a module is plain, as `obstacle` defines it. What is not plain is
+called as it is, or refused; since hooks and modules come and go, it is decided anew in every forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from timm.layers import GELU as TimmGELU
+from timm.layers import (
+    Attention,
+    AttentionPoolLatent,
+    AttentionPoolPrr,
+    DiffAttention,
+    DropPath,
+    GELUTanh,
+    GluMlp,
+    LayerNorm,
+    LayerNormFp32,
+    LayerScale,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    QuickGELU,
+    RmsNorm,
+    RmsNormFp32,
+    SimpleNorm,
+    SwiGLU,
+)
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import (
+    Block,
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
+
+from smi_fast import kernels
+
+MODELS = (VisionTransformer, VisionTransformerDistilled)
+TIMM_BLOCKS = (Block, DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock)
+TIMM_ATTENTIONS = (Attention, DiffAttention)
+HEAD_NORMS = ("q_norm", "k_norm", "sub_norm")
+POOLS = (AttentionPoolLatent, AttentionPoolPrr)
+LINEAR, MLP = (nn.Linear,), (Mlp,)
+DROPS, PATCH_DROPS = (nn.Dropout, nn.Identity), (PatchDropout, nn.Identity)
+NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm)
+ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, TimmGELU, GELUTanh, QuickGELU)
+SEQUENTIAL = (nn.Sequential,)
+BRANCH = ("norm", "attn", "ls", "drop_path")  # of a ParallelThingsBlock
+TOKENWISE = frozenset(
+    (nn.Linear, Mlp, GluMlp, SwiGLU, LayerScale, DropPath, nn.Sequential, nn.ModuleList, *DROPS, *NORMS, *ACTIVATIONS)
+)  # treat each token alone
+PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS, *TIMM_ATTENTIONS, *POOLS}
+WEIGHTED = (nn.Linear, nn.Conv2d)  # whose weights are read
+WEIGHTS = (nn.Parameter, Tensor, type(None))  # a replica of nn.DataParallel has its tensors elsewhere
+MODEL_METHODS = ("forward", "forward_features", "_pos_embed", "forward_head", "pool")
+ORIGINALS = [(kind, "forward", kind.forward) for kind in PLAIN - set(MODELS)]
+ORIGINALS += [(kind, name, getattr(kind, name)) for kind in MODELS for name in MODEL_METHODS]
+GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be accelerated; the message says which part of it stands in the way."""
+
+
+def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
+    """Why a module cannot be bypassed, as the end of a sentence that begins with its name; None where it is plain.
+
+    A plain module is exactly of a known class, so neither subclassed, wrapped nor parametrised; it has no hooks of its
+    own, forward or backward; its `forward` is that of its class; its weight, where it is a Linear or a convolution, is
+    no subclass of Tensor with products of its own.
+    """
+    kind, state = type(module), module.__dict__  # nn.Module's own access to attributes is slow
+    if kind not in kinds:
+        return f" is a {kind.__module__}.{kind.__name__}"
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return " has hooks"
+    if "forward" in state:
+        return " has a forward of its own"
+    if kind in WEIGHTED and type(state["_parameters"].get("weight")) not in WEIGHTS:
+        return f" has a weight that is a {type(module.weight).__module__}.{type(module.weight).__name__}"
+    return None
+
+
+def obstacle_within(module: nn.Module, attentions: Collection[nn.Module] = ()) -> str | None:
+    """As `obstacle`, for a module and all within it, which must treat each token alone; `attentions` need not."""
+    kinds = TOKENWISE
+    for attn in attentions:
+        if module is attn:
+            kinds = TIMM_ATTENTIONS
+    return obstacle(module, kinds) or _children_obstacle(module, attentions)
+
+
+def _children_obstacle(module: nn.Module, attentions: Collection[nn.Module] = ()) -> str | None:
+    for name, child in module._modules.items():
+        reason = None if child is None else obstacle_within(child, attentions)
+        if reason is not None:
+            return f".{name}{reason}"
+    return None
+
+
+def obstacle_within_block(block: nn.Module) -> str | None:
+    """As `obstacle`, for a block and all within it: tokens see each other in its attentions only."""
+    reason = obstacle(block, TIMM_BLOCKS)
+    if reason is not None:
+        return reason
+    if type(block) is ParallelThingsBlock:
+        attentions = [branch.attn for branch in block.attns]
+    else:
+        attentions = [block.attn] if type(block) in (Block, ResPostBlock) else []
+    return _children_obstacle(block, attentions)
+
+
+def obstacle_within_pool(pool: nn.Module) -> str | None:
+    """As `obstacle`, for an attention pooling and all within it."""
+    return obstacle(pool, POOLS) or _children_obstacle(pool)
+
+
+def block_obstacle(block: nn.Module) -> str | None:
+    """As `obstacle`, for a block and the modules of its attention, all but the products."""
+    reason = obstacle(block, TIMM_BLOCKS)
+    if reason is not None:
+        return reason
+    kind = type(block)
+    if kind is Block or kind is ResPostBlock:
+        return _attention_obstacle(".attn", block.attn, TIMM_ATTENTIONS)
+    if kind is not ParallelThingsBlock:
+        return _attention_obstacle("", block, TIMM_BLOCKS)
+    for number, branch in enumerate(block.attns):
+        reason = obstacle(branch, SEQUENTIAL)
+        if reason is None and tuple(branch._modules) != BRANCH:
+            reason = f" holds {', '.join(branch._modules)}"
+        reason = reason or _attention_obstacle(".attn", branch.attn, TIMM_ATTENTIONS)
+        if reason is not None:
+            return f".attns[{number}]{reason}"
+    return None
+
+
+def _attention_obstacle(name: str, attn: nn.Module, kinds: Collection[type]) -> str | None:
+    """As `obstacle`, with what an attention calls on heads that lie in another order than ours."""
+    reason = obstacle(attn, kinds)
+    if reason is not None:
+        return f"{name}{reason}"
+    parts = attn._modules
+    for part in HEAD_NORMS:
+        reason = obstacle(parts[part], NORMS) if part in parts else None
+        if reason is not None:
+            return f"{name}.{part}{reason}"
+    if not attn.fused_attn and (reason := obstacle(attn.attn_drop, DROPS)) is not None:  # else timm does not call it
+        return f"{name}.attn_drop{reason}"
+    return None
+
+
+def check_bypassed(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, naming the part, where something is not plain that every forward pass bypasses."""
+    for hooks in GLOBAL_HOOKS:
+        for hook in hooks.values():
+            if not isinstance(getattr(hook, "__self__", None), ModuleTracker):  # which only notes where torch is
+                raise UnsupportedModelError(
+                    "a global module hook is registered, and modules that the fast forward pass bypasses do not call it"
+                )
+    for kind, name, original in ORIGINALS:
+        if getattr(kind, name) is not original:
+            raise UnsupportedModelError(
+                f"{kind.__module__}.{kind.__name__}.{name} was replaced, and the fast forward pass bypasses it"
+            )
+    _require("the model", model, MODELS)
+    for name in MODEL_METHODS:
+        if name in model.__dict__:
+            raise UnsupportedModelError(f"the model has a {name} of its own, and the fast forward pass bypasses it")
+    embed = model.patch_embed
+    _require("patch_embed", embed, (PatchEmbed,))
+    _require("patch_embed.norm", embed.norm, NORMS)
+    _require("pos_drop", model.pos_drop, DROPS)
+    _require("patch_drop", model.patch_drop, PATCH_DROPS)
+    _require("blocks", model.blocks, SEQUENTIAL)
+    patch_projection(model)
+
+
+def patch_projection(model: nn.Module) -> nn.Conv2d:
+    """`patch_embed.proj`, as the product with each patch that stands for it needs it.
+
+    Raises:
+        UnsupportedModelError: it is not plain, or its patches overlap or are padded.
+    """
+    proj = model.patch_embed.proj
+    _require("patch_embed.proj", proj, (nn.Conv2d,))
+    size = tuple(model.patch_embed.patch_size)
+    if not (proj.kernel_size == proj.stride == size and (proj.padding, proj.dilation) == ((0, 0), (1, 1))):
+        raise UnsupportedModelError(f"patch_embed.proj is {proj}: it does not embed patches of {size} one by one")
+    return proj
+
+
+def _require(part: str, module: nn.Module, kinds: Collection[type]) -> None:
+    reason = obstacle(module, kinds)
+    if reason is not None:
+        names = " or ".join(sorted({kind.__name__ for kind in kinds}))
+        raise UnsupportedModelError(
+            f"{part}{reason}, but must be a plain {names}, because the fast forward pass bypasses it"
+        )
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise UnsupportedModelError, naming the part, for a model that `accelerate` does not know."""
+
+    def refuse(part: str, found: object, known: str) -> None:
+        raise UnsupportedModelError(f"{part} is a {type(found).__module__}.{type(found).__name__}, not {known}")
+
+    check_bypassed(model)
+    if model.patch_embed.dynamic_img_pad:
+        raise UnsupportedModelError(
+            "patch_embed pads images (dynamic_img_pad), so its patches are not those of the image"
+        )
+    if len(model.blocks) == 0:
+        raise UnsupportedModelError("the model has no blocks")
+    for number, block in enumerate(model.blocks):
+        if type(block) not in TIMM_BLOCKS:
+            refuse(f"blocks[{number}]", block, " or ".join(sorted(known.__name__ for known in TIMM_BLOCKS)))
+        branches = [*block.attns, *block.ffns] if isinstance(block, ParallelThingsBlock) else [block]
+        for part in branches:
+            if hasattr(part, "attn") and type(part.attn) not in TIMM_ATTENTIONS:
+                refuse(f"blocks[{number}].attn", part.attn, "timm's Attention or DiffAttention")
+            head_dim = getattr(getattr(part, "attn", part), "head_dim", 8)
+            if head_dim % 8 or head_dim > kernels.MAX_HEAD_DIM:
+                raise UnsupportedModelError(
+                    f"blocks[{number}] has a head_dim of {head_dim}, not a multiple of 8 up to {kernels.MAX_HEAD_DIM}"
+                )
