@@ -33,7 +33,7 @@ from smi_fast.arguments import (
 from smi_fast.dataset import InvertedDataset
 from smi_fast.downstream import add_downstream
 from smi_fast.files import write_json
-from smi_fast.inversion import InversionResult, Inverter, Step
+from smi_fast.inversion import InversionResult, Inverter, NonFiniteError, Step
 from smi_fast.loading import MODEL_INSIDE, class_names
 from smi_fast.models import MODEL_DIR
 from smi_fast.seeds import batch_seed
@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
             _parser().parse_args(arguments, args)
             return args.run(args)
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in OUT_OF_MEMORY):
+        expected = isinstance(error, NonFiniteError) or any(text in str(error) for text in OUT_OF_MEMORY)
+        if isinstance(error, RuntimeError) and not expected:
             raise
         print(f"smi-fast: error: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -138,14 +139,18 @@ def invert_classes(args: argparse.Namespace) -> int:
     name = report.device_name(args.device)
     print(f"inverting {len(targets)} images of {len(classes)} classes with {args.model} on {name}")
     started = time.perf_counter()
-    results, meter, snapshots = [], report.StageMeter(args.device), Snapshots(batches[0])
+    results, failure, meter, snapshots = [], None, report.StageMeter(args.device), Snapshots(batches[0])
     for number, batch in enumerate(batches):
         inverter.seed = batch_seed(args.seed, number)
         callbacks = [meter] if results else [meter, snapshots]
         meter.begin_batch()
-        results.append(inverter.run(batch, lambda step, to=callbacks: [tell(step) for tell in to]))
+        try:
+            results.append(inverter.run(batch, lambda step, to=callbacks: [tell(step) for tell in to]))
+        except NonFiniteError as error:
+            failure = error
+            results.append(error.result)
         meter.end_batch()
-        if results[-1].interrupted:
+        if failure or results[-1].interrupted:
             break
     seconds = time.perf_counter() - started
     if not meter.costs:
@@ -167,11 +172,15 @@ def invert_classes(args: argparse.Namespace) -> int:
         "device": name,
         "versions": report.versions(),
         "interrupted": results[-1].interrupted,
+        "error": None if failure is None else str(failure),
     }
     outcome = _outcome(inverter, results, names) | {"seconds": seconds, "stages": report.stage_records(costs)}
     _write(args, results, names, snapshots, summary, outcome)
     print(report.stage_table(costs))
     _print_outcome(outcome, args.written, args.out)
+    if failure:
+        print(f"smi-fast: error: {failure}; the results are those of the iterations before", file=sys.stderr)
+        return 2
     if results[-1].interrupted:
         print("interrupted: the results are those of the iterations that ran", file=sys.stderr)
         return INTERRUPTED

@@ -391,7 +391,7 @@ class Pixels:
         self.pair = (images, images.clone())
         self.current = 0  # which of the pair the next step reads
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
-        self.begun = images.clone()  # as they were when the stage began
+        self.begun = images.clone()  # finite images from when the stage began
         self._keep(torch.arange(rows * columns, device=device).expand(batch_size, -1))
         moments = images.new_zeros(2, batch_size * rows * columns, images[0].numel() // (rows * columns))
         self.moments = tuple(moments)
@@ -422,6 +422,10 @@ class Pixels:
         """All images as they are now: (B, C, H, W) in normalised space."""
         return self.pair[self.current]
 
+    def _finite(self) -> Tensor:
+        """`images`, but pixels that are NaN or infinite as they were when the stage began."""
+        return torch.where(self.images().isfinite(), self.images(), self.begun)
+
     def step(self, number: int, grad: Tensor, **prior) -> Tensor:
         """One step of Adam on the kept patches, from the images of that number to the others, then into the range of
         real pixels. Returns the prior, and takes the rest of its arguments, as `kernels.pixel_step`."""
@@ -439,7 +443,7 @@ class Pixels:
         rows = kept.flatten() if isinstance(kept, Tensor) else torch.cat(kept)
         self.moments = tuple(moment[rows] for moment in self.moments)
         self.pair[1 - self.current].copy_(self.images())  # of which stopped pixels are a step behind
-        self.begun.copy_(self.images())
+        self.begun = self._finite()
         positions = self.packed_keep.positions[rows].long()
         self._keep(
             positions.view(kept.shape) if isinstance(kept, Tensor) else list(positions.split([len(k) for k in kept]))
@@ -447,12 +451,8 @@ class Pixels:
 
     @torch.no_grad()
     def results(self) -> Tensor:
-        """The images in [0, 1], stopped patches black: (B, C, H, W).
-
-        Pixels that are not finite are as they were when the stage began.
-        """
-        images = torch.where(self.images().isfinite(), self.images(), self.begun)
-        patches = (self.kept.gather(images) * self.std + self.mean).clamp(0, 1)
+        """The images in [0, 1], stopped patches black: (B, C, H, W)."""
+        patches = (self.kept.gather(self._finite()) * self.std + self.mean).clamp(0, 1)
         return self.kept.scatter(patches, torch.zeros_like(self.images()))
 
 

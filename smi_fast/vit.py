@@ -352,15 +352,15 @@ class AcceleratedViT(nn.Module):
 
     @contextmanager
     def cast_weights(self, *, pack: bool = True) -> Iterator[None]:
-        """While weights do not change: those of matrix products are cast to the compute dtype once, not by every
-        forward pass, and on a CPU in bfloat16 packed for its products, which torch.compile does not take. The numbers
-        are the same; the copies take memory."""
+        """For a time in which weights are frozen and do not change: those of matrix products are cast to the compute
+        dtype once, not in every forward pass, and on a CPU are packed for its products, which torch.compile does not
+        take. The numbers are the same; the copies take memory."""
         proj = patch_projection(self.model)
         pack = pack and can_pack(self.compute_dtype, proj.weight.device)
         sliced = getattr(getattr(self.model.blocks[-1], "attn", None), "qkv", None)  # which are read in part
         parts = [proj, *(module for module in self.model.modules() if obstacle(module, LINEAR) is None)]
         parts = [part for part in parts if not hasattr(part, "_cast_weights")]
-        if self.compute_dtype == proj.weight.dtype:
+        if self.compute_dtype == proj.weight.dtype and not pack:
             parts = []
         try:
             for part in parts:

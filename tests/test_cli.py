@@ -1,6 +1,7 @@
 """The command line, as a user runs it: what it writes, what it prints, and how it refuses bad input."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -194,7 +195,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
         (["--model", "resnet18", "--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (["--device", "toaster"], "'toaster' cannot be used"),
-        (["--lr", "-1"], "lr must be positive, got -1"),
+        (["--lr", "-1"], "lr must be positive and finite, got -1"),
         (["--lr", "inf"], "--lr: must be a finite number, got inf"),
         (["--tv-l2", "nan"], "--tv-l2: must be a finite number, got nan"),
         (["--seed", str(2**64)], f"--seed: it must lie in 0 to 2^64 - 1, got {2**64}"),
@@ -305,6 +306,19 @@ def test_a_loss_that_is_not_finite_is_warned_of_in_one_line_and_null_in_the_repo
     assert capsys.readouterr().err == "smi-fast: warning: the loss is inf from iteration 0 on\n"
     record = json.loads((tmp_path / "o" / "report.json").read_text(), parse_constant=pytest.fail)
     assert record["loss"] == [None, None]
+
+
+def test_attention_that_is_not_finite_is_one_sentence_and_keeps_what_there_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        smi_fast.deep_inversion, "classification", lambda self, logits, targets: logits.sum() * math.nan
+    )
+    assert main(["invert", "--out", str(tmp_path / "out"), *SHORT]) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert "at iteration 2 no patch can be selected" in error
+    assert "nan from iteration 0" in error
+    assert len(smi_fast.InvertedDataset.load(tmp_path / "out" / "inverted.safetensors")) == 10
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["error"] in error
 
 
 def test_an_interruption_says_what_was_written(tmp_path, capsys, monkeypatch):
