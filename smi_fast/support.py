@@ -40,6 +40,7 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
@@ -61,7 +62,7 @@ TOKENWISE = frozenset(
 )  # treat each token alone
 PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS, *TIMM_ATTENTIONS, *POOLS}
 WEIGHTED = (nn.Linear, nn.Conv2d)  # whose weights are read
-WEIGHTS = (nn.Parameter, Tensor, type(None))  # a replica of nn.DataParallel has its tensors elsewhere
+WEIGHTS = (nn.Parameter, Tensor, FakeTensor, type(None))  # a replica of nn.DataParallel has its tensors elsewhere
 MODEL_METHODS = ("forward", "forward_features", "_pos_embed", "forward_head", "pool")
 ORIGINALS = [(kind, "forward", kind.forward) for kind in PLAIN - set(MODELS)]
 ORIGINALS += [(kind, name, getattr(kind, name)) for kind in MODELS for name in MODEL_METHODS]

@@ -458,3 +458,18 @@ def test_changed_models_are_not_quantised(seed, change):
             CHANGES[change][1](model)
         with pytest.raises(smi_fast.UnsupportedModelError):
             smi_fast.quantize(model, images)
+
+
+def test_a_compiled_model_notices_hooks_where_the_compiler_is_told_to_look(seed, images):
+    model = build()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        compiled = torch.compile(smi_fast.accelerate(model), backend="aot_eager")
+        torch.testing.assert_close(compiled(images, keep=KEEP), timm_numbers(model, images, KEEP)[0])
+        HOOKS["forward_hook"](model.blocks[1].mlp.fc1)
+        torch.testing.assert_close(compiled(images, keep=KEEP), timm_numbers(model, images, KEEP)[0])
+
+
+def test_a_model_exports_with_the_tensors_that_stand_for_its_weights(seed, images):
+    fast = smi_fast.accelerate(build().requires_grad_(False))
+    program = torch.export.export(fast, (images.detach(),), strict=False)
+    torch.testing.assert_close(program.module()(images.detach()), fast(images.detach()))
