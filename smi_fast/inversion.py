@@ -272,9 +272,13 @@ class Inverter:
                         stage, patches=pixels.count, tokens=pixels.count + self.fast.model.num_prefix_tokens
                     )
                     history.append(stage)
+                    torch.cuda.empty_cache()  # what shapes before have left does not fit this stage's
                     inner = Replayed(iterate) if self.cuda_graphs and has_graphs(device) else iterate
                     for iteration in range(stage.start, stage.end):
                         measures = iteration + 1 in self.stopping.stops
+                        if measures:  # the stage's last iteration, so that the memory of its graphs is free
+                            inner = None
+                            torch.cuda.empty_cache()
                         if measures or iteration in self.stopping.stops:
                             attention = iterate(pixels.current, plain=True, measures=measures)
                         else:

@@ -63,14 +63,14 @@ def stages(device: torch.device) -> dict:
 
 
 def memory(device: torch.device) -> dict:
-    """MiB that the allocator holds after each of three runs, and the most that was in use at once."""
+    """MiB that the allocator has held at most up to the end of each of three runs, and the most that was in use."""
     model = smi_fast.accelerate(
         cifar10_vit(False, img_size=224, patch_size=16, depth=6, embed_dim=192, num_heads=3).to(device),
     )
     reserved = []
     for _ in range(3):
         run(model, targets=[0] * 32, callback=None)
-        reserved.append(torch.cuda.memory_reserved(device) / 2**20)
+        reserved.append(torch.cuda.max_memory_reserved(device) / 2**20)
     return {"reserved": reserved, "peak": torch.cuda.max_memory_allocated(device) / 2**20}
 
 
