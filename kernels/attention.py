@@ -7,10 +7,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose_attention, padded_head_dim
+from .gradients import first_order
 from .rows import gather_rows, padding
 
 MAX_HEAD_DIM = 128
@@ -124,7 +124,7 @@ class _KeptSoftmax(torch.autograd.Function):
         return torch.bmm(p, v).unflatten(0, (batch, heads)).transpose(1, 2).contiguous().flatten(0, 1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor, None, None]:
         packed, p = ctx.saved_tensors
         q, k, v = packed
@@ -595,8 +595,10 @@ def _save_for_backward(ctx, inputs, output) -> None:
     kept = (out, statistics) if needs_statistics(qkv, ctx.max_seqlen) else (None, None)
     ctx.save_for_backward(qkv, *kept, cu_seqlens)
     ctx.mark_non_differentiable(row, statistics)
+    ctx.set_materialize_grads(False)  # or zeros are written for each of them
 
 
+@first_order
 def _backward(ctx, grad_out, *_):
     return attention_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None, None
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .backend import cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose
+from .gradients import first_order
 from .rows import gather_rows, sequence_of_tokens
 
 
@@ -389,6 +390,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # or zeros are written for each of them
 
 
+@first_order
 def _backward(ctx, grad, *_):
     inverse, view = ctx.saved_tensors
     grad = gather_patches_backward_op(grad, inverse, view, ctx.channels, ctx.ph, ctx.pw, ctx.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backend import INTERPRETED, cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose
+from .gradients import first_order
 from .rows import gather_rows, padding
 
 MAX_CANDIDATES = 4096
@@ -604,6 +605,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # or zeros are written for each of them
 
 
+@first_order
 def _backward(ctx, grad, *_):
     return None, select_backward_op(grad, *ctx.saved_tensors), *(None for _ in range(8))
 
