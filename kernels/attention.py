@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import cdiv, jit, launch, resolve_backend, tl
-from .dispatch import choose_attention, padded_head_dim
+from .dispatch import attention_has_form, choose_attention, padded_head_dim
 from .gradients import first_order
 from .rows import gather_rows, padding
 
@@ -542,7 +542,7 @@ def _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class):
 
 def needs_statistics(qkv: Tensor, max_seqlen: int) -> bool:
     """Whether the backward pass wants the softmax's statistics, and out: not where one tile holds a sequence."""
-    return choose_attention("attention_backward", qkv, max_seqlen)[0] != "tile"
+    return not attention_has_form("tile", "attention_backward", qkv, max_seqlen)
 
 
 def launch_attention_backward(

@@ -242,7 +242,7 @@ class_attention_op = torch.library.custom_op("smi_fast::class_attention", launch
 @class_attention_op.register_fake
 def _fake_class_attention(q, kv, cu_seqlens, max_seqlen, scale):
     batch, heads, head_dim = q.shape
-    attention = q.new_empty(heads, len(kv), dtype=torch.float32)
+    attention = q.new_empty(heads, kv.shape[0], dtype=torch.float32)  # len() would tie a traced graph to this number
     return q.new_empty(batch, heads, head_dim), attention, q.new_empty(batch, heads, 2, dtype=torch.float32)
 
 

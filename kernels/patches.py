@@ -349,9 +349,10 @@ gather_patches_op = torch.library.custom_op("smi_fast::gather_patches", launch_g
 @gather_patches_op.register_fake
 def _fake_gather_patches(images, positions, cu_seqlens, view, ph, pw, dtype):
     batch, channels, height, width = images.shape
-    patches = images.new_empty(len(positions), channels * ph * pw, dtype=dtype)
+    tokens = positions.shape[0]  # len() would tie a traced graph to this number
+    patches = images.new_empty(tokens, channels * ph * pw, dtype=dtype)
     inverse = images.new_empty(batch, height // ph, width // pw, dtype=torch.int32)
-    return patches, images.new_empty(len(positions), dtype=torch.int32), inverse
+    return patches, images.new_empty(tokens, dtype=torch.int32), inverse
 
 
 def launch_gather_patches_backward(
