@@ -26,7 +26,7 @@ def first_order(backward: Callable) -> Callable:
 
     @wraps(backward)
     def refusing(ctx, grad: Tensor | None, *others: Tensor | None):
-        # While torch.compile traces, grad mode says nothing; the backward pass of its graph refuses on its own.
+        # While torch.compile traces, grad mode says nothing: double backward of its graphs is torch's own to refuse.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "smi_fast's operations have first-order gradients only, and create_graph=True asks for more: for "
