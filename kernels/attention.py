@@ -276,25 +276,25 @@ def _blocks_forward_kernel(
             # normalised by the maximum and the total of these, which wait in the output until both are known.
             d = tl.arange(0, BD)  # [BD]
             query = tl.load(qkv + d, mask=d < D, other=0.0).to(tl.float32)  # [BD]
-            class_attention += row
-            class_highest, class_total = tl.full([], -1e38, tl.float32), tl.full([], 0.0, tl.float32)
+            class_highest, class_total = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
             for first_n in range(0, length, BN):
                 n = first_n + tl.arange(0, BN)  # [BN]
                 n_offsets, n_mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
                 k = tl.load(qkv + width + n_offsets, mask=n_mask, other=0.0).to(tl.float32)  # [BN, BD]
                 scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
-                tl.store(class_attention + n, scores, mask=n < length)
-                new_highest = tl.maximum(class_highest, tl.max(scores, 0))
-                shrink = tl.exp2(class_highest - new_highest)
-                class_total = class_total * shrink + tl.sum(tl.exp2(scores - new_highest), 0)
-                class_highest = new_highest
-            class_share = 1 / class_total
+                tl.store(class_attention + row + n, scores, mask=n < length)
+                class_highest = tl.maximum(class_highest, tl.max(scores, 0))
             tl.debug_barrier()  # all scores are stored before a thread loads one
             for first_n in range(0, length, BN):
                 n = first_n + tl.arange(0, BN)  # [BN]
-                scores = tl.load(class_attention + n, mask=n < length, other=float("-inf"))  # [BN]
+                scores = tl.load(class_attention + row + n, mask=n < length, other=float("-inf"))  # [BN]
+                class_total += tl.sum(tl.exp2(scores - class_highest), 0)
+            class_share = 1 / class_total
+            for first_n in range(0, length, BN):
+                n = first_n + tl.arange(0, BN)  # [BN]
+                scores = tl.load(class_attention + row + n, mask=n < length, other=float("-inf"))  # [BN]
                 tl.debug_barrier()  # and loaded by all threads before one overwrites it
-                tl.store(class_attention + n, tl.exp2(scores - class_highest) * class_share, mask=n < length)
+                tl.store(class_attention + row + n, tl.exp2(scores - class_highest) * class_share, mask=n < length)
 
 
 @jit

@@ -81,9 +81,7 @@ def test_bfloat16_compiles_to_one_graph(seed):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(
-    "counts", [[20, 30, 31, 47], [(5, 9), (12, 7), (20, 31)]], ids=["equally many", "ragged"]
-)
+@pytest.mark.parametrize("counts", [[20, 30, 31, 47], [(5, 9), (12, 7), (20, 31)]], ids=["equally many", "ragged"])
 def test_other_numbers_of_patches_share_one_more_graph(counts, backend, seed):
     fast = accelerated(depth=2, backend=backend, dtype=torch.float32)
     assert_as_eager(fast, "aot_eager", [None, *counts], True, return_attention=True)

@@ -39,20 +39,17 @@ def select(values, backend):
 SHAPES = {attend: (10, 3, 2, 8), attend_once: (10, 3, 2, 8), cut_out: (2, 3, 8, 8), select: (2, 6, 4)}
 
 
-@pytest.mark.parametrize("backward", ["grad of inputs", "backward"])
+@pytest.mark.parametrize("inputs", [True, False], ids=["inputs", "leaves"])
 @pytest.mark.parametrize(
     ("operation", "backend"),
     [(attend, "torch"), *((operation, "triton") for operation in SHAPES), (total_variation, None)],
 )
-def test_second_order_gradients_are_refused(operation, backend, backward, device, seed):
+def test_second_order_gradients_are_refused(operation, backend, inputs, device, seed):
     """Also where the incoming gradient does not depend on the inputs, as of a linear loss."""
     x = torch.randn(SHAPES.get(operation, (2, 3, 8, 8)), device=device, requires_grad=True)
     y = operation(x, backend)
     with pytest.raises(RuntimeError, match="timm's own model"):
-        if backward == "backward":
-            y.sum().backward(create_graph=True)
-        else:
-            torch.autograd.grad(y.sum(), x, create_graph=True)
+        y.sum().backward(create_graph=True, inputs=[x] if inputs else None)
 
 
 def test_second_order_gradients_of_kept_pixels_are_refused(seed):
@@ -104,8 +101,8 @@ def test_a_compiled_frozen_model_refuses_a_hessian_vector_product(seed):
     fast = smi_fast.accelerate(vit(), backend="torch", dtype=torch.float32)
     images = torch.randn(2, 3, 32, 32, requires_grad=True)
     loss = torch.compile(fast, backend="aot_eager", fullgraph=True)(images).square().sum()
-    with pytest.raises(RuntimeError, match="second-order|double backward"):
-        (grad,) = torch.autograd.grad(loss, images, create_graph=True)
+    (grad,) = torch.autograd.grad(loss, images, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(grad, images, torch.randn_like(grad))
 
 
