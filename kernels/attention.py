@@ -7,10 +7,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import cdiv, jit, launch, resolve_backend, tl
-from .dispatch import choose_attention, padded_head_dim
+from .dispatch import attention_has_form, choose_attention, padded_head_dim
+from .gradients import first_order
 from .rows import gather_rows, padding
 
 MAX_HEAD_DIM = 128
@@ -124,7 +124,7 @@ class _KeptSoftmax(torch.autograd.Function):
         return torch.bmm(p, v).unflatten(0, (batch, heads)).transpose(1, 2).contiguous().flatten(0, 1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor, None, None]:
         packed, p = ctx.saved_tensors
         q, k, v = packed
@@ -272,15 +272,28 @@ def _blocks_forward_kernel(
             tl.store(highests + row + m, highest, mask=m < length)
             tl.store(shares + row + m, share, mask=m < length)
         if CLASS and first_m == 0:
+            # Scores are summed here in another order than by the tile's products, and large ones differ: the row is
+            # normalised by the maximum and the total of these, which wait in the output until both are known.
             d = tl.arange(0, BD)  # [BD]
             query = tl.load(qkv + d, mask=d < D, other=0.0).to(tl.float32)  # [BD]
-            class_highest = tl.sum(tl.where(m == 0, highest, 0.0), 0)
-            class_share = tl.sum(tl.where(m == 0, share, 0.0), 0)
+            class_highest, class_total = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
             for first_n in range(0, length, BN):
                 n = first_n + tl.arange(0, BN)  # [BN]
                 n_offsets, n_mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
                 k = tl.load(qkv + width + n_offsets, mask=n_mask, other=0.0).to(tl.float32)  # [BN, BD]
-                scores = tl.sum(query[None, :] * k, 1) * scale_log2  # [BN]
+                scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
+                tl.store(class_attention + row + n, scores, mask=n < length)
+                class_highest = tl.maximum(class_highest, tl.max(scores, 0))
+            tl.debug_barrier()  # all scores are stored before a thread loads one
+            for first_n in range(0, length, BN):
+                n = first_n + tl.arange(0, BN)  # [BN]
+                scores = tl.load(class_attention + row + n, mask=n < length, other=float("-inf"))  # [BN]
+                class_total += tl.sum(tl.exp2(scores - class_highest), 0)
+            class_share = 1 / class_total
+            for first_n in range(0, length, BN):
+                n = first_n + tl.arange(0, BN)  # [BN]
+                scores = tl.load(class_attention + row + n, mask=n < length, other=float("-inf"))  # [BN]
+                tl.debug_barrier()  # and loaded by all threads before one overwrites it
                 tl.store(class_attention + row + n, tl.exp2(scores - class_highest) * class_share, mask=n < length)
 
 
@@ -529,7 +542,7 @@ def _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class):
 
 def needs_statistics(qkv: Tensor, max_seqlen: int) -> bool:
     """Whether the backward pass wants the softmax's statistics, and out: not where one tile holds a sequence."""
-    return choose_attention("attention_backward", qkv, max_seqlen)[0] != "tile"
+    return not attention_has_form("tile", "attention_backward", qkv, max_seqlen)
 
 
 def launch_attention_backward(
@@ -582,8 +595,10 @@ def _save_for_backward(ctx, inputs, output) -> None:
     kept = (out, statistics) if needs_statistics(qkv, ctx.max_seqlen) else (None, None)
     ctx.save_for_backward(qkv, *kept, cu_seqlens)
     ctx.mark_non_differentiable(row, statistics)
+    ctx.set_materialize_grads(False)  # or zeros are written for each of them
 
 
+@first_order
 def _backward(ctx, grad_out, *_):
     return attention_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None, None
 

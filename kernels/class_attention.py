@@ -8,6 +8,7 @@ from torch import Tensor
 from .attention import LOG2_E, MAX_HEAD_DIM, MAX_SEQLEN
 from .backend import jit, launch, resolve_backend, tl
 from .dispatch import choose_attention, padded_head_dim
+from .gradients import first_order
 from .rows import gather_rows, padding
 
 
@@ -241,7 +242,7 @@ class_attention_op = torch.library.custom_op("smi_fast::class_attention", launch
 @class_attention_op.register_fake
 def _fake_class_attention(q, kv, cu_seqlens, max_seqlen, scale):
     batch, heads, head_dim = q.shape
-    attention = q.new_empty(heads, len(kv), dtype=torch.float32)
+    attention = q.new_empty(heads, kv.shape[0], dtype=torch.float32)  # len() would tie a traced graph to this number
     return q.new_empty(batch, heads, head_dim), attention, q.new_empty(batch, heads, 2, dtype=torch.float32)
 
 
@@ -282,8 +283,10 @@ def _save_for_backward(ctx, inputs, output) -> None:
     _, attention, statistics = output
     ctx.save_for_backward(q, kv, statistics, cu_seqlens)
     ctx.mark_non_differentiable(attention, statistics)
+    ctx.set_materialize_grads(False)  # or zeros are written for each of them
 
 
+@first_order
 def _backward(ctx, grad_out, *_):
     grads = class_attention_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale)
     return *grads, None, None, None

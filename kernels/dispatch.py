@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ TABLE = Path(__file__).with_name("dispatch.json")
 DESCRIBES = ("up_to", "dtype", "head_dim", "form")  # what of a row is no constant
 INTERPRETED_AS = "sm_90"  # what the interpreter, and tensors without memory, take for the architecture
 _overrides: dict[str, tuple[str, dict[str, Any]]] = {}
+Kind = tuple[tuple[str, Any], ...]  # what else than its size a row has to match, sorted by name
 
 
 def choose(operation: str, device: torch.device, size: int, **kind) -> tuple[str, dict[str, Any]]:
@@ -58,8 +60,27 @@ def override(choices: dict[str, tuple[str, dict[str, Any]]]) -> Iterator[None]:
 
 def choose_attention(operation: str, qkv: Tensor, max_seqlen: int) -> tuple[str, dict[str, Any]]:
     """`choose` by the dtype and the head dim of a tensor whose last dimension is D."""
+    return choose(operation, qkv.device, max_seqlen, **_attention_kind(qkv))
+
+
+def attention_has_form(form: str, operation: str, qkv: Tensor, max_seqlen: int) -> bool:
+    """Whether `choose_attention` takes this form.
+
+    `max_seqlen` is compared only with the lengths at which the answer changes. Where torch.compile traces, it may be a
+    symbol: a graph then serves all lengths with the same answer.
+    """
+    if operation in _overrides:
+        return _overrides[operation][0] == form
+    kind = tuple(sorted(_attention_kind(qkv).items()))
+    for up_to, same in _runs(form, operation, architecture(qkv.device), kind):
+        if max_seqlen <= up_to:
+            return same
+    raise ValueError(f"no row of {TABLE.name} is for {operation}, size {max_seqlen}, {dict(kind)}")
+
+
+def _attention_kind(qkv: Tensor) -> dict[str, Any]:
     dtype = "float32" if qkv.dtype == torch.float32 else "half"
-    return choose(operation, qkv.device, max_seqlen, dtype=dtype, head_dim=padded_head_dim(qkv.shape[-1]))
+    return {"dtype": dtype, "head_dim": padded_head_dim(qkv.shape[-1])}
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -88,12 +109,24 @@ def table() -> dict[str, dict[str, Any]]:
 
 
 @lru_cache
-def _choose(operation: str, arch: str, size: int, kind: tuple[tuple[str, Any], ...]) -> tuple[str, dict[str, Any]]:
-    wanted = dict(kind)
-    rows = [row for row in table()[arch][operation] if size <= row["up_to"] and wanted.items() <= row.items()]
-    if not rows:
-        raise ValueError(f"no row of {TABLE.name} is for {operation} on {arch}, size {size}, {wanted}")
-    return choice_of(min(rows, key=lambda row: row["up_to"]))
+def _choose(operation: str, arch: str, size: int, kind: Kind) -> tuple[str, dict[str, Any]]:
+    for row in _rows(operation, arch, kind):
+        if size <= row["up_to"]:
+            return choice_of(row)
+    raise ValueError(f"no row of {TABLE.name} is for {operation} on {arch}, size {size}, {dict(kind)}")
+
+
+def _rows(operation: str, arch: str, kind: Kind) -> list[dict[str, Any]]:
+    """The rows of the table for one kind of an operation, the least `up_to` first."""
+    rows = [row for row in table()[arch][operation] if dict(kind).items() <= row.items()]
+    return sorted(rows, key=lambda row: row["up_to"])
+
+
+@lru_cache
+def _runs(form: str, operation: str, arch: str, kind: Kind) -> list[tuple[int, bool]]:
+    """Up to which size the rows, one after another, are all of a form or all of others, and which of the two."""
+    answers = [(row["up_to"], row.get("form", "") == form) for row in _rows(operation, arch, kind)]
+    return [list(run)[-1] for _, run in groupby(answers, key=lambda answer: answer[1])]
 
 
 def choice_of(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .backend import cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose
+from .gradients import first_order
 from .rows import gather_rows, sequence_of_tokens
 
 
@@ -348,9 +349,10 @@ gather_patches_op = torch.library.custom_op("smi_fast::gather_patches", launch_g
 @gather_patches_op.register_fake
 def _fake_gather_patches(images, positions, cu_seqlens, view, ph, pw, dtype):
     batch, channels, height, width = images.shape
-    patches = images.new_empty(len(positions), channels * ph * pw, dtype=dtype)
+    tokens = positions.shape[0]  # len() would tie a traced graph to this number
+    patches = images.new_empty(tokens, channels * ph * pw, dtype=dtype)
     inverse = images.new_empty(batch, height // ph, width // pw, dtype=torch.int32)
-    return patches, images.new_empty(len(positions), dtype=torch.int32), inverse
+    return patches, images.new_empty(tokens, dtype=torch.int32), inverse
 
 
 def launch_gather_patches_backward(
@@ -389,6 +391,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # or zeros are written for each of them
 
 
+@first_order
 def _backward(ctx, grad, *_):
     inverse, view = ctx.saved_tensors
     grad = gather_patches_backward_op(grad, inverse, view, ctx.channels, ctx.ph, ctx.pw, ctx.dtype)

@@ -420,6 +420,7 @@ def _prior_sums_kernel(
     if program == 0:
         # Here, because nobody reads the step before the next launch.
         n = tl.load(step) + 1
+        tl.debug_barrier()  # all threads have loaded the step before one stores the next
         tl.store(step, n)
         correction1 = (1.0 - _power(BETA1, n)).to(tl.float32)
         correction2 = (1.0 - _power(BETA2, n)).to(tl.float32)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backend import INTERPRETED, cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose
+from .gradients import first_order
 from .rows import gather_rows, padding
 
 MAX_CANDIDATES = 4096
@@ -490,6 +491,11 @@ def _candidates_and_strides(attention: Tensor, cu_seqlens: Tensor | None, num_pr
     return attention[:, num_prefix_tokens:], attention.stride(1), *attention.stride()
 
 
+def _batch_size(attention: Tensor, cu_seqlens: Tensor | None) -> int:
+    """By the shapes and not by len(), which would tie a traced graph to one number."""
+    return attention.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def launch_count_mass(
     attention: Tensor, cu_seqlens: Tensor | None, mass: float, num_prefix_tokens: int, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
@@ -514,7 +520,7 @@ count_mass_op = torch.library.custom_op("smi_fast::count_mass", launch_count_mas
 
 @count_mass_op.register_fake
 def _fake_count_mass(attention, cu_seqlens, mass, num_prefix_tokens, max_seqlen):
-    batch = len(attention) if cu_seqlens is None else len(cu_seqlens) - 1
+    batch = _batch_size(attention, cu_seqlens)
     return attention.new_empty(batch + 1, dtype=torch.int32), attention.new_empty(batch, 2, dtype=torch.int32)
 
 
@@ -567,7 +573,7 @@ select_op = torch.library.custom_op("smi_fast::select", launch_select, mutates_a
 
 @select_op.register_fake
 def _fake_select(attention, values, positions, cu_seqlens, starts, limits, k, num_prefix_tokens, max_seqlen, tokens):
-    batch = len(attention) if cu_seqlens is None else len(cu_seqlens) - 1
+    batch = _batch_size(attention, cu_seqlens)
     rows = (batch, max_seqlen) if cu_seqlens is None else (attention.shape[-1],)
     packed = attention.new_empty(0) if values is None else values.new_empty(tokens, values.shape[-1])
     packed_positions, packed_starts, slots = (
@@ -604,6 +610,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # or zeros are written for each of them
 
 
+@first_order
 def _backward(ctx, grad, *_):
     return None, select_backward_op(grad, *ctx.saved_tensors), *(None for _ in range(8))
 

@@ -10,9 +10,9 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from smi_fast.keep import PackedKeep, uniform_keep
+from smi_fast.kernels.gradients import first_order
 from smi_fast.kernels.pixels import variation_of_tiles
 from smi_fast.kernels.rows import sequence_of_tokens
 
@@ -96,7 +96,7 @@ def total_variation(images: Tensor, kept: KeptPixels | None = None) -> Tensor:
     """Sum over four neighbour directions of the l2 norm, over the whole batch, of the differences.
 
     The image prior of DeepInversion (Yin et al., CVPR 2020) as the published sparse inversion uses it. The gradient is
-    0 in a direction whose norm is 0. Stopped patches are not read; the gradient has one order.
+    0 in a direction whose norm is 0. Stopped patches are not read.
 
     Args:
         images: (B, C, H, W).
@@ -104,6 +104,9 @@ def total_variation(images: Tensor, kept: KeptPixels | None = None) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        RuntimeError: (its backward pass) under create_graph=True; the gradient has one order.
     """
     return _TotalVariation.apply(images, kept)
 
@@ -124,7 +127,7 @@ class _TotalVariation(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_total: Tensor) -> tuple[Tensor, None]:
         grad = ctx.saved_tensors[0] * grad_total
         return grad if ctx.kept is None else ctx.kept.scatter(grad, grad.new_zeros(ctx.shape)), None

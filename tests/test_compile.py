@@ -19,9 +19,9 @@ def fresh_compiler():
     counters.clear()
 
 
-def accelerated(**options) -> smi_fast.AcceleratedViT:
-    """Three blocks, 8x8 patches, two registers, float32, every weight random and frozen."""
-    model = cifar10_vit(pretrained=False, depth=3, embed_dim=48, num_heads=3, reg_tokens=2).eval()
+def accelerated(depth: int = 3, **options) -> smi_fast.AcceleratedViT:
+    """8x8 patches, two registers, float32, every weight random and frozen."""
+    model = cifar10_vit(pretrained=False, depth=depth, embed_dim=48, num_heads=3, reg_tokens=2).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 1.0 / parameter.shape[-1] ** 0.5)
     return smi_fast.accelerate(model.requires_grad_(False), **options)
@@ -35,15 +35,22 @@ def outputs(fast, images: torch.Tensor, gradients: bool, **options) -> list[torc
         return result + (list(torch.autograd.grad(result[0].square().mean(), images)) if gradients else [])
 
 
-def assert_as_eager(fast, backend: str, counts: list[int | None], gradients: bool, **options) -> None:
-    """A call for each of counts, with fresh images and a fresh choice of so many patches, None for all of them.
+def drawn(count: int | tuple[int, int] | None) -> torch.Tensor | list[torch.Tensor] | None:
+    """A fresh choice of so many patches for two images, of another number for each in a tuple, None for all of them."""
+    if count is None or isinstance(count, tuple):
+        return count and [torch.randperm(64)[:number] for number in count]
+    return torch.stack([torch.randperm(64)[:count] for _ in range(2)])
+
+
+def assert_as_eager(fast, backend: str, counts: list, gradients: bool, **options) -> None:
+    """A call for each of counts, with fresh images and patches that are `drawn`.
 
     `fullgraph` raises at a break of the graph.
     """
     compiled = torch.compile(fast, fullgraph=True, backend=backend)
     for count in counts:
         images = torch.randn(2, 3, 32, 32, requires_grad=True)
-        keep = None if count is None else torch.stack([torch.randperm(64)[:count] for _ in range(2)])
+        keep = drawn(count)
         got, expected = (outputs(module, images, gradients, keep=keep, **options) for module in (compiled, fast))
         for ours, eager in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
@@ -73,9 +80,21 @@ def test_bfloat16_compiles_to_one_graph(seed):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_other_numbers_of_patches_share_one_more_graph(seed):
-    assert_as_eager(accelerated(), "aot_eager", [20, 30, 31, 47], False, return_attention=True)
-    assert counters["stats"]["unique_graphs"] == 2
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("counts", "graphs"),
+    [([None, 20, 30, 31, 47], 3), ([(5, 9), (12, 7), (20, 31)], 2)],
+    ids=["dense and equally many", "ragged"],
+)
+def test_other_numbers_of_patches_share_one_more_graph(counts, graphs, backend, seed):
+    fast = accelerated(depth=2, backend=backend, dtype=torch.float32)
+    assert_as_eager(fast, "aot_eager", counts, counts[0] is None, return_attention=True)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_pruning_compiles_for_other_numbers_of_patches(seed):
+    fast = accelerated(prune=PRUNE, backend="triton", dtype=torch.float32)
+    assert_as_eager(fast, "aot_eager", [20, 30, 47], False)
 
 
 def test_weights_train_through_the_compiled_model(seed):
@@ -89,13 +108,19 @@ def test_weights_train_through_the_compiled_model(seed):
         torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", [None, lambda logits, images, targets: logits.square().mean()], ids=["", "user"])
-def test_the_loop_is_the_same_where_its_forward_pass_is_compiled(seed, monkeypatch, objective):
+@pytest.mark.parametrize(
+    ("objective", "backend"),
+    [(None, "torch"), (None, "triton"), (lambda logits, images, targets: logits.square().mean(), "torch")],
+    ids=["torch", "triton", "user"],
+)
+def test_the_loop_is_the_same_where_its_forward_pass_is_compiled(seed, monkeypatch, objective, backend):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager", fullgraph=True))
     options = {"stopping": smi_fast.StoppingSchedule({2: 0.3}), "iterations": 5, "progress": False}
+    model = {"depth": 2, "backend": backend, "dtype": torch.float32}
     runs = [
-        smi_fast.Inverter(accelerated(), objective=objective, compile=compile, **options) for compile in (True, False)
+        smi_fast.Inverter(accelerated(**model), objective=objective, compile=compile, **options)
+        for compile in (True, False)
     ]
     runs[0].fast.model.load_state_dict(runs[1].fast.model.state_dict())
     compiled, eager = (run.run([0, 1]) for run in runs)
@@ -106,8 +131,8 @@ def test_the_loop_is_the_same_where_its_forward_pass_is_compiled(seed, monkeypat
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default compiler needs g++ to compile for a CPU")
 def test_the_default_compiler_gives_the_numbers_of_eager(seed):
-    assert_as_eager(accelerated(prune={2: 0.5}), "inductor", [20] * 2, False, return_attention=True)
-    assert counters["stats"]["unique_graphs"] == 1
+    assert_as_eager(accelerated(depth=2), "inductor", [20, 30, 31], True, return_attention=True)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_a_wrong_keep_is_an_error_of_the_graph_too(seed):
