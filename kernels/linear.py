@@ -60,7 +60,7 @@ class _Layout:
         if rows < MIN_PACKED_ROWS:
             return F.linear(x, self.weight, bias)
         if rows != self.rows:
-            weight, shape = self.weight.contiguous()[:, :, None, None], (1, x.shape[-1], rows, 1)
+            weight, shape = self.weight.contiguous()[:, :, None, None], (1, x.shape[-1], 1, rows)
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *CONVOLUTION, shape)
             self.rows = rows
         return _convolve(x, self.packed, bias)
@@ -112,8 +112,8 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of x (..., K) and a weight (N, K, 1, 1): the rows are the pixels of an image of K channels."""
-    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    """The product of x (..., K) and a weight (N, K, 1, 1): the rows are the pixels of an image, one row of them."""
+    image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
     image = torch.ops.mkldnn._convolution_pointwise(image, weight, bias, *CONVOLUTION, "none", [], "")
     return image.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
@@ -129,7 +129,7 @@ if HAS_ONEDNN:  # torch's FlopCounterMode knows its public products only
 
     @register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
     def _convolution_flops(image_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-        return 2 * image_shape[2] * weight_shape[0] * weight_shape[1]
+        return 2 * image_shape[3] * weight_shape[0] * weight_shape[1]
 
 
 class _OneDnnLinear(torch.autograd.Function):
