@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smi_fast.graphs import capture, rehearse
+from smi_fast.graphs import capture, side_stream
 
 OURS = "smi-fast"
 SECONDS = {"cpu": 2.0, "cuda": 0.15}  # of a group's rounds
@@ -158,12 +158,12 @@ def captured(call: Call) -> Callable[[], Outputs] | None:
     them; None where the round cannot be captured, because it waits for the device, say. What `call` reads has to stay
     where it is."""
     outputs: list[Outputs] = []
-    stream = torch.cuda.Stream()
-    try:
-        rehearse(call, stream)
-        graph = capture(lambda: outputs.append(_detached(call())), torch.cuda.graph_pool_handle(), stream)
-    except RuntimeError:
-        return None
+    with side_stream(torch.device("cuda", torch.cuda.current_device())):
+        call()  # so that libraries set up what they keep for each stream
+        try:
+            graph = capture(lambda: outputs.append(_detached(call())), torch.cuda.graph_pool_handle())
+        except RuntimeError:
+            return None
 
     def replay() -> Outputs:
         graph.replay()

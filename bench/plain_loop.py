@@ -16,7 +16,7 @@ from smi_fast.kernels.patches import inverse_reference, patches_reference
 from smi_fast.kernels.pixels import patch_sites, pixel_step_reference
 from torch import Tensor, nn
 
-from smi_fast.graphs import Replayed, graph_pool
+from smi_fast.graphs import Replayed, has_graphs, side_stream
 from smi_fast.tokens import uniform_cu_seqlens
 
 
@@ -82,14 +82,15 @@ class PlainLoop:
                 inverse_reference(cells, cu_seqlens, grid_size), view, *patch_size, 0.25, 0.5, 0.99, 1e-8, 1e-4, 0.0,
             )  # fmt: skip
 
-        run = Replayed(iterate, graph_pool(device)) if device.type == "cuda" else iterate
+        run = Replayed(iterate) if has_graphs(device) else iterate
         clock = []
-        for iteration in range(lead + timed * every + 1):
-            if iteration >= lead and (iteration - lead) % every == 0:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                clock.append(time.perf_counter())
-            run(iteration % 2)
+        with side_stream(device):
+            for iteration in range(lead + timed * every + 1):
+                if iteration >= lead and (iteration - lead) % every == 0:
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    clock.append(time.perf_counter())
+                run(iteration % 2)
         return torch.tensor(clock, dtype=torch.float64).diff() / every
 
 

@@ -226,6 +226,8 @@ def check_supported(model: nn.Module) -> None:
     def refuse(part: str, found: object, known: str) -> None:
         raise UnsupportedModelError(f"{part} is a {type(found).__module__}.{type(found).__name__}, not {known}")
 
+    if type(model) not in MODELS:
+        refuse("the model", model, "timm's VisionTransformer or VisionTransformerDistilled")
     check_bypassed(model)
     if model.patch_embed.dynamic_img_pad:
         raise UnsupportedModelError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -36,6 +37,16 @@ def assert_within_twice(kernel: dict, plain: list[dict], exact: dict) -> None:
         error, *errors = ((x[name].double() - reference).abs().max().item() for x in (kernel, *plain))
         assert kernel[name].isfinite().all(), f"{name} is not finite"
         assert error <= 2 * max(errors) + 1e-6, f"{name} errs by {error:.3g}, plain torch by {errors}"
+
+
+def with_errors_elsewhere(plain: list[dict], exact: dict, draw: Callable[[], tuple], draws: int) -> list[dict]:
+    """Plain torch's results, and what they would be with its errors on other draws: a single draw is chance where a few
+    near ties decide how far a softmax errs, or few elements are compared. `draw` ends in what is exact and in results
+    of plain torch."""
+    for _ in range(draws):
+        *_, exact_there, results = draw()
+        plain = plain + [{name: exact[name] + (x[name] - exact_there[name]) for name in exact} for x in results]
+    return plain
 
 
 @contextmanager
