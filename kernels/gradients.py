@@ -1,4 +1,4 @@
-"""What backward passes share that are written by hand, or run a kernel: nothing can differentiate them once more."""
+"""What the backward passes that we write share. They have no derivatives of their own."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 MIN_ROWS = 256  # of an input: with fewer, laying the weight out for one product costs more than oneDNN gains
-MIN_PACKED_ROWS = 32  # with fewer, setting oneDNN up does
+MIN_PACKED_ROWS = 32  # the same for a packed weight: with fewer rows, a call of oneDNN costs more than it gains
 CONVOLUTION = (0, 0), (1, 1), (1, 1), 1  # padding, stride, dilation and groups of a matrix product
 
 # These operators are torch's own, but have no public name. Their convolution is `brgconv_1x1` from AVX2 on.

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from smi_fast.data import accuracy
 from smi_fast.dataset import InvertedDataset, RandomHorizontalFlip, Sample, normalize_patches
 from smi_fast.inversion import Inverter, frozen
-from smi_fast.seeds import batch_seed, check_seed
+from smi_fast.seeds import batch_seed, check_seed, seeded_generator
 from smi_fast.tokens import PackedTokens
 from smi_fast.vit import AcceleratedViT, accelerate
 
@@ -153,7 +153,7 @@ def distill(
     else:
         _check_dataset(dataset, teacher_reader)
 
-    device, generator = student_reader.device, torch.Generator().manual_seed(seed)
+    device, generator = student_reader.device, seeded_generator(seed)
     mirror = (
         RandomHorizontalFlip((teacher_reader.channels, *image_size), teacher_reader.patch_size, p=1) if flip else None
     )
@@ -366,6 +366,7 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """torch's random numbers start from the seed; afterwards they go on from where they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        torch.set_rng_state(seeded_generator(seed).get_state())  # on the CPU the line before uses 32 bits only
         yield
 
 

@@ -309,7 +309,7 @@ def _calibration(args: argparse.Namespace, model: nn.Module) -> tuple[PackedToke
     for what, found, expected in (("", dataset.image_size[1:], size), ("patches of ", dataset.patch_size, patch_size)):
         if tuple(found) != expected:
             raise ValueError(f"--calibration: {args.calibration} holds {what}{found}, the model takes {expected}")
-    chosen = torch.linspace(0, len(dataset) - 1, args.images).long().tolist()  # of all classes, which lie one by one
+    chosen = torch.linspace(0, len(dataset) - 1, args.images).long().tolist()  # the dataset is sorted by class
     tokens, _ = InvertedDataset.collate([dataset[number] for number in chosen])
     sparsity = 1 - len(tokens.positions) / (args.images * model.patch_embed.num_patches)
     return normalize_patches(tokens, config["mean"], config["std"]), sparsity

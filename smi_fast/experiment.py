@@ -162,7 +162,7 @@ class Experiment:
             objective=deep_inversion(tv_l2=self.settings.tv_l2),
             iterations=self.settings.iterations,
             lr=self.settings.lr,
-            seed=batch_seed(count, number),  # batches of different sizes share no image
+            seed=batch_seed(batch_seed(0, count), number),  # batches of different sizes share no image
             progress=self.progress,
         )
         classes = torch.randperm(self.model.num_classes, generator=torch.Generator().manual_seed(number))

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from torch import uint8 as byte
 
 
 @contextmanager
@@ -42,7 +42,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except SafetensorError as error:  # safetensors reports every failure to write by this type
         raise OSError(f"{path} cannot be written: {error}") from error
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        if error.errno is None:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        if error.filename not in (None, str(partial)):
+            raise  # it is about another file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -95,8 +99,8 @@ def read_image(path: str | os.PathLike, modes: tuple[str, ...] = ("RGB",)) -> Im
 
 
 def checksum(tensor: Tensor, before: int = 0) -> int:
-    """CRC-32 of the bytes of a tensor on the CPU, going on from that of the bytes before."""
-    return zlib.crc32(tensor.detach().contiguous().flatten().view(byte).numpy(), before)
+    """CRC-32 of the bytes of a tensor on the CPU; `before` is the checksum of the bytes that precede them."""
+    return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy(), before)
 
 
 def first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,32 +15,41 @@ _FAILED: list[torch.cuda.CUDAGraph] = []
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Within it, work is queued on the device's side stream, behind and before that of its current stream.
+    """Within it, work is queued on the device's side stream: after the work that is already queued on the current
+    stream, which in turn waits for it.
 
     Graphs cannot be captured on the default stream. All runs on a device share one side stream, because the caching
-    allocator and cuBLAS keep memory for each stream that they have seen. On other devices than GPUs nothing changes.
+    allocator and cuBLAS keep memory for each stream that they have seen. Threads take turns on it, since a capture
+    records whatever any of them queues. On other devices than GPUs nothing changes.
     """
     if not has_graphs(device):
         yield
         return
     current = torch.cuda.current_stream(device)
-    stream = _side_stream(current.device_index)
-    stream.wait_stream(current)
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:
-        current.wait_stream(stream)
+    stream, turn = _side_stream(current.device_index)
+    with turn:
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            current.wait_stream(stream)
 
 
 @lru_cache
-def _side_stream(index: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(index)
+def _side_stream(index: int) -> tuple[torch.cuda.Stream, threading.RLock]:
+    return torch.cuda.Stream(index), threading.RLock()  # a callback may start a run of its own
 
 
 def has_graphs(device: torch.device) -> bool:
     """Whether CUDA graphs can be captured on a device."""
     return device.type == "cuda"
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that the caching allocator holds and nobody uses back to the device."""
+    if has_graphs(device):
+        torch.cuda.empty_cache()
 
 
 class Replayed:
@@ -77,7 +87,7 @@ class Replayed:
             self.works = False
             self.graphs.clear()
             reason = (str(error).splitlines() or [""])[0]
-            warnings.warn(f"iterations run without a CUDA graph: one cannot be captured, {reason}", stacklevel=4)
+            warnings.warn(f"iterations run without a CUDA graph: one cannot be captured, {reason}", stacklevel=5)
 
 
 def capture(function: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
@@ -102,7 +112,8 @@ def capture(function: Callable[[], object], pool: tuple[int, int]) -> torch.cuda
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
-    """End a capture. One that fails is taken off the allocator, which would go on giving memory to it."""
+    """End a capture. One that fails is taken off the allocator, which would go on giving memory to it, and off the
+    generator of random numbers, which would go on refusing to be used."""
     try:
         graph.capture_end()
     except RuntimeError:
@@ -110,5 +121,7 @@ def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
         device = torch.cuda.current_device()
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())
         torch.cuda.synchronize()
         raise

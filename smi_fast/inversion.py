@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from smi_fast import kernels
-from smi_fast.graphs import Replayed, has_graphs, side_stream
+from smi_fast.graphs import Replayed, free_memory, has_graphs, side_stream
 from smi_fast.keep import PackedKeep, uniform_keep
 from smi_fast.kernels.selection import cumulative
 from smi_fast.objectives import KeptPixels, Loss, Objective, as_objective, deep_inversion
@@ -59,7 +59,10 @@ class Step:
         return self._pixels.keep()
 
     def images(self) -> Tensor:
-        """The images as they are now: (B, C, H, W) in [0, 1], stopped patches black."""
+        """The images as they are now: (B, C, H, W) in [0, 1], stopped patches black.
+
+        Pixels that are NaN or infinite are given as they were when the stage began.
+        """
         return self._pixels.results()
 
     def seconds(self) -> float:
@@ -74,7 +77,8 @@ class InversionResult:
     """What an inversion made.
 
     Args:
-        images: (B, C, H, W) float32 in [0, 1] on the CPU, stopped patches black.
+        images: (B, C, H, W) float32 in [0, 1] on the CPU, stopped patches black. Pixels that have become NaN or
+            infinite, of which a warning tells, are given as they were when the last stage began.
         keep: (B, K) int64, the patches that were never stopped; a list of B index tensors where images differ.
         targets: (B,) int64.
         losses: (iterations,) float32, of every iteration that ran.
@@ -119,9 +123,9 @@ class Inverter:
     Args:
         model: a timm model that `accelerate` takes, or an `AcceleratedViT`. It is in evaluation mode and its weights
             are frozen while `run` runs; both are as they were afterwards.
-        stopping: when patches are stopped: a `StoppingSchedule`, what one is made of, such as {50: 0.3}, or a text that
-            `StoppingSchedule.parse` reads, of which "paper" is scaled to the number of iterations. None: the paper's
-            schedule, {50: 0.3, 100: 0.3, 200: 0.3, 300: 0.3}.
+        stopping: when patches are stopped: a `StoppingSchedule`, a mapping such as {50: 0.3}, or a text that
+            `StoppingSchedule.parse` reads. "paper" is the paper's schedule, scaled to the number of iterations. None:
+            the paper's schedule as it is, {50: 0.3, 100: 0.3, 200: 0.3, 300: 0.3}.
         objective: what is minimised: `deep_inversion(...)`, a function of (logits, images, targets), or an `Objective`.
         iterations: optimiser steps.
         lr, betas: of Adam.
@@ -134,8 +138,8 @@ class Inverter:
         compile: fuse what surrounds the matrix products with torch.compile, which takes a minute before the first
             iteration.
         cuda_graphs: on a GPU, capture an iteration of each stage and replay it. Python in a loss of your own then runs
-            four times a stage only: turn this off where it counts its calls, say. A loss that cannot be captured runs
-            as it is, which a warning says.
+            up to six times a stage only: turn this off if the loss counts its calls, for example. A loss that cannot be
+            captured runs as it is, and a warning says so.
         seed: of the initial noise and the views. The same seed, device, dtype and backend give the same bits.
         progress: show a progress bar with iteration, tokens per image and loss.
 
@@ -272,13 +276,13 @@ class Inverter:
                         stage, patches=pixels.count, tokens=pixels.count + self.fast.model.num_prefix_tokens
                     )
                     history.append(stage)
-                    torch.cuda.empty_cache()  # what shapes before have left does not fit this stage's
+                    free_memory(device)  # what other shapes have left does not fit this stage's
                     inner = Replayed(iterate) if self.cuda_graphs and has_graphs(device) else iterate
                     for iteration in range(stage.start, stage.end):
                         measures = iteration + 1 in self.stopping.stops
                         if measures:  # the stage's last iteration, so that the memory of its graphs is free
                             inner = None
-                            torch.cuda.empty_cache()
+                            free_memory(device)
                         if measures or iteration in self.stopping.stops:
                             attention = iterate(pixels.current, plain=True, measures=measures)
                         else:
@@ -290,9 +294,13 @@ class Inverter:
                         bar.advance(stage, losses[iteration])
             except KeyboardInterrupt:
                 interrupted = True
-        finished = result()
+        finished, lost = result(), int(pixels.images().isfinite().logical_not().sum())
         if not finished.losses.isfinite().all():
             warnings.warn(f"the loss is {_first_non_finite(finished.losses)} on", stacklevel=3)
+        elif lost:
+            warnings.warn(
+                f"{lost} pixels are NaN or infinite and are given as they were when the last stage began", stacklevel=3
+            )
         return finished
 
     def _iterate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from smi_fast.inversion import Inverter, Stage, Step, frozen
 from smi_fast.vit import AcceleratedViT, accelerate
 
 CLEAR_PEAK = Path("/proc/self/clear_refs")
+FIRST_CALLS = 5  # of a stage: they load libraries, compile kernels, lay out weights and capture CUDA graphs
 
 
 @dataclass
@@ -31,6 +33,7 @@ class StageCost:
 
     stage: Stage
     durations: list[float] = field(default_factory=list)  # seconds, one entry an iteration
+    settled: list[float] = field(default_factory=list)  # those of iterations that are like most of the stage's
     peak_memory: int = 0  # bytes
     flops: int = 0  # of one iteration of a whole batch
 
@@ -44,10 +47,8 @@ class StageCost:
 
     @property
     def iterations_per_second(self) -> float:
-        """Speed of an iteration that nothing holds up: a tenth of the stage's iterations are faster. The first calls do
-        not count, which load libraries, compile kernels and, on a GPU, run without a CUDA graph. A stage may have eight
-        iterations, most of which are such calls, so that neither a mean nor a median leaves them out."""
-        typical = sorted(self.durations)[len(self.durations) // 10]
+        """By the median of the settled iterations, or of all where a stage has none."""
+        typical = statistics.median(self.settled or self.durations)
         return 1 / typical if typical else 0.0
 
 
@@ -76,7 +77,9 @@ class StageMeter:
         if self._stage is None:
             return
         cost = self.costs.setdefault(self._stage.start, StageCost(self._stage))
-        cost.durations += [self._seconds(*pair) for pair in pairwise(self._moments)]
+        durations = [self._seconds(*pair) for pair in pairwise(self._moments)]
+        cost.durations += durations
+        cost.settled += durations[FIRST_CALLS:-1]  # the last one measures attention, without a CUDA graph
         cost.peak_memory = max(cost.peak_memory, self._peak())
         self._stage, self._moments = None, self._moments[-1:]
         self._clear_peak()

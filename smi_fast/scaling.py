@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-INITIAL, LARGEST, INTERVAL = 2.0**16, 2.0**24, 2000  # the first and the last are those of torch.amp.GradScaler
+INITIAL, INTERVAL = 2.0**16, 2000  # those of torch.amp.GradScaler
+SMALLEST, LARGEST = 2.0**-64, 2.0**24
 
 
 class LossScale:
@@ -27,5 +28,5 @@ class LossScale:
         self._finite_in_a_row.add_(1).mul_(finite)
         grows = self._finite_in_a_row == INTERVAL
         self._finite_in_a_row.mul_(~grows)
-        self.value.mul_(torch.where(finite, 1.0 + grows, 0.5)).clamp_(1.0, LARGEST)
+        self.value.mul_(torch.where(finite, 1.0 + grows, 0.5)).clamp_(SMALLEST, LARGEST)
         return grad

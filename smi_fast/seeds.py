@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 WORDS, WORD = 624, 8  # the words of a Mersenne Twister's state, and the bytes that torch takes for each
-STATE = slice(24, 24 + WORDS * WORD)  # behind the seed, and the words that are left, in a CPU generator's state
+STATE = slice(24, 24 + WORDS * WORD)  # where they are in a CPU generator's state, after its seed and two counters
 
 
 def check_seed(seed: int, name: str = "seed") -> int:

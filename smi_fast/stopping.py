@@ -137,7 +137,7 @@ class StoppingSchedule:
 
 
 def as_schedule(stopping: StoppingSchedule | Mapping[int, float | Mass] | str, iterations: int) -> StoppingSchedule:
-    """A schedule out of one, out of the stops that make one, or out of a text; "paper" is scaled to `iterations`.
+    """A schedule as it is, or made of a mapping or of a text. The text "paper" is scaled to `iterations`.
 
     Raises:
         TypeError, ValueError: none of these; as `StoppingSchedule` and its `parse`.
@@ -148,7 +148,7 @@ def as_schedule(stopping: StoppingSchedule | Mapping[int, float | Mass] | str, i
         return StoppingSchedule.parse(stopping, iterations)
     if isinstance(stopping, (Mapping, Sequence)):
         return StoppingSchedule(stopping)
-    raise TypeError(f"stopping is a StoppingSchedule, such as {{50: 0.3}}, or a text such as 50:0.3, got {stopping!r}")
+    raise TypeError(f"stopping must be a StoppingSchedule, a mapping of iterations or a text, got {stopping!r}")
 
 
 def kept_count(count: int, fraction: float) -> int:

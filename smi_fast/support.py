@@ -64,8 +64,6 @@ PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS,
 WEIGHTED = (nn.Linear, nn.Conv2d)  # whose weights are read
 WEIGHTS = (nn.Parameter, Tensor, FakeTensor, type(None))  # a replica of nn.DataParallel has its tensors elsewhere
 MODEL_METHODS = ("forward", "forward_features", "_pos_embed", "forward_head", "pool")
-ORIGINALS = [(kind, "forward", kind.forward) for kind in PLAIN - set(MODELS)]
-ORIGINALS += [(kind, name, getattr(kind, name)) for kind in MODELS for name in MODEL_METHODS]
 GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
@@ -76,6 +74,18 @@ GLOBAL_HOOKS = (
 
 class UnsupportedModelError(ValueError):
     """A model that cannot be accelerated; the message says which part of it stands in the way."""
+
+
+def _original(kind: type, name: str) -> object:
+    """The method of a class, or None where it was replaced before this package was imported."""
+    method = getattr(kind, name)
+    owner = next(base for base in kind.__mro__ if name in base.__dict__)
+    is_own = (method.__module__, method.__qualname__) == (owner.__module__, f"{owner.__qualname__}.{name}")
+    return method if is_own else None
+
+
+ORIGINALS = [(kind, "forward", _original(kind, "forward")) for kind in PLAIN - {*MODELS, nn.ModuleList}]
+ORIGINALS += [(kind, name, _original(kind, name)) for kind in MODELS for name in MODEL_METHODS]
 
 
 def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
@@ -104,10 +114,7 @@ def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
 
 def obstacle_within(module: nn.Module, attentions: Collection[nn.Module] = ()) -> str | None:
     """As `obstacle`, for a module and all within it, which must treat each token alone; `attentions` need not."""
-    kinds = TOKENWISE
-    for attn in attentions:
-        if module is attn:
-            kinds = TIMM_ATTENTIONS
+    kinds = TIMM_ATTENTIONS if any(module is attn for attn in attentions) else TOKENWISE
     return obstacle(module, kinds) or _children_obstacle(module, attentions)
 
 

@@ -478,11 +478,16 @@ class Attend:
 def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
     """timm's Attention. Modifications: x is (B, N, C) or packed (T, C); attention reads the qkv projection's layout."""
     qkv = _linear(attn.qkv, x).view(-1, 3, attn.num_heads, attn.head_dim)
-    out = attend(_normalise_qk(attn, qkv), attn.scale)
+    out = attend(_normalise_qk(attn, qkv), _scale(attn))
     out = attn.norm(out.view(*x.shape[:-1], attn.attn_dim))
     if attn.gate is not None:
         out = out * _linear(attn.gate, x).sigmoid()
     return attn.proj_drop(_linear(attn.proj, out))
+
+
+def _scale(attn: nn.Module) -> float:
+    """What timm multiplies scores by: where its attention is fused, torch's default, whatever `attn.scale` says."""
+    return attn.head_dim**-0.5 if attn.fused_attn else attn.scale
 
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -533,11 +538,13 @@ def _differential(
     qkv = torch.stack(
         (torch.cat((q1, q1, q2, q2), 1), torch.cat((k1, k1, k2, k2), 1), torch.cat((va, vb) * 2, 1)), dim=1
     )
-    first_a, first_b, second_a, second_b = attend.attention(qkv, attn.scale).chunk(4, dim=1)
+    first_a, first_b, second_a, second_b = attend.attention(qkv, _scale(attn)).chunk(4, dim=1)
     weight = attn._compute_lambda().type_as(q)
     out = torch.cat((first_a, first_b), -1) - weight * torch.cat((second_a, second_b), -1)  # [T, H, 2 D]
     if attend.measures:
-        received = attend.received(q1, k1, attn.scale) - weight.detach().float() * attend.received(q2, k2, attn.scale)
+        received = attend.received(q1, k1, _scale(attn)) - weight.detach().float() * attend.received(
+            q2, k2, _scale(attn)
+        )
         attend.measured.append(received[None])
     return (attn.sub_norm(out) * (1 - attn.lambda_init)).flatten(1)
 
@@ -574,7 +581,7 @@ def _block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) 
     if not isinstance(attn.k_norm, nn.Identity):
         k, v = kv.unbind(1)
         kv = torch.stack((attn.k_norm(k).to(v.dtype), v), 1)
-    out = attn.norm(attend.of_first(q.to(kv.dtype), kv, attn.scale).flatten(2))
+    out = attn.norm(attend.of_first(q.to(kv.dtype), kv, _scale(attn)).flatten(2))
     if attn.gate is not None:
         out = out * _linear(attn.gate, first).sigmoid()
     x = attend.first(x, count) + block.drop_path1(block.ls1(attn.proj_drop(_linear(attn.proj, out))))
@@ -591,7 +598,7 @@ def _parallel_scaling_block(block: ParallelScalingBlock, x: Tensor, attend: Atte
     """timm's ParallelScalingBlock. Modifications: attention reads q, k and v where the joint projection left them."""
     mlp, qkv = _linear(block.in_proj, block.in_norm(x)).split((block.in_split[0], sum(block.in_split[1:])), dim=-1)
     qkv = qkv.flatten(0, -2).unflatten(-1, (3, block.num_heads, block.head_dim))
-    out = attend(_normalise_qk(block, qkv), block.scale).view_as(x)
+    out = attend(_normalise_qk(block, qkv), _scale(block)).view_as(x)
     mlp = block.mlp_drop(block.mlp_act(mlp if block.mlp_bias is None else mlp + block.mlp_bias))
     if block.out_proj is not None:
         out = _linear(block.out_proj, torch.cat((out, mlp), dim=-1))
@@ -664,6 +671,6 @@ def _pooling_attention(model: VisionTransformer, x: Tensor, attend: Attend) -> T
     q = pool.q_norm(pool.q(pool.latent).view(-1, pool.num_heads, pool.head_dim))  # [L, H, D]
     k = F.linear(padded, *(None if p is None else p.chunk(2)[0] for p in (pool.kv.weight, pool.kv.bias)))
     k = pool.k_norm(k.unflatten(-1, (pool.num_heads, pool.head_dim)))  # [B, N, H, D]
-    scores = torch.einsum("lhd,bnhd->bhln", q.float(), k.float()) * pool.scale
+    scores = torch.einsum("lhd,bnhd->bhln", q.float(), k.float()) * _scale(pool)
     attention = scores.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
     return unpad(attention.mean((1, 2)), attend.cu_seqlens, len(tokens))

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import smi_fast
+from smi_fast.arguments import check_writable
 from smi_fast.cli import main, parse_classes
 from smi_fast.models import CIFAR10_CLASSES, cifar10_vit
 
@@ -198,7 +199,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
         (["--lr", "-1"], "lr must be positive and finite, got -1"),
         (["--lr", "inf"], "--lr: must be a finite number, got inf"),
         (["--tv-l2", "nan"], "--tv-l2: must be a finite number, got nan"),
-        (["--seed", str(2**64)], f"--seed: it must lie in 0 to 2^64 - 1, got {2**64}"),
+        (["--seed", str(2**64)], f"--seed: must lie in 0 to 2^64 - 1, got {2**64}"),
         (["--seed", "1.5"], "--seed: must be an integer, got '1.5'"),
         (["--iterations", "9" * 20], "--iterations: must be at most 2147483647, got 9999"),
         (["--images-per-class", "999999999"], "--images-per-class: 9999999990 images take "),
@@ -290,6 +291,13 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_the_model_is_read(aw
         assert message in error
         assert error.count("\n") == 1
     assert sorted(awkward.rglob("*")) == before
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "a" / ".." / "b")
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    check_writable(tmp_path / "runs" / "new" / "deep")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["runs", "runs/other"]
 
 
 def test_runs_of_neighbouring_seeds_have_no_image_in_common(tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,3 +160,10 @@ def test_a_failed_capture_is_said_and_harms_nothing_later(play):
     for run in others:
         check_replays(run)
     assert found["reserved"][2] <= 1.02 * found["reserved"][0]
+
+
+def test_runs_in_two_threads_do_not_record_into_each_others_graphs(play):
+    _, events = play("threads")
+    nodes = Counter(event.name for event in events if event.kind == "replay")
+    assert len(nodes) == 2
+    assert len(set(nodes.values())) == 1

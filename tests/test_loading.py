@@ -1,5 +1,8 @@
 """Models by name and weights from files: the real ones load, broken ones are named."""
 
+import secrets
+from contextlib import suppress
+
 import pytest
 import timm
 import torch
@@ -130,3 +133,15 @@ def test_classes_have_the_models_names():
     with torch.device("meta"):
         assert class_names(timm.create_model("deit_tiny_patch16_224"))[:2] == ["tench", "goldfish"]
         assert class_names(timm.create_model("deit_tiny_patch16_224", num_classes=3)) == ["0", "1", "2"]
+
+
+def test_damaged_torch_files_of_the_old_format_are_one_sentence_or_weights(tmp_path, seed):
+    path = tmp_path / "old.pth"
+    torch.save(cifar10_vit(False, depth=1).state_dict(), path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(whole[: secrets.randbelow(len(whole))] if secrets.randbelow(2) else whole)
+        damaged[secrets.randbelow(min(len(damaged), 4096))] ^= 1 << secrets.randbelow(8)
+        path.write_bytes(damaged)
+        with suppress(ValueError):
+            load_model("cifar10_vit", checkpoint=path)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from smi_fast import Inverter, StoppingSchedule
+from smi_fast.distillation import _own_randomness
 from smi_fast.models import cifar10_vit
 from smi_fast.seeds import batch_seed, check_seed, seeded_generator
 
@@ -46,3 +47,11 @@ def test_an_inversion_starts_from_all_bits_of_its_seed(seed):
 def test_a_seed_of_more_than_64_bits_or_none_is_refused_with_its_value(seed, error):
     with pytest.raises(error, match=f"seed must .* got {seed}"):
         check_seed(seed)
+
+
+def test_all_64_bits_of_a_seed_decide_what_a_distillation_draws():
+    drawn = []
+    for seed in (5, 5 + 2**32):
+        with _own_randomness(seed, torch.device("cpu")):
+            drawn.append(torch.rand(4))
+    assert not torch.equal(*drawn)

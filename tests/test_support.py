@@ -1,6 +1,8 @@
 """Models with hooks and with changed modules: timm's numbers or UnsupportedModelError, never other numbers."""
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -14,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import smi_fast
+from smi_fast.models import cifar10_vit
 
 DENSE, KEEP, RAGGED = None, torch.tensor([[7, 2, 5, 0], [1, 8, 3, 4]]), [torch.tensor([6, 1]), torch.tensor([3, 0, 8])]
 # What comes of a change: timm's numbers; those, but no importance; or a refusal.
@@ -473,3 +476,24 @@ def test_a_model_exports_with_the_tensors_that_stand_for_its_weights(seed, image
     fast = smi_fast.accelerate(build().requires_grad_(False))
     program = torch.export.export(fast, (images.detach(),), strict=False)
     torch.testing.assert_close(program.module()(images.detach()), fast(images.detach()))
+
+
+def test_a_scale_that_timms_fused_attention_ignores_is_ignored(seed):
+    model = cifar10_vit(False, depth=2, embed_dim=32, num_heads=2).double()
+    fast, images = smi_fast.accelerate(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for block in model.blocks:
+        block.attn.scale = 0.01
+    torch.testing.assert_close(fast(images), model(images))
+    for block in model.blocks:
+        block.attn.num_heads, block.attn.head_dim = 4, 8
+    torch.testing.assert_close(fast(images), model(images))
+
+
+def test_a_class_that_was_patched_before_the_import_is_refused():
+    program = (
+        "import timm.layers as layers; original = layers.Attention.forward;"
+        "layers.Attention.forward = lambda self, x, *args, **kwargs: 2 * original(self, x, *args, **kwargs);"
+        "import smi_fast; from smi_fast.models import cifar10_vit; smi_fast.accelerate(cifar10_vit(False))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "Attention.forward was replaced" in run.stderr.splitlines()[-1]

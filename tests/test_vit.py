@@ -8,7 +8,6 @@ import timm
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import smi_fast
 from smi_fast.keep import pack_keep
@@ -258,22 +257,18 @@ def second_order(forward: Callable, images: torch.Tensor, inputs: list[torch.Ten
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["frozen", "trained", "through_weights"])
-def test_second_order_gradients_are_timms_or_an_error(seed, dtype, kind):
+def test_second_order_gradients_are_refused(seed, dtype, kind):
     model = cifar10_vit(False, depth=2, embed_dim=48, num_heads=3).eval().requires_grad_(kind != "frozen")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 1.0 / parameter.shape[-1] ** 0.5)
     fast = smi_fast.accelerate(model, dtype=dtype)
     images = torch.randn(2, 3, 32, 32, requires_grad=True)
     inputs = list(model.parameters()) if kind == "through_weights" else [images]
-    with sdpa_kernel(SDPBackend.MATH):  # whose second derivative torch knows
-        expected = second_order(model, images, inputs)
-    try:
-        with fast.cast_weights() if kind == "frozen" else nullcontext():
-            got = second_order(fast, images, inputs)
-    except RuntimeError:
-        return
-    assert torch.nn.functional.cosine_similarity(got, expected, dim=0) > 0.999
-    assert 0.9 < got.norm() / expected.norm() < 1.1
+    with (
+        fast.cast_weights() if kind == "frozen" else nullcontext(),
+        pytest.raises(RuntimeError, match="have first-order gradients only"),
+    ):
+        second_order(fast, images, inputs)
 
 
 def test_wrong_backends_and_dtypes_are_refused(model):

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import sys
+import threading
 import warnings
 
 import torch
@@ -81,6 +82,7 @@ def failed_capture(device: torch.device) -> dict:
         warnings.simplefilter("always")
         run(model, objective=waiting_loss)
     mode = torch.cuda.get_sync_debug_mode()
+    torch.randn(4, device=device)  # which raises while torch takes the generator for captured
     reserved = []
     for _ in range(3):
         note("again")
@@ -89,10 +91,22 @@ def failed_capture(device: torch.device) -> dict:
     return {"warnings": [str(warning.message) for warning in caught], "sync_debug_mode": mode, "reserved": reserved}
 
 
+def threads(device: torch.device) -> dict:
+    """Two runs at once on one device, of models of different depth."""
+    models = [cifar10_vit(False, img_size=16, patch_size=4, depth=depth, num_heads=2).to(device) for depth in (1, 3)]
+    runs = [threading.Thread(target=run, args=(model,), kwargs={"callback": None}) for model in models]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    return {}
+
+
 if __name__ == "__main__":
     scenario, log, name = sys.argv[1:]
     warnings.simplefilter("error", UserWarning)  # that iterations run without a graph is one
     runtime.fake_log(log.encode())
-    found = {"stages": stages, "memory": memory, "failed_capture": failed_capture}[scenario](torch.device(name))
+    scenarios = {"stages": stages, "memory": memory, "failed_capture": failed_capture, "threads": threads}
+    found = scenarios[scenario](torch.device(name))
     runtime.fake_log(None)
     print(json.dumps(found))
