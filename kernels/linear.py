@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-MIN_ROWS = 256  # of an input: with fewer, laying the weight out for one product costs more than oneDNN gains
-MIN_PACKED_ROWS = 32  # the same for a packed weight: with fewer rows, a call of oneDNN costs more than it gains
+MIN_ROWS = 256  # with fewer rows of the input, laying the weight out for one product costs more than oneDNN gains
+MIN_PACKED_ROWS = 32  # with fewer, a call of oneDNN costs more than it gains, also where the weight is packed
 CONVOLUTION = (0, 0), (1, 1), (1, 1), 1  # padding, stride, dilation and groups of a matrix product
 
 # These operators are torch's own, but have no public name. Their convolution is `brgconv_1x1` from AVX2 on.

@@ -77,7 +77,7 @@ def read_json(path: str | os.PathLike) -> dict:
     """
     try:
         record = json.loads(Path(path).read_text())
-    except ValueError as error:  # of which JSONDecodeError and UnicodeDecodeError are kinds
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are subclasses
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")

@@ -99,7 +99,7 @@ def capture(function: Callable[[], object], pool: tuple[int, int]) -> torch.cuda
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # the graph has memory of its own: what calls before it used is free for that
-    # Of this thread alone: the backward pass runs in another.
+    # Only this thread's calls can break the capture: the backward pass runs in another thread.
     graph.capture_begin(pool, capture_error_mode="thread_local")
     try:
         function()

@@ -12,8 +12,8 @@ class InversionSettings:
     """How long an inversion is, and how strong."""
 
     iterations: int
-    lr: float  # of Adam
-    tv_l2: float  # weight of total variation
+    lr: float  # Adam's step size
+    tv_l2: float  # the weight of total variation
 
 
 PAPER = InversionSettings(iterations=4000, lr=0.25, tv_l2=1e-4)

@@ -24,7 +24,7 @@ from smi_fast.inversion import Inverter, Stage, Step, frozen
 from smi_fast.vit import AcceleratedViT, accelerate
 
 CLEAR_PEAK = Path("/proc/self/clear_refs")
-FIRST_CALLS = 5  # of a stage: they load libraries, compile kernels, lay out weights and capture CUDA graphs
+FIRST_CALLS = 5  # a stage's first iterations load libraries, compile kernels, lay out weights and capture CUDA graphs
 
 
 @dataclass

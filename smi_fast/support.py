@@ -56,7 +56,7 @@ DROPS, PATCH_DROPS = (nn.Dropout, nn.Identity), (PatchDropout, nn.Identity)
 NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm)
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, TimmGELU, GELUTanh, QuickGELU)
 SEQUENTIAL = (nn.Sequential,)
-BRANCH = ("norm", "attn", "ls", "drop_path")  # of a ParallelThingsBlock
+BRANCH = ("norm", "attn", "ls", "drop_path")  # the parts of a branch in a ParallelThingsBlock
 TOKENWISE = frozenset(
     (nn.Linear, Mlp, GluMlp, SwiGLU, LayerScale, DropPath, nn.Sequential, nn.ModuleList, *DROPS, *NORMS, *ACTIVATIONS)
 )  # treat each token alone

@@ -389,7 +389,7 @@ class AcceleratedViT(nn.Module):
             raise ValueError(f"images are on {images.device}, the model is on {weight.device}")
 
     def _check_training(self, uniform: bool) -> None:
-        """What timm does at random while training and packed tokens cannot: refused, never left out silently.
+        """Refuse what timm does at random while training and packed tokens cannot; it is never left out silently.
 
         Modes are timm's modules': each has its own, and `train()` on the timm model does not set that of this one.
         """
