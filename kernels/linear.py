@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 MIN_ROWS = 256  # with fewer rows of the input, laying the weight out for one product costs more than oneDNN gains
+MANY_ROWS = 1024  # from here on, the time to lay a float32 weight out is not worth the memory for a copy
 MIN_PACKED_ROWS = 32  # with fewer, a call of oneDNN costs more than it gains, also where the weight is packed
 CONVOLUTION = (0, 0), (1, 1), (1, 1), 1  # padding, stride, dilation and groups of a matrix product
 
@@ -42,15 +43,13 @@ class _Layout:
     """A weight (N, K) as oneDNN wants it for inputs (rows, K). In float32 that depends on the number of rows."""
 
     def __init__(self, weight: Tensor):
-        self.weight = weight
+        self.dtype = weight.dtype
+        self.weight: Tensor | None = weight
         self.rows: int | None = None
         self.packed: Tensor | None = None
-        if weight.dtype == torch.bfloat16:
+        if weight.dtype == torch.bfloat16:  # one layout is right for all inputs
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
+            self.weight = None
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x weight^T + bias for x (..., K) of the weight's dtype."""
@@ -59,6 +58,9 @@ class _Layout:
         rows = x.numel() // x.shape[-1]
         if rows < MIN_PACKED_ROWS:
             return F.linear(x, self.weight, bias)
+        if rows >= MANY_ROWS and self.weight.is_contiguous():
+            self.rows = self.packed = None
+            return _onednn(x, self.weight, bias)
         if rows != self.rows:
             weight, shape = self.weight.contiguous()[:, :, None, None], (1, x.shape[-1], 1, rows)
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *CONVOLUTION, shape)
