@@ -1,4 +1,4 @@
-"""What the backward passes that we write share. They have no derivatives of their own."""
+"""Shared by the backward passes of this package's operations, which have no derivatives of their own."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from smi_fast.files import first_line
 from smi_fast.loading import MODEL_INSIDE, load_model
 from smi_fast.objectives import deep_inversion
 from smi_fast.presets import DEMO, PAPER, InversionSettings, settings_of
+from smi_fast.seeds import check_seed
 from smi_fast.stopping import StoppingSchedule
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
@@ -58,9 +59,10 @@ def finite(text: str) -> float:
 def seed(text: str) -> int:
     """The type of a seed: 64 bits."""
     value = _number(int, text, "an integer")
-    if not 0 <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"must lie in 0 to 2^64 - 1, got {text}")
-    return value
+    try:
+        return check_seed(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("seed ")) from None  # argparse names the option
 
 
 def device(text: str) -> torch.device:

@@ -91,7 +91,7 @@ class Replayed:
 
 
 def capture(function: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
-    """What a function launches on the current stream, as a graph; none of it runs.
+    """Record what a function launches on the current stream as a graph. Nothing of it runs.
 
     Raises:
         RuntimeError: it cannot be captured. The pool must not be used again then.

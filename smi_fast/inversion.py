@@ -257,7 +257,7 @@ class Inverter:
         interrupted, done, attention, history = False, 0, None, []
 
         def result() -> InversionResult:
-            """What there is after the iterations that are done."""
+            """The result of the iterations that are done."""
             stages = [replace(stage, end=min(stage.end, done)) for stage in history if stage.start < done]
             keep = pixels.keep()
             keep = keep.cpu() if isinstance(keep, Tensor) else [row.cpu() for row in keep]

@@ -9,7 +9,7 @@ WORDS, WORD = 624, 8  # the words of a Mersenne Twister's state, and the bytes t
 STATE = slice(24, 24 + WORDS * WORD)  # where they are in a CPU generator's state, after its seed and two counters
 
 
-def check_seed(seed: int, name: str = "seed") -> int:
+def check_seed(seed: int) -> int:
     """The seed, if it is an integer of 64 bits.
 
     Raises:
@@ -17,9 +17,9 @@ def check_seed(seed: int, name: str = "seed") -> int:
         ValueError: the seed is negative or has more than 64 bits.
     """
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {seed!r}")
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     if not 0 <= seed < 2**64:
-        raise ValueError(f"{name} must lie in 0 to 2^64 - 1, got {seed}")
+        raise ValueError(f"seed must lie in 0 to 2^64 - 1, got {seed}")
     return int(seed)
 
 

@@ -486,7 +486,7 @@ def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
 
 
 def _scale(attn: nn.Module) -> float:
-    """What timm multiplies scores by: where its attention is fused, torch's default, whatever `attn.scale` says."""
+    """The factor that timm multiplies scores by. Its fused attention takes torch's default and ignores `attn.scale`."""
     return attn.head_dim**-0.5 if attn.fused_attn else attn.scale
 
 

@@ -45,7 +45,7 @@ BACKWARD = {
 
 
 PLAIN = (None, "sdpa")
-MAGNITUDES = (1 / 4, 1, 4, 16)  # of queries and keys: scores are as large as their square
+MAGNITUDES = (1 / 4, 1, 4, 16)  # queries and keys are multiplied by one of these, and scores by its square
 
 
 def run(qkv, lengths, grad_out, scale=None, backend=None):

@@ -1,4 +1,4 @@
-"""What test_fakecuda.py runs in a process of its own, on the CUDA runtime beside this file, which computes nothing.
+"""Scenarios that test_fakecuda.py runs, each in a process of its own, on the CUDA runtime beside this file.
 
     python scenarios.py SCENARIO LOG DEVICE
 
