@@ -21,7 +21,7 @@ from plain_loop import PlainLoop, backward_flops, forward_flops
 from torch import Tensor, nn
 
 from smi_fast import Inverter, StoppingSchedule, accelerate
-from smi_fast.tokens import PackedTokens, uniform_cu_seqlens
+from smi_fast.packed import PackedTokens, uniform_cu_seqlens
 
 # 196 -> 137 -> 95 -> 66 -> 46 patches, within the iterations not timed. The published loop measures attention in one
 # iteration and prunes in the next; where two stoppings are neighbours it skips the first of them without a word.

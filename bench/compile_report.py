@@ -2,7 +2,7 @@
 
 python bench/compile_report.py [--arch sm_80,sm_90] [--json] [--processes N] [--record FILE]
 
-A record spares compiling what is in it already: the tests have one, tests/compiled.txt, of sm_80 and sm_90.
+A record spares compiling what is in it already: the tests have one, tests/kernels/compiled.txt, of sm_80 and sm_90.
 """
 
 from __future__ import annotations

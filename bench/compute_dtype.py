@@ -17,9 +17,9 @@ import torch
 from report import as_text
 
 from smi_fast import Inverter, StoppingSchedule, accelerate, deep_inversion
-from smi_fast.loading import MODEL_INSIDE, load_model
-from smi_fast.presets import DEMO
-from smi_fast.report import confidences
+from smi_fast.inversion.meter import confidences
+from smi_fast.inversion.presets import DEMO
+from smi_fast.models.loading import MODEL_INSIDE, load_model
 
 FINAL = 20  # iterations, of the last, over which the loss is averaged: views differ from one to the next
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smi_fast.graphs import capture, side_stream
+from smi_fast.inversion.graphs import capture, side_stream
 
 OURS = "smi-fast"
 SECONDS = {"cpu": 2.0, "cuda": 0.15}  # of a group's rounds

@@ -96,7 +96,7 @@ def steps(out: Path, gpu: str, smi_checkout: Path | None = None) -> list[Step]:
     python, results, loop = sys.executable, out / f"{name}.json", out / f"{name}-loop.json"
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     in_parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    kernel_tests = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_*_kernel.py"))]
+    kernel_tests = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/kernels/test_*.py"))]
 
     def sanitizer(tool: str, limit: float) -> Step:
         command = f"compute-sanitizer --tool {tool} --error-exitcode 1 --target-processes application-only".split()

@@ -16,8 +16,8 @@ from smi_fast.kernels.patches import inverse_reference, patches_reference
 from smi_fast.kernels.pixels import patch_sites, pixel_step_reference
 from torch import Tensor, nn
 
-from smi_fast.graphs import Replayed, has_graphs, side_stream
-from smi_fast.tokens import uniform_cu_seqlens
+from smi_fast.inversion.graphs import Replayed, has_graphs, side_stream
+from smi_fast.packed import uniform_cu_seqlens
 
 
 class PlainLoop:

@@ -29,7 +29,7 @@ from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patche
 from smi_fast.kernels.pixels import launch_pixel_step, patch_sites
 from smi_fast.kernels.selection import launch_select, launch_select_backward
 
-from smi_fast.tokens import uniform_cu_seqlens
+from smi_fast.packed import uniform_cu_seqlens
 
 ARCHS = tuple(compiling.MULTIPROCESSORS)
 DTYPES = {"half": torch.bfloat16, "float32": torch.float32}

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smi_fast import StoppingSchedule, accelerate, select_patches
-from smi_fast.loading import class_names, load_model
-from smi_fast.objectives import KeptPixels
+from smi_fast.backbones.base import class_names
+from smi_fast.inversion.objectives import KeptPixels
+from smi_fast.models.loading import load_model
 
 
 def jitter(side: int, generator: torch.Generator) -> tuple[int, int]:

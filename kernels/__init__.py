@@ -5,11 +5,10 @@ from .backend import resolve_backend, triton_status
 from .class_attention import class_attention
 from .patches import gather_patches, view_cells
 from .pixels import patch_sites, pixel_step
-from .selection import Selection, select_tokens
+from .selection import select_tokens
 
 __all__ = [
     "MAX_HEAD_DIM",
-    "Selection",
     "attention",
     "class_attention",
     "gather_patches",

@@ -1,9 +1,30 @@
-"""Rows of a matrix picked by distinct indices, with a gradient that stores instead of accumulating."""
+"""Rows of packed batches: cumulative lengths, padding, and rows picked by distinct indices."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
+
+
+def cumulative_lengths(lengths: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
+    """Cumulative lengths (B + 1,) int32, from 0 on.
+
+    Args:
+        lengths: of B sequences: integers, which are shipped to the device without waiting for it, or a tensor (B,).
+        device: where the result is; that of the lengths where they are a tensor.
+    """
+    if isinstance(lengths, Tensor):
+        return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
+    return starts.to(device, non_blocking=True)
+
+
+def uniform_lengths(batch: int, length: int, device: torch.device | str) -> Tensor:
+    """Cumulative lengths (B + 1,) int32 of `batch` sequences of `length` tokens each."""
+    return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)[: batch + 1]
 
 
 class _GatherRows(torch.autograd.Function):

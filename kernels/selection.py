@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +11,11 @@ from torch import Tensor
 from .backend import INTERPRETED, cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose
 from .gradients import first_order
-from .rows import gather_rows, padding
+from .rows import cumulative_lengths, gather_rows, padding, uniform_lengths
 
 MAX_CANDIDATES = 4096
 LEAST_MASS = 2.0**-60  # of a total below 2^52 this is less than the least unit: any smaller share means the same
 FIXED_POINT_BITS = 40  # of an importance: 4096 of them sum to at most 2^52, up to which float64 counts exactly
-
-
-class Selection(NamedTuple):
-    """The tokens that stay, packed: the fields of PackedTokens. `values` is None where none were given.
-
-    `lengths` are those of the sequences, on the host; None where one `k` for all makes each of them max_seqlen."""
-
-    values: Tensor | None
-    positions: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    lengths: list[int] | None = None
 
 
 def select_tokens(
@@ -43,7 +29,7 @@ def select_tokens(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     backend: str = "auto",
-) -> Selection:
+) -> tuple[Tensor | None, Tensor, Tensor, int]:
     """Keep the most important candidates of each image, and gather their tokens.
 
     Importance is the mean of `attention` over the heads, in float32. The highest stay; of equals the lower index stays;
@@ -66,6 +52,10 @@ def select_tokens(
         max_seqlen: the length of the longest sequence of a packed input, at most P + 4096.
         backend: "auto", "triton" or "torch".
 
+    Returns:
+        values (T, C) of the tokens that stay, or None where none were given; their positions (T,) int32; cu_seqlens
+        (B + 1,) int32; and the length of the longest sequence.
+
     Raises:
         ValueError: an argument outside of the above; on a CPU also an importance that is NaN (with `mass`: negative or
             infinite) and a packed sequence of fewer than k candidates, which on a GPU are device-side assertions.
@@ -81,7 +71,7 @@ def select_tokens(
     starts = limits = lengths = None
     if mass is None and not isinstance(k, int):
         lengths = [num_prefix_tokens + count for count in k]
-        starts = cumulative(lengths, attention.device)
+        starts = cumulative_lengths(lengths, attention.device)
     if plain or INTERPRETED:
         _assert_valid(attention, cu_seqlens, starts, k, mass, num_prefix_tokens, max_seqlen)
     if mass is not None:
@@ -97,13 +87,7 @@ def select_tokens(
     packed, positions, starts, *_ = select(
         attention, values, positions, cu_seqlens, starts, limits, k, num_prefix_tokens, max_seqlen, tokens
     )
-    return Selection(None if values is None else packed, positions, starts, longest, lengths)
-
-
-def cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Cumulative lengths (B + 1,) int32 on a device, shipped without waiting for it."""
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
-    return starts.to(device, non_blocking=True)
+    return None if values is None else packed, positions, starts, longest
 
 
 def _check_selection(attention, values, positions, k, mass, num_prefix_tokens, cu_seqlens, max_seqlen) -> None:
@@ -210,7 +194,7 @@ def select_reference(
     importance, present = candidates_of(attention, cu_seqlens, num_prefix_tokens, max_seqlen)
     batch, device = len(importance), attention.device
     if starts is None:
-        starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * (num_prefix_tokens + k)
+        starts = uniform_lengths(batch, num_prefix_tokens + k, device)
     # What is absent comes last: of equal importance the first is higher.
     order = importance.masked_fill(~present, -torch.inf).argsort(dim=1, descending=True, stable=True)
     highest = torch.arange(order.shape[1], device=device) < starts.diff()[:, None] - num_prefix_tokens

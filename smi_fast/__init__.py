@@ -21,16 +21,19 @@ def _kernels_of_checkout() -> None:
 
 _kernels_of_checkout()
 
-from smi_fast.adaptor import SMIAdaptor  # noqa: E402
-from smi_fast.data import accuracy, load_data  # noqa: E402
-from smi_fast.dataset import InvertedDataset, RandomHorizontalFlip, normalize_patches  # noqa: E402
-from smi_fast.distillation import DistillationResult, Round, distill, transfer_loss  # noqa: E402
-from smi_fast.inversion import InversionResult, Inverter, NonFiniteError, Stage, Step  # noqa: E402
-from smi_fast.objectives import KeptPixels, Objective, deep_inversion  # noqa: E402
-from smi_fast.quantization import QuantizedViT, quantize  # noqa: E402
-from smi_fast.stopping import Mass, StoppingSchedule, select_patches  # noqa: E402
-from smi_fast.tokens import PackedTokens  # noqa: E402
-from smi_fast.vit import AcceleratedViT, UnsupportedModelError, accelerate  # noqa: E402
+from smi_fast.backbones.pruning import Mass  # noqa: E402
+from smi_fast.backbones.published import SMIAdaptor  # noqa: E402
+from smi_fast.backbones.support import UnsupportedModelError  # noqa: E402
+from smi_fast.backbones.vit import AcceleratedViT, accelerate  # noqa: E402
+from smi_fast.data.labelled import accuracy, load_data  # noqa: E402
+from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip, normalize_patches  # noqa: E402
+from smi_fast.distillation.rounds import DistillationResult, Round, distill, transfer_loss  # noqa: E402
+from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteError, Stage, Step  # noqa: E402
+from smi_fast.inversion.objectives import Objective, deep_inversion  # noqa: E402
+from smi_fast.inversion.schedule import StoppingSchedule  # noqa: E402
+from smi_fast.inversion.selection import select_patches  # noqa: E402
+from smi_fast.packed import PackedTokens  # noqa: E402
+from smi_fast.quantization.vit import QuantizedViT, quantize  # noqa: E402
 
 __all__ = [
     "AcceleratedViT",
@@ -38,7 +41,6 @@ __all__ = [
     "InversionResult",
     "InvertedDataset",
     "Inverter",
-    "KeptPixels",
     "Mass",
     "NonFiniteError",
     "Objective",

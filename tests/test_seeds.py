@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from smi_fast import Inverter, StoppingSchedule
-from smi_fast.distillation import _own_randomness
+from smi_fast.distillation.rounds import _own_randomness
 from smi_fast.models import cifar10_vit
 from smi_fast.seeds import batch_seed, check_seed, seeded_generator
 

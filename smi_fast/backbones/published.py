@@ -1,0 +1,149 @@
+"""SMIAdaptor: a timm model called the way the published SMI code calls its own."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from smi_fast.backbones.support import UnsupportedModelError
+from smi_fast.backbones.vit import AcceleratedViT, accelerate
+from smi_fast.packed import INTEGER_DTYPES
+
+
+class SMIAdaptor(nn.Module):
+    """A fast ViT for code that calls its model as the published code of Sparse Model Inversion (ICML 2024) does.
+
+        teacher = SMIAdaptor(model)
+        logits, attentions, current_abs_index = teacher(images, current_abs_index, next_relative_index)
+
+    An index tensor of that code counts *tokens*: 0 is the class token and stands in the first column of every row,
+    patch i of the grid (row by row from 0) is token i + 1. Of a model of N patches:
+
+    - `current_abs_index` (B, P) names the tokens in use up to now, at first all N + 1 of them.
+    - `next_relative_index` (B, Q) names columns of `current_abs_index`, those of the tokens to go on with. Where Q is
+      P nothing is stopped and its values mean nothing: after a stopping that code goes on passing the one it had.
+
+    Args:
+        model: a timm model that `accelerate` takes, or an `AcceleratedViT`, whose only prefix token is a class token.
+            The weights are shared. Whether they ask for gradients is the caller's business: an inversion needs none,
+            and `model.requires_grad_(False)` saves it their share of the backward pass.
+        dtype, backend: passed to `accelerate`; not for a model that is accelerated already.
+
+    Raises:
+        UnsupportedModelError: as `accelerate`; also a model to which the convention cannot be applied: without a class
+            token, with further prefix tokens, with attention pooling, or with a last block that is not timm's plain
+            `Block` with `Attention`.
+        ValueError: a dtype or backend for a model that is accelerated already.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto"):
+        super().__init__()
+        if not isinstance(model, AcceleratedViT):
+            model = accelerate(model, dtype=dtype, backend=backend)
+        elif dtype is not None or backend != "auto":
+            raise ValueError(f"the model is accelerated already: dtype={dtype} and backend={backend!r} come too late")
+        _check_model(model.model)
+        self.fast = model
+
+    def forward(
+        self, images: Tensor, current_abs_index: Tensor | None = None, next_relative_index: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor | None], Tensor]:
+        """Logits, attention and the tokens in use.
+
+        Args:
+            images: (B, C, H, W), normalised as the model wants it. Jitter and flip are the caller's: images that are
+                rolled come with indices that are mapped.
+            current_abs_index: (B, P) int64 or int32 on the images' device, in [0, N], no two of a row equal.
+            next_relative_index: (B, Q) as above, in [0, P). Both None: all tokens.
+
+        Returns:
+            logits: (B, num_classes) in the images' dtype.
+            attentions: a list with an entry for each block, as in the published code. Those before the last are None.
+                The last is (B, 1, 1, Q) float32: the class token's attention, averaged over heads, to the tokens in
+                use, itself first. The axes of heads and of queries have length 1, so that the published expression
+                `attentions[-1].mean(dim=1)[:, 0, :][:, 1:]` gives the importance (B, Q - 1), and code that asks for a
+                single head or for another token's row fails instead of reading a number that is not there. It carries
+                no gradient.
+            current_abs_index: (B, Q) int64, the tokens in use now, in the order of `next_relative_index`: what the next
+                call takes as its `current_abs_index`.
+
+        Raises:
+            ValueError: one index without the other; a wrong shape, dtype or device; a first column that is not the
+                class token; no patch; an index out of range or named twice. The message names the argument, the row and
+                the value. On a GPU values are checked by device-side assertions, so that nothing synchronises.
+        """
+        index = self._tokens_in_use(images, current_abs_index, next_relative_index)
+        logits, importance = self.fast(images, keep=index[:, 1:] - 1, return_attention=True)
+        # softmax: what the patches leave of 1 is the class token's attention to itself
+        rest = (1 - importance.sum(1, keepdim=True)).clamp(min=0)
+        attention = torch.cat((rest, importance), dim=1)[:, None, None]  # [B, 1, 1, Q]
+        return logits.to(images.dtype), [None] * (len(self.fast.model.blocks) - 1) + [attention], index
+
+    def _tokens_in_use(self, images: Tensor, current: Tensor | None, following: Tensor | None) -> Tensor:
+        """(B, Q) int64."""
+        if images.ndim != 4:
+            raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, C, H, W)")
+        tokens = self.fast.grid(images.shape[-2:]).num_patches + 1
+        if current is None and following is None:
+            return torch.arange(tokens, device=images.device).expand(len(images), -1)
+        for name, index in (("current_abs_index", current), ("next_relative_index", following)):
+            if index is None:
+                raise ValueError(f"{name} is None and the other index is not: give both or neither")
+            _check_form(name, index, images)
+        _check_values("current_abs_index", current, tokens)
+        if following.shape[1] == current.shape[1]:
+            return current.long()
+        _check_values("next_relative_index", following, current.shape[1])
+        return current.long().gather(1, following.long())
+
+
+def _check_model(model: nn.Module) -> None:
+    convention = "the published SMI code's indices and attention"
+    if not model.has_class_token:
+        raise UnsupportedModelError(f"{convention} need a class token, the model has none")
+    if model.num_prefix_tokens != 1:
+        further = model.num_prefix_tokens - 1
+        raise UnsupportedModelError(f"{convention} have no place for prefix tokens but the class token: {further} more")
+    if model.global_pool == "map":
+        raise UnsupportedModelError(f"{convention} are the class token's, the model's head is an attention pooling")
+    last = model.blocks[-1]
+    if type(last) is not Block or type(last.attn) is not Attention:
+        kind = type(last).__name__ if type(last) is not Block else type(last.attn).__name__
+        raise UnsupportedModelError(f"{convention} need a last block of plain attention, the model's is a {kind}")
+
+
+def _check_form(name: str, index: Tensor, images: Tensor) -> None:
+    if not isinstance(index, Tensor):
+        raise ValueError(f"{name} is a {type(index).__name__}, expected a tensor")
+    if index.ndim != 2 or len(index) != len(images):
+        raise ValueError(f"{name} has shape {tuple(index.shape)}, expected ({len(images)}, tokens)")
+    if index.shape[1] < 2:
+        raise ValueError(f"{name} has {index.shape[1]} columns, expected the class token and at least one patch")
+    if index.dtype not in INTEGER_DTYPES:
+        raise ValueError(f"{name} has dtype {index.dtype}, expected torch.int64 or torch.int32")
+    if index.device != images.device:
+        raise ValueError(f"{name} is on {index.device}, the images are on {images.device}")
+
+
+def _check_values(name: str, index: Tensor, end: int) -> None:
+    """Each row (B, P) starts with 0 and names values in [0, end), each once."""
+    if torch.compiler.is_compiling():
+        return  # a traced graph can neither raise nor branch on values
+    headless = index[:, 0] != 0
+    if index.is_cuda:  # what else may be wrong the gather and the forward pass assert
+        torch._assert_async(~headless.any(), f"{name} must hold 0, the class token, in its first column")
+        return
+    if headless.any():
+        row = int(headless.nonzero()[0])
+        raise ValueError(f"{name} row {row} starts with {int(index[row, 0])}, expected 0, the class token")
+    outside = (index < 0) | (index >= end)
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(f"{name} row {row} holds {int(index[row, column])}, outside [0, {end})")
+    ordered = index.sort(dim=1).values
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    if repeated.any():
+        row, column = repeated.nonzero()[0].tolist()
+        raise ValueError(f"{name} row {row} names {int(ordered[row, column])} twice")

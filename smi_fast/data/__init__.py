@@ -1,0 +1,1 @@
+"""Images: inverted ones, kept sparse, and labelled ones."""

@@ -1,0 +1,142 @@
+"""Labelled images, from a folder or by name, as a model wants them; and how many of them it classifies correctly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+
+import torch
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision import datasets
+from tqdm import tqdm
+
+from smi_fast.backbones.base import class_names, frozen
+from smi_fast.backbones.vit import AcceleratedViT
+from smi_fast.data.files import first_line, read_image
+
+NAMES = ("CIFAR10", "CIFAR100", "ImageNet")
+FOLDERS = {"train": ("train",), "test": ("test", "val")}  # of a split, the first that there is
+
+
+def load_data(
+    name_or_folder: str | Path, root: str | Path | None = None, *, split: str = "test", model: nn.Module
+) -> Dataset:
+    """Labelled images, preprocessed as for the model's evaluation: (image (C, H, W) float32, label int).
+
+    Args:
+        name_or_folder: CIFAR10, CIFAR100 or ImageNet, as torchvision keeps them; or a folder that holds a folder of
+            images for each class (an ImageFolder), directly or for each split in `train` and `test` (or `val`). Classes
+            that lie there directly are taken for either split. Where the folders have the names of the model's classes,
+            labels follow the names, and classes may be missing; else they follow the alphabet.
+        root: where torchvision keeps the data set of that name. Nothing is downloaded.
+        split: "train" or "test"; of ImageNet, "test" is its validation split.
+        model: a timm model, or an `AcceleratedViT`, whose data config says how images are scaled, cropped and
+            normalised, and whose classes the labels are.
+
+    Raises:
+        ValueError: an unknown name, split or folder; no root, or no complete data set there; a folder without classes,
+            or with another number of them than the model. The message names it.
+    """
+    if split not in FOLDERS:
+        raise ValueError(f"split must be train or test, got {split!r}")
+    if isinstance(model, AcceleratedViT):
+        model = model.model
+    transform = evaluation_transform(model)
+    name = {known.lower(): known for known in NAMES}.get(str(name_or_folder).lower())
+    if root is not None:
+        if name is None:
+            raise ValueError(f"{name_or_folder!s} is no data set known by name, such as {', '.join(NAMES)}")
+        return _by_name(name, Path(root), split, model, transform)
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return _from_folder(_split_folder(folder, split), model, transform)
+    if name is not None:
+        raise ValueError(f"{name} needs its root, the folder that torchvision keeps it in")
+    raise ValueError(f"{name_or_folder!s} is neither a folder nor one of {', '.join(NAMES)}")
+
+
+def evaluation_transform(model: nn.Module) -> Callable:
+    """timm's preprocessing of a PIL image for the evaluation of a model of timm's, to the size that the model takes."""
+    config = resolve_data_config(model=model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return create_transform(**config | ({"input_size": (config["input_size"][0], *size)} if size else {}))
+
+
+def accuracy(
+    model: nn.Module | Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], *, progress: bool = True
+) -> float:
+    """The share of images whose largest logit is their label, in [0, 1].
+
+    Args:
+        model: maps images (B, C, H, W) to logits (B, classes). A module is in evaluation mode meanwhile, and is given
+            the images on its device.
+        loader: batches of images and labels (B,), such as a DataLoader, or a list of them.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the loader is empty.
+    """
+    is_module, device = isinstance(model, nn.Module), None
+    if is_module:
+        device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
+    right, count = 0, 0
+    with frozen(model) if is_module else nullcontext(), torch.no_grad():
+        for images, labels in tqdm(loader, "evaluating", disable=not progress, unit="batch", dynamic_ncols=True):
+            logits = model(images.to(device=device))
+            right += (logits.argmax(1) == labels.to(logits.device)).sum()  # on the device: no batch waits
+            count += len(labels)
+    if not count:
+        raise ValueError("there are no images to evaluate on")
+    return right.item() / count
+
+
+def _by_name(name: str, root: Path, split: str, model: nn.Module, transform: Callable) -> Dataset:
+    which = {"split": "train" if split == "train" else "val"} if name == "ImageNet" else {"train": split == "train"}
+    try:
+        dataset = getattr(datasets, name)(str(root), **which, transform=transform)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} cannot be read from {root}: torchvision needs {error.name} for it") from error
+    except Exception as error:  # torchvision and the readers behind it raise a dozen types between them
+        reason = first_line(error).removesuffix(" You can use download=True to download it")
+        raise ValueError(f"{name} cannot be read from {root}: {reason}") from error
+    if len(dataset.classes) != model.num_classes:
+        raise ValueError(f"{name} has {len(dataset.classes)} classes, the model has {model.num_classes}")
+    return dataset
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    """The folder that holds the classes. One of a split holds folders, as one of a class that is called "train" does
+    not."""
+    candidates = {name: folder / name for names in FOLDERS.values() for name in names}
+    splits = {name: path for name, path in candidates.items() if path.is_dir() and _folders(path)}
+    if not splits:
+        return folder
+    found = next((splits[name] for name in FOLDERS[split] if name in splits), None)
+    if found is None:
+        raise ValueError(f"{folder} holds classes in {', '.join(splits)}, but in no {' or '.join(FOLDERS[split])}")
+    return found
+
+
+def _from_folder(folder: Path, model: nn.Module, transform: Callable) -> datasets.ImageFolder:
+    if not _folders(folder):
+        raise ValueError(f"{folder} holds no folders of classes")
+    try:
+        dataset = datasets.ImageFolder(str(folder), transform, loader=read_image)
+    except FileNotFoundError as error:  # a class without images
+        raise ValueError(f"{folder}: {error}") from error
+    names = class_names(model)
+    if sum(name in dataset.class_to_idx for name in names) == len(dataset.classes):
+        dataset.class_to_idx = {name: names.index(name) for name in dataset.classes}
+        dataset.samples = [(path, dataset.class_to_idx[dataset.classes[label]]) for path, label in dataset.samples]
+        dataset.imgs, dataset.targets = dataset.samples, [label for _, label in dataset.samples]
+    elif len(dataset.classes) != model.num_classes:
+        raise ValueError(f"{folder} has {len(dataset.classes)} classes, the model has {model.num_classes}")
+    return dataset
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [child for child in folder.iterdir() if child.is_dir()]

@@ -1,0 +1,1 @@
+"""Transfer of what a teacher knows to a student, on inverted images."""

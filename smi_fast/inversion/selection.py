@@ -1,0 +1,118 @@
+"""Which patches go on when others stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from smi_fast.backbones.pruning import Mass, keep_highest
+from smi_fast.packed import Keep, PackedTokens, all_patches
+from smi_fast.seeds import batch_seed, seeded_generator
+
+Scores = Callable[[Tensor, PackedTokens], Tensor]
+STRATEGIES = ("attention", "random", "lowest")
+
+
+def check_strategy(select: str | Scores) -> str | Scores:
+    """A strategy that `scores` knows, or a function.
+
+    Raises:
+        ValueError: neither; the message names it.
+    """
+    if not callable(select) and select not in STRATEGIES:
+        raise ValueError(f"select must be one of {', '.join(STRATEGIES)} or a function, got {select!r}")
+    return select
+
+
+def scores(select: str | Scores, importance: Tensor, keep: PackedTokens, *, seed: int, iteration: int) -> Tensor:
+    """What patches are chosen by, (T,) float32: those with the highest scores go on.
+
+    Args:
+        select: "attention" (their importance, as in Sparse Model Inversion), "lowest" (the opposite), "random", or a
+            function of (importance, keep) that returns the scores.
+        importance: (T,) float32 of the kept patches.
+        keep: the kept patches.
+        seed, iteration: what random scores follow from.
+
+    Raises:
+        ValueError: the function returns something else than one number a patch.
+    """
+    if select == "attention":
+        return importance
+    if select == "lowest":
+        return -importance
+    if select == "random":
+        generator = seeded_generator(batch_seed(seed, iteration))
+        return torch.rand(len(importance), generator=generator).to(importance.device)
+    chosen = select(importance, keep)
+    if not isinstance(chosen, Tensor) or chosen.shape != importance.shape:
+        found = tuple(chosen.shape) if isinstance(chosen, Tensor) else f"a {type(chosen).__name__}"
+        raise ValueError(f"select returned {found}, expected a score for each patch, {tuple(importance.shape)}")
+    return chosen.detach().float()
+
+
+def select_patches(
+    attention: Tensor,
+    keep: Keep | None = None,
+    *,
+    fraction: float | None = None,
+    mass: float | None = None,
+    backend: str = "auto",
+) -> Tensor | list[Tensor]:
+    """The patches that matter: those with the highest importance.
+
+    Args:
+        attention: importance (B, K), aligned to `keep`, or packed (T,) where images keep different numbers: what
+            `fast(images, keep=keep, return_attention=True)` returns.
+        keep: the patches that `attention` belongs to: (B, K), a list of B index tensors or what `pack_keep` made of
+            them; None: patches 0 to K - 1.
+        fraction: stop this fraction, in (0, 1), of an image's K patches: int(K * (1 - fraction)) are kept, at least
+            one. A tie goes to the patch that comes first in `keep`.
+        mass: keep the fewest patches whose importance sums to at least this share, in (0, 1], of the image's total.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The kept patches in the order of `keep`: (B, K') int64 where `attention` is (B, K) and `fraction` is given, else
+        a list of B tensors (K_b',) int64.
+
+    Raises:
+        ValueError: neither or both of fraction and mass, or one out of range; importance that holds NaN; a `keep` that
+            does not fit `attention`.
+    """
+    if (fraction is None) == (mass is None):
+        raise ValueError(f"give either fraction or mass, got fraction={fraction} and mass={mass}")
+    if fraction is not None and not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie in (0, 1), got {fraction}")
+    if attention.ndim not in (1, 2):
+        raise ValueError(f"attention has shape {tuple(attention.shape)}, expected (B, K) or packed (T,)")
+    packed = _packed_keep(attention, keep)
+    stop = Mass(mass) if fraction is None else fraction
+    kept = keep_highest(packed, attention.flatten(), stop, backend=backend)
+    if attention.ndim == 2 and fraction is not None:
+        return kept.indices()
+    return list(kept.positions.long().split(kept.lengths()))
+
+
+def _packed_keep(attention: Tensor, keep: Keep | None) -> PackedTokens:
+    """The patches that `attention` belongs to."""
+    if attention.ndim == 1 and (keep is None or isinstance(keep, Tensor)):
+        raise ValueError("packed attention (T,) needs keep as a list of index tensors, one an image")
+    if keep is None:
+        return all_patches(*attention.shape, attention.device)
+    if isinstance(keep, Tensor):
+        if keep.shape != attention.shape:
+            shape = tuple(keep.shape)
+            raise ValueError(f"keep is {shape}, expected the shape of attention, {tuple(attention.shape)}")
+        return PackedTokens.from_batch(None, keep)
+    if not isinstance(keep, PackedTokens):
+        lengths = [len(row) for row in keep]
+        if 0 in lengths:
+            raise ValueError(f"keep names no patch in row {lengths.index(0)}: an image needs at least one")
+        keep = PackedTokens.from_sequences(None, keep) if lengths else all_patches(0, 1, attention.device)
+    if attention.ndim == 2 and not (keep.is_uniform and (keep.batch_size, keep.max_seqlen) == attention.shape):
+        raise ValueError(f"keep lists rows of other lengths than attention, {tuple(attention.shape)}")
+    if len(keep.positions) != attention.numel():
+        raise ValueError(f"keep lists {len(keep.positions)} patches, attention is of {attention.numel()}")
+    return keep

@@ -1,0 +1,1 @@
+"""Quantisation of trained ViTs, calibrated on inverted images."""

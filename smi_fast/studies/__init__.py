@@ -1,0 +1,1 @@
+"""The papers' comparisons, written as pages."""

@@ -1,0 +1,294 @@
+"""accelerate(): what keep, view and attention mean, against timm's modules and explicit formulas."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+import smi_fast
+from smi_fast.inversion.views import apply_view, view_cells
+from smi_fast.models import cifar10_vit
+from smi_fast.packed import pack_keep
+
+
+@pytest.fixture
+def model(seed) -> VisionTransformer:
+    """Two blocks, 8x8 patches, float64, every weight random."""
+    model = cifar10_vit(pretrained=False, depth=2, embed_dim=48, num_heads=3, num_classes=7, reg_tokens=2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 0.5 / parameter.shape[-1] ** 0.5)
+    return model.double()
+
+
+@pytest.fixture
+def images(model) -> torch.Tensor:
+    return torch.randn(3, 3, 32, 32, dtype=torch.float64)
+
+
+def random_keep(batch: int, count: int, patches: int = 64) -> torch.Tensor:
+    return torch.stack([torch.randperm(patches)[:count] for _ in range(batch)])
+
+
+def last_attention(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+    """Softmax scores of the last block (B, H, N, N), from timm's own modules."""
+    x = model._pos_embed(model.patch_embed(images))
+    for block in model.blocks[:-1]:
+        x = block(x)
+    attn = model.blocks[-1].attn
+    qkv = attn.qkv(model.blocks[-1].norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+    return (q @ k.transpose(-2, -1) * attn.scale).softmax(-1)
+
+
+def test_importance_is_the_class_tokens_attention_averaged_over_heads(model, images):
+    logits, importance = smi_fast.accelerate(model)(images, return_attention=True)
+    expected = last_attention(model, images).mean(1)[:, 0, 3:]
+    assert importance.dtype == torch.float32
+    torch.testing.assert_close(importance.double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(logits, model(images))
+    assert not importance.requires_grad
+
+
+def test_importance_without_class_token_is_the_mean_attention_received(seed, images):
+    model = cifar10_vit(False, depth=2, embed_dim=48, num_heads=3, class_token=False, global_pool="avg").double()
+    _, importance = smi_fast.accelerate(model)(images, return_attention=True)
+    expected = last_attention(model, images).mean((1, 2))
+    torch.testing.assert_close(importance.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_importance_with_attention_pooling_is_the_pooling_querys_attention(seed, images):
+    model = cifar10_vit(False, depth=1, embed_dim=48, num_heads=3, class_token=False, global_pool="map", reg_tokens=1)
+    model = model.double()
+    nn.init.normal_(model.attn_pool.latent)
+    _, importance = smi_fast.accelerate(model)(images, return_attention=True)
+    pool, x = model.attn_pool, model.forward_features(images)[:, 1:]
+    q = pool.q(pool.latent[0]).view(1, 3, 16).transpose(0, 1)
+    k = pool.kv(x)[..., :48].unflatten(-1, (3, 16)).transpose(1, 2)
+    expected = (q @ k.transpose(-2, -1) * pool.scale).softmax(-1).mean(1)[:, 0]
+    torch.testing.assert_close(importance.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_all_forms_of_keep_name_the_same_patches(model, images):
+    fast = smi_fast.accelerate(model)
+    keep = random_keep(3, 20).sort(1).values
+    mask = torch.zeros(3, 64, dtype=torch.bool).scatter_(1, keep, True)
+    logits, importance = fast(images, keep=keep, return_attention=True)
+    for form in (keep.int(), mask, list(keep), pack_keep(keep, 3, 64, keep.device)):
+        other_logits, other_importance = fast(images, keep=form, return_attention=True)
+        assert torch.equal(logits, other_logits)
+        assert torch.equal(importance, other_importance)
+
+
+def test_outputs_are_aligned_to_the_order_of_keep(model, images):
+    fast = smi_fast.accelerate(model)
+    keep = random_keep(3, 20)
+    logits, importance = fast(images, keep=keep, return_attention=True)
+    order = torch.randperm(20)
+    shuffled_logits, shuffled_importance = fast(images, keep=keep[:, order], return_attention=True)
+    torch.testing.assert_close(shuffled_logits, logits)
+    torch.testing.assert_close(shuffled_importance, importance[:, order])
+
+
+def test_a_mask_whose_rows_differ_gives_each_image_what_it_gives_alone(model, images):
+    fast = smi_fast.accelerate(model)
+    mask = torch.rand(3, 64) < torch.tensor([[0.1], [0.5], [0.9]])
+    mask[:, 0] = True
+    logits, importance = fast(images, keep=mask, return_attention=True)
+    parts = importance.split(mask.sum(1).tolist())
+    for number in range(3):
+        keep = mask[number].nonzero().T
+        alone, alone_importance = fast(images[number : number + 1], keep=keep, return_attention=True)
+        torch.testing.assert_close(logits[number : number + 1], alone)
+        torch.testing.assert_close(parts[number], alone_importance[0])
+
+
+def test_ragged_pruning_goes_on_from_what_the_forward_returned(model, images):
+    fast, keep = smi_fast.accelerate(model), None
+    for _ in range(3):
+        _, attention = fast(images, keep=keep, return_attention=True)
+        keep = smi_fast.select_patches(attention, keep, mass=0.7)
+    assert max(len(row) for row in keep) < 64 * 0.7
+    assert fast(images, keep=keep).isfinite().all()
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_a_view_is_the_rolled_and_mirrored_image_with_the_patches_where_they_went(model, images, per_image):
+    fast = smi_fast.accelerate(model)
+    keep = random_keep(3, 20)
+    views = torch.stack((*torch.randint(-40, 41, (2, 3)), torch.randint(0, 2, (3,))), dim=1)
+    views = views if per_image else views[:1].expand(3, 3)
+    logits, importance = fast(images, keep=keep, view=views if per_image else views[0], return_attention=True)
+    seen = torch.cat([apply_view(images[i : i + 1], views[i].tolist()) for i in range(3)])
+    cells = view_cells(keep, views[:, None], (8, 8), (4, 4))
+    expected_logits, expected_importance = fast(seen, keep=cells, return_attention=True)
+    torch.testing.assert_close(logits, expected_logits)
+    torch.testing.assert_close(importance, expected_importance)
+
+
+def test_patches_alone_give_the_logits_of_their_images(model, images):
+    fast = smi_fast.accelerate(model)
+    keep = [torch.randperm(64)[:count] for count in (5, 64, 1)]
+    patches = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
+    packed = smi_fast.PackedTokens.from_sequences([p[k] for p, k in zip(patches, keep, strict=True)], keep)
+    torch.testing.assert_close(fast.forward_patches(packed), fast(images, keep=keep))
+
+
+def test_a_grid_of_another_size_resamples_the_position_embedding_as_timm_does(seed):
+    model = timm.create_model("test_vit", pretrained=False).double().eval()
+    images = torch.randn(2, 3, 96, 128, dtype=torch.float64)
+    torch.testing.assert_close(smi_fast.accelerate(model)(images), model(images))
+
+
+def test_bfloat16_logits_are_near_those_of_float32_and_weights_stay_float32(seed):
+    model = cifar10_vit(pretrained=False).eval()
+    images = torch.randn(4, 3, 32, 32)
+    keep = random_keep(4, 20)
+    exact = smi_fast.accelerate(model, dtype=torch.float32)(images, keep=keep)
+    rounded = smi_fast.accelerate(model, dtype=torch.bfloat16)(images, keep=keep)
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_an_empty_batch_has_empty_outputs(model, images):
+    for prune in (None, {1: 0.3}):
+        logits, importance = smi_fast.accelerate(model, prune=prune)(images[:0], return_attention=True)
+        assert logits.shape == model(images[:0]).shape == (0, 7)
+        assert importance.shape == (0, 64)
+
+
+def test_weights_are_shared_with_the_model(model, images):
+    fast = smi_fast.accelerate(model)
+    before = fast(images)
+    with torch.no_grad():
+        model.head.bias += 1
+    torch.testing.assert_close(fast(images), before + 1)
+    assert fast.model is model
+
+
+def test_weights_train_through_the_accelerated_model_as_through_timms(model, images):
+    fast = smi_fast.accelerate(model.train())
+    weights = torch.randn(3, 7, dtype=torch.float64)
+    expected = torch.autograd.grad((model(images) * weights).sum(), list(model.parameters()))
+    got = torch.autograd.grad((fast(images) * weights).sum(), list(model.parameters()))
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (torch.tensor([[0, 1], [2, 64], [3, 4]]), r"row 1 holds patch 64, outside \[0, 64\)"),
+        (torch.tensor([[0, 1], [2, 3], [-1, 4]]), r"row 2 holds patch -1"),
+        (torch.tensor([[0, 1], [5, 5], [3, 4]]), "row 1 names patch 5 twice"),
+        (torch.zeros(3, 0, dtype=torch.long), "no patch in row 0"),
+        (torch.zeros(3, 2), "float32"),
+        (torch.zeros(2, 2, dtype=torch.long), r"shape \(2, 2\)"),
+        (torch.ones(3, 63, dtype=torch.bool), "63 patches"),
+        (torch.arange(3)[:, None].expand(3, 64) > 0, "no patch in row 0"),
+        ([torch.arange(2), torch.tensor([], dtype=torch.long), torch.arange(2)], "no patch in row 1"),
+        ([torch.arange(2), torch.arange(2)], "lists 2 images"),
+        ([torch.arange(2), torch.arange(2), torch.tensor([7, 70])], "row 2 holds patch 70"),
+        ([torch.arange(2), torch.arange(2), torch.tensor([7.0])], "row 2 has dtype torch.float32"),
+    ],
+)
+def test_a_wrong_keep_is_refused_with_its_row_and_value(model, images, keep, message):
+    with pytest.raises(ValueError, match=message):
+        smi_fast.accelerate(model)(images, keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 3, 30, 32), "not divided"),
+        ((3, 3, 64, 64), "64x64"),
+        ((3, 1, 32, 32), r"\(3, 1, 32, 32\)"),
+        ((3, 32), "shape"),
+    ],
+)
+def test_images_that_do_not_fit_the_model_are_refused_with_their_size(model, shape, message):
+    with pytest.raises(ValueError, match=message):
+        smi_fast.accelerate(model)(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_integer_images_are_refused(model):
+    with pytest.raises(ValueError, match="uint8"):
+        smi_fast.accelerate(model)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_models_that_cannot_be_accelerated_are_refused_with_the_part_that_stands_in_the_way(seed):
+    class OwnBlock(Block):
+        pass
+
+    with pytest.raises(smi_fast.UnsupportedModelError, match=r"blocks\[0\] is a .*OwnBlock"):
+        smi_fast.accelerate(cifar10_vit(False, depth=1, block_fn=OwnBlock))
+    with pytest.raises(smi_fast.UnsupportedModelError, match=r"the model is a .*ResNet"):
+        smi_fast.accelerate(timm.create_model("test_resnet", pretrained=False))
+    with pytest.raises(smi_fast.UnsupportedModelError, match="dynamic_img_pad"):
+        smi_fast.accelerate(cifar10_vit(False, depth=1, dynamic_img_pad=True))
+    with pytest.raises(smi_fast.UnsupportedModelError, match=r"blocks\[0\] has a head_dim of 12"):
+        smi_fast.accelerate(cifar10_vit(False, depth=1, num_heads=16))
+
+
+def test_dropping_attention_while_training_is_refused_not_left_out(seed):
+    fast = smi_fast.accelerate(cifar10_vit(False, depth=1, attn_drop_rate=0.1).train())
+    with pytest.raises(smi_fast.UnsupportedModelError, match="attn_drop"):
+        fast(torch.zeros(1, 3, 32, 32))
+    assert fast.eval()(torch.zeros(1, 3, 32, 32)).isfinite().all()
+    fast.model.train()  # timm's own mode decides, as timm's forward would
+    with pytest.raises(smi_fast.UnsupportedModelError, match="attn_drop"):
+        fast(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_model_without_position_embedding_drops_no_tokens_while_training_as_in_timm(seed, images):
+    model = cifar10_vit(False, depth=1, embed_dim=48, num_heads=3, pos_embed="none", pos_drop_rate=0.5).double().train()
+    torch.testing.assert_close(smi_fast.accelerate(model)(images), model(images))
+
+
+def second_order(forward: Callable, images: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor:
+    """The gradient with respect to images of the gradients with respect to inputs, along a vector."""
+    first = torch.autograd.grad(forward(images).float().square().sum(), inputs, create_graph=True)
+    first = torch.cat([gradient.flatten() for gradient in first])
+    return torch.autograd.grad((first * torch.linspace(-1, 1, len(first))).sum(), images)[0].flatten()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["frozen", "trained", "through_weights"])
+def test_second_order_gradients_are_refused(seed, dtype, kind):
+    model = cifar10_vit(False, depth=2, embed_dim=48, num_heads=3).eval().requires_grad_(kind != "frozen")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 1.0 / parameter.shape[-1] ** 0.5)
+    fast = smi_fast.accelerate(model, dtype=dtype)
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    inputs = list(model.parameters()) if kind == "through_weights" else [images]
+    with (
+        fast.cast_weights() if kind == "frozen" else nullcontext(),
+        pytest.raises(RuntimeError, match="have first-order gradients only"),
+    ):
+        second_order(fast, images, inputs)
+
+
+def test_wrong_backends_and_dtypes_are_refused(model):
+    with pytest.raises(ValueError, match="metal"):
+        smi_fast.accelerate(model, backend="metal")
+    with pytest.raises(ValueError, match="float64"):
+        smi_fast.accelerate(model, dtype=torch.bfloat16)  # the weights are float64
+    with pytest.raises(ValueError, match="int8"):
+        smi_fast.accelerate(cifar10_vit(False), dtype=torch.int8)
+
+
+def test_the_triton_backend_gives_the_numbers_of_plain_torch(seed, device):
+    model = cifar10_vit(False, depth=2, embed_dim=48, num_heads=3, reg_tokens=1).to(device)
+    images = torch.randn(2, 3, 32, 32, device=device, requires_grad=True)
+    keep, view = random_keep(2, 17).to(device), torch.tensor([3, -5, 1], device=device)
+    for kept in (keep, [keep[0, :4], keep[1]], None):
+        outputs = []
+        for backend in ("torch", "triton"):
+            fast = smi_fast.accelerate(model, dtype=torch.float32, backend=backend)
+            logits, importance = fast(images, keep=kept, view=view, return_attention=True)
+            outputs.append((logits, importance, *torch.autograd.grad(logits.square().sum(), images)))
+        for ours, theirs in zip(*outputs, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,489 @@
+"""The benchmarks' own arithmetic: contestants in turn, tables that say what was measured."""
+
+import copy
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import smi_fast
+from smi_fast import kernels
+
+BENCH = Path(__file__).parents[2] / "bench"
+CPU = torch.device("cpu")
+
+TINY_BENCHMARK = """
+from dataclasses import dataclass
+from functools import partial
+import pytest, torch
+from duel import OURS
+
+@dataclass(frozen=True)
+class Case:
+    size: int
+    def __str__(self):
+        return f"{self.size} x {self.size}"
+
+@pytest.mark.contest(contestants=[OURS, "twice", "absent"], cpu=[Case(8), Case(64)], cuda=[])
+def test_product(case, device, enter):
+    def contestants():
+        x = torch.rand(case.size, case.size, device=device)
+        def twice():
+            x @ x
+            return x @ x
+        return {OURS: lambda: x @ x, "twice": twice, "absent": "not installed"}
+    enter("product", contestants, tolerance=1e-6, rounds=5)
+"""
+
+
+@pytest.fixture
+def bench(monkeypatch, pytestconfig):
+    """Imports a module of bench/."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    pytestconfig.addinivalue_line("markers", "contest: as bench/conftest.py says")
+    return importlib.import_module
+
+
+@pytest.fixture
+def duel(bench):
+    return bench("duel")
+
+
+def test_contestants_take_turns_and_each_has_its_own_times(duel):
+    calls = []
+
+    def measured(call):
+        return [call() or {"smi-fast": 1.0, "peer": 3.0}[calls[-1]]]
+
+    contestants = {name: lambda name=name: calls.append(name) for name in ("smi-fast", "peer")}
+    outcomes = duel.duel(contestants, device=CPU, rounds=4, memory=False, measure=measured)
+    assert outcomes["smi-fast"].seconds == (1.0,) * 4
+    assert outcomes["peer"].median == 3.0
+    in_turn = calls[2:]  # behind the check
+    assert in_turn == ["smi-fast", "peer", "peer", "smi-fast"] * 2
+
+
+def test_a_contestant_that_computes_something_else_has_no_times_and_says_why(duel):
+    contestants = {
+        "smi-fast": lambda: torch.ones(3),
+        "peer": lambda: torch.ones(3) + 1e-2,
+        "nan": lambda: torch.ones(3) / 0 * 0,
+    }
+    outcomes = duel.duel(contestants, device=CPU, tolerance=1e-3, rounds=1)
+    assert "peer: output 0 is off by 1.0e-02" in outcomes["peer"].wrong
+    assert "off by nan" in outcomes["nan"].wrong
+    assert not outcomes["peer"].seconds
+    assert outcomes["smi-fast"].seconds
+
+
+def test_outputs_are_made_comparable_before_they_are_compared(duel):
+    padded = torch.tensor([[1.0, 2.0, -7.0], [3.0, -7.0, -7.0]])
+    unpad = duel.Round(lambda: padded, lambda out: (out[out > 0],))
+    contestants = {"smi-fast": lambda: torch.tensor([1.0, 2.0, 3.0]), "peer": unpad, "raw": lambda: padded}
+    outcomes = duel.duel(contestants, device=CPU, tolerance=0, rounds=1)
+    assert len(outcomes["peer"].seconds) == 1
+    assert outcomes["raw"].wrong
+
+
+def test_a_peer_that_cannot_run_is_absent_with_its_reason(duel):
+    def fails():
+        raise RuntimeError("no such kernel\nlong story")
+
+    outcomes = duel.duel({"smi-fast": lambda: None, "peer": fails, "other": "not installed"}, device=CPU, rounds=1)
+    assert outcomes["peer"].absent == "RuntimeError: no such kernel"
+    assert outcomes["other"].absent == "not installed"
+    assert not outcomes["peer"].seconds
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        duel.duel({"smi-fast": fails}, device=CPU, rounds=1)
+
+
+def test_peak_counts_what_is_held_at_once_not_what_passes_through(duel):
+    def call():
+        for _ in range(3):
+            first = torch.empty(1 << 20, dtype=torch.uint8)
+            second = torch.empty(1 << 20, dtype=torch.uint8)
+            del first, second
+
+    assert 2 << 20 <= duel.peak_bytes(call, CPU) < 3 << 20
+
+
+def run_benchmark(directory, text, *options):
+    """Run a file of benchmarks with what bench/ gives them; the JSON is results.json in the directory."""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        pytest.skip("pytest-benchmark is not installed")
+    for name in ("conftest.py", "duel.py"):
+        (directory / name).write_text((BENCH / name).read_text())
+    (directory / "bench_tiny.py").write_text(text)
+    (directory / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\n")
+    run = [sys.executable, "-m", "pytest", "-q", "-rs", "--bench-device=cpu", "--benchmark-json=results.json"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run += ["--threads=1", *options]
+    return subprocess.run(run, cwd=directory, env=environment, capture_output=True, text=True)
+
+
+def test_tables_hold_the_medians_and_ratios_of_the_benchmark_json(tmp_path):
+    done = run_benchmark(tmp_path, TINY_BENCHMARK)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["machine_info"]["threads"] == 1
+    assert "node" not in results["machine_info"]
+    assert len(results["benchmarks"]) == 4
+
+    report = subprocess.run(
+        [sys.executable, str(BENCH / "report.py"), "results.json", "--markdown"],
+        cwd=tmp_path, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert "1 thread;" in report.splitlines()[0]
+    for size in ("8 x 8", "64 x 64"):
+        entries = {
+            entry["extra_info"]["contestant"]: entry
+            for entry in results["benchmarks"]
+            if entry["group"] == f"product: {size}"
+        }
+        assert list(entries) == ["smi-fast", "twice"]
+        table = report.split(f"### product: {size}\n")[1].split("###")[0]
+        rows = {cells[1]: cells[2:] for cells in ([c.strip() for c in r.split("|")] for r in table.splitlines() if r)}
+        for name, entry in entries.items():
+            stats, data = entry["stats"], sorted(entry["stats"]["data"])
+            assert stats["rounds"] == 5
+            assert stats["median"] == data[2]
+            ratio = data[2] / sorted(entries["smi-fast"]["stats"]["data"])[2]
+            assert entry["extra_info"]["ratio"] == pytest.approx(ratio)
+            assert entry["extra_info"]["median_ms"] == pytest.approx(data[2] * 1e3)
+            assert float(rows[name][0]) == pytest.approx(data[2] * 1e3, rel=1e-3)
+            assert float(rows[name][2]) == pytest.approx(ratio, abs=0.006)
+
+
+def test_a_wrong_peer_fails_its_own_entry_and_no_other(tmp_path):
+    done = run_benchmark(
+        tmp_path, TINY_BENCHMARK.replace("            return x @ x\n", "            return x @ x + 1\n")
+    )
+    assert "2 failed, 2 passed, 2 skipped" in done.stdout, done.stdout + done.stderr
+    assert "twice: output 0 is off by" in done.stdout
+    entries = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
+    assert {entry["extra_info"]["contestant"] for entry in entries} == {"smi-fast"}
+
+
+def test_a_run_that_has_to_stop_begins_no_group_and_says_so(tmp_path):
+    done = run_benchmark(tmp_path, TINY_BENCHMARK, "--stop-after=0")
+    assert "6 skipped" in done.stdout
+    assert "not begun 0 s into the run" in done.stdout
+
+
+def test_ceilings_count_what_a_copy_reads_and_writes_and_what_a_product_computes(duel, monkeypatch):
+    def measured(call):
+        call()
+        return [0.5]
+
+    monkeypatch.setattr(duel, "stopwatch", lambda device: measured)
+    found = duel.ceilings(CPU, copied=1000, side=16)
+    assert found == {"bytes_per_second": 4000.0, "flops_per_second": 2 * 16 * 16 * 16 / 0.5}
+
+
+def formula(qkv):
+    """Attention of sequences of one length, (B, N, 3, H, D) -> (B, N, H, D), by nothing but two products."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("tokens", [7, None])
+def test_the_floor_of_attention_counts_its_tensors_and_products(bench, tokens):
+    case = bench("bench_kernels").Tokens(3, tokens, 2, 16, torch.bfloat16)
+    operations = {"forward": 0, "both": 0}
+    moved = {"forward": 0, "both": 0, "row": 0}
+    for length in case.lengths:
+        qkv = torch.randn(1, length, 3, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            out = formula(qkv)
+            operations["forward"] += counter.get_total_flops()
+            (grad,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+        operations["both"] += counter.get_total_flops()
+        moved["forward"] += qkv.nbytes + out.nbytes
+        moved["both"] += qkv.nbytes + out.nbytes + qkv.nbytes + out.nbytes + grad.nbytes
+        moved["row"] += 2 * length * torch.float32.itemsize
+    forward, row = case.facts(rows=4, products=2), case.facts(rows=4, products=2, attention=True)
+    both = case.facts(rows=4 + 7, products=2 + 4)
+    assert (forward["floor_flops"], both["floor_flops"]) == (operations["forward"], operations["both"])
+    assert (forward["floor_bytes"], both["floor_bytes"]) == (moved["forward"], moved["both"])
+    assert row["floor_bytes"] == moved["forward"] + moved["row"]
+    assert forward["length"] == sum(case.lengths) / 3
+    assert forward["ragged"] == (tokens is None)
+
+
+def test_the_floor_of_one_query_counts_keys_and_values_once(bench):
+    case = bench("bench_kernels").Tokens(3, 7, 2, 16, torch.float32)
+    q = torch.randn(3, 2, 1, 16, requires_grad=True)
+    kv = torch.randn(2, 3, 2, 7, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = (q @ kv[0].mT).softmax(-1) @ kv[1]
+        torch.autograd.grad(out, (q, kv), torch.ones_like(out))
+    facts = case.facts(rows=2 + 4, queries=2 + 3, products=2 + 4)
+    assert facts["floor_flops"] == counter.get_total_flops()
+    assert facts["floor_bytes"] == (q.nbytes + kv.nbytes + out.nbytes) + 2 * (q.nbytes + kv.nbytes) + out.nbytes
+
+
+def test_the_floors_of_selection_and_patches_count_what_is_read_and_written(bench):
+    benchmark = bench("bench_kernels")
+    case = benchmark.Candidates(3, 9, 4, 128, torch.bfloat16)
+    attention, values = torch.rand(3, 2, 9), torch.randn(3, 10, 128, dtype=torch.bfloat16)
+    selection = kernels.select_tokens(attention, values, k=4, num_prefix_tokens=1)
+    moved = attention.nbytes + 2 * selection.values.nbytes + selection.positions.nbytes
+    assert case.facts()["floor_bytes"] == moved
+    assert "floor_bytes" not in benchmark.Candidates(3, 9, None, 128).facts()
+
+    images = torch.randn(2, 3, 224, 224, requires_grad=True)
+    positions, cu_seqlens = torch.arange(10, dtype=torch.int32) % 5, torch.tensor([0, 5, 10], dtype=torch.int32)
+    patches, _ = kernels.gather_patches(images, positions, cu_seqlens, patch_size=16)
+    (grad,) = torch.autograd.grad(patches.sum(), images)
+    assert benchmark.Kept(2, 5).facts(backward=False)["floor_bytes"] == 2 * patches.nbytes
+    assert benchmark.Kept(2, 5).facts(backward=True)["floor_bytes"] == 3 * patches.nbytes + grad.nbytes
+
+
+def entry(title, contestant, milliseconds, **facts):
+    """An entry of pytest-benchmark's JSON, as far as report.py reads it."""
+    facts = dict(title=title, contestant=contestant, batch="128", peak_bytes=None, graph=True, ragged=False) | facts
+    group = f"{title}: {facts['batch']} x {facts.get('tokens', facts['length'])}"
+    stats = dict(median=milliseconds / 1e3, iqr=0.0, rounds=11)
+    return {"group": group, "extra_info": facts, "stats": stats}
+
+
+def results_of(entries, **machine_info):
+    machine = {"threads": 1, "machine": "x86", "cpu": {}, "torch": "2", "gpu": "NVIDIA H200"} | machine_info
+    return {"benchmarks": entries, "machine_info": machine, "commit_info": {"id": "0" * 40}, "datetime": "2026-01-01T"}
+
+
+BOTH = "attention, forward and backward"
+
+
+def test_floors_are_what_takes_longer_and_are_shown_only_where_ceilings_were_measured(bench):
+    report = bench("report")
+    entries = [
+        entry(BOTH, "smi-fast", 3.0, tokens="47", length=47.0, floor_bytes=4e9, floor_flops=1e12),
+        entry(BOTH, "peer", 8.0, tokens="47", length=47.0, floor_bytes=4e9, floor_flops=1e12, graph=False),
+        entry(BOTH, "smi-fast", 6.0, tokens="96", length=96.0, floor_bytes=4e9, floor_flops=3e12),
+    ]
+    measured = results_of(entries, ceilings={"bytes_per_second": 4e12, "flops_per_second": 1e15})
+    short, long = report.tables(measured).values()
+    head, ours, peer = (dict(zip(short[0], row, strict=True)) for row in short)
+    assert "x floor" in head
+    assert (ours["x floor"], peer["x floor"]) == ("3.00", "8.00")  # 4e9 bytes take 1 ms, 1e12 operations as long
+    assert (ours["x smi-fast"], peer["x smi-fast"]) == ("1.00", "2.67")
+    assert (ours["graph"], peer["graph"]) == ("yes", "no")
+    assert dict(zip(long[0], long[1], strict=True))["x floor"] == "2.00"  # 3e12 operations take 3 ms
+    assert "4.00 TB/s" in report.report(measured)
+    bare = copy.deepcopy(entries)
+    for one in bare:
+        del one["extra_info"]["graph"]
+    assert report.tables(results_of(bare))[bare[0]["group"]][0] == (
+        "", "median ms", "IQR ms", "x smi-fast", "rounds", "peak MiB"
+    )  # fmt: skip
+
+
+def test_the_operations_of_a_forward_and_a_backward_pass_are_those_that_ours_computes(bench):
+    loop = bench("plain_loop")
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=0).eval().requires_grad_(False)
+    keep, images = torch.arange(20)[None], torch.randn(1, 3, 224, 224, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        features = smi_fast.accelerate(model, dtype=torch.float32)(images, keep=keep)
+        forward = counter.get_total_flops()
+        features.sum().backward()
+    assert forward == loop.forward_flops(21, 192)
+    assert counter.get_total_flops() - forward == pytest.approx(loop.backward_flops(21, 192), rel=1e-3)
+
+
+def test_the_plain_loop_computes_what_ours_does_and_times_what_it_is_asked_to(bench, seed):
+    inversion, loop = bench("bench_inversion"), bench("plain_loop")
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    plain, stage = loop.PlainLoop(model, torch.float32, compiled=False), inversion.Stage("deit_tiny", 2, 46)
+    inversion.compare_plain(model, plain, stage, CPU)
+    with torch.no_grad():
+        plain.model.blocks[3].norm1.bias += 0.1
+    with pytest.raises(AssertionError, match="plain PyTorch, compiled: output 0 is off"):
+        inversion.compare_plain(model, plain, stage, CPU)
+    seconds = inversion.plain_seconds(plain, torch.tensor([0, 1]), stage)
+    assert seconds.shape == (inversion.TIMED,)
+    assert (seconds > 0).all()
+
+
+def verdicts(report, entries):
+    ceilings = {"bytes_per_second": 4e12, "flops_per_second": 1e15}
+    head, *rows = report.targets(results_of(entries, ceilings=ceilings))
+    return {row[:2]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_a_target_is_met_only_if_the_worst_group_meets_it(bench):
+    report = bench("report")
+    entries = []
+    for tokens, peer in (("47", 1.7), ("96", 1.2)):
+        facts = dict(tokens=tokens, length=float(tokens))
+        entries += [
+            entry(BOTH, "smi-fast", 1.0, **facts),
+            entry(BOTH, "smi-fast, no row", 0.1, **facts),  # ours in another form is no peer
+            entry(BOTH, "slow", 9.0, **facts),
+            entry(BOTH, "fast", peer, **facts),
+        ]
+    found = verdicts(report, entries)
+    overall, short = found["fastest peer over smi-fast", BOTH], found["the same at 47 tokens", BOTH]
+    assert (overall["limit"], overall["worst"], overall["met"]) == (">= 1.3", "1.2", "no")
+    assert (overall["reached in"], overall["worst at"]) == ("1 of 2", "128 x 96")
+    assert (short["worst"], short["met"]) == ("1.7", "yes")
+    assert {row["met"] for key, row in found.items() if key[1] != BOTH} == {"not measured"}
+
+
+def test_the_row_the_selection_and_the_floor_have_their_own_figures(bench):
+    report = bench("report")
+    row, facts = "attention with the class row, forward", dict(tokens="47", length=47.0)
+    kept = dict(length=196.0, floor_bytes=4e9, floor_flops=0)
+    entries = [
+        entry(row, "smi-fast", 1.06, **facts),
+        entry(row, "smi-fast, no row", 1.0, **facts),
+        entry("selection", "smi-fast", 1.4, **kept),
+        entry("selection", "torch", 5.6, **kept),
+        entry("selection", "torch.compile", 2.7, **kept),
+        entry("selection", "smi-fast", 9.0, **kept | {"batch": "32"}),  # too small for the figure on the floor
+    ]
+    found = verdicts(report, entries)
+    assert found["with the row over without", row]["worst"] == "1.06"
+    assert found["with the row over without", row]["met"] == "no"
+    assert found["torch over smi-fast", "selection"]["met"] == "yes"
+    assert found["torch.compile over smi-fast", "selection"]["met"] == "no"
+    floor = found["time over the floor, batch >= 128", "selection"]
+    assert (floor["worst"], floor["met"], floor["reached in"]) == ("1.4", "yes", "1 of 1")
+
+
+def test_the_loop_has_its_own_figures(bench):
+    report = bench("report")
+    title, facts = "inversion, one iteration", dict(model="deit_base_patch16_224", kept="46", length=46.0)
+    floors = dict(floor_bytes=0, floor_flops=1e12)
+    entries = [
+        entry(title, "smi-fast", 2.0, peak_bytes=30, **facts, **floors),
+        entry(title, "plain PyTorch, compiled", 3.2, peak_bytes=10, **facts),
+        entry(title, "published SMI", 28.0, peak_bytes=100, **facts),
+    ]
+    found = {figure: row for (figure, kernel), row in verdicts(report, entries).items() if kernel == title}
+    assert found["published code over smi-fast, deit_base"]["met"] == "no"
+    assert found["plain loop over smi-fast, deit_base"]["met"] == "yes"
+    assert found["time over the floor, deit_base"]["worst"] == "2"
+    assert found["peak memory over the published code's"]["worst"] == "0.3"
+    assert found["iterations/s over 1500, deit_tiny"]["met"] == "not measured"
+    gain = "sparse forward beside dense"
+    entries = [
+        entry(gain, "smi-fast", 1.0, dense_flops=5e12, length=46.0, **floors),
+        entry(gain, "timm dense, torch.compile", 4.4, length=46.0),
+    ]
+    found = {figure: row for (figure, kernel), row in verdicts(report, entries).items() if kernel == gain}
+    assert (found["dense compiled timm over smi-fast"]["worst"], found["dense compiled timm over smi-fast"]["met"]) == (
+        "4.4", "yes"
+    )  # fmt: skip
+    assert (found["the same over the ratio of operations"]["worst"]) == "0.88"
+
+
+def test_plots_are_drawn_for_what_was_measured_and_hold_their_points(bench, tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    report = bench("report")
+    lines = []
+    monkeypatch.setattr(plt, "close", lambda figure: lines.extend(figure.axes[0].lines))
+    entries = [
+        entry(BOTH, name, time * length / 47, tokens=str(length), length=float(length), heads="3", floor_bytes=4e7,
+              floor_flops=0)
+        for length in (47, 96) for name, time in (("smi-fast", 0.02), ("SDPA flash", 0.05))
+    ]  # fmt: skip
+    entries.append(entry(BOTH, "smi-fast", 0.03, tokens="None", length=70.5, heads="3", ragged=True))
+    ceilings = {"bytes_per_second": 4e12, "flops_per_second": 1e15}
+    (path,) = report.plots(results_of(entries, ceilings=ceilings), tmp_path)
+    assert path.name == "attention-forward-backward.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    drawn = [[tuple(map(float, point)) for point in line.get_xydata()] for line in lines if len(line.get_xydata())]
+    assert drawn == [
+        [(47.0, pytest.approx(20.0)), (96.0, pytest.approx(20.0 * 96 / 47))],
+        [(70.5, pytest.approx(30.0))],  # the ragged mix lies beside the line
+        [(47.0, pytest.approx(50.0)), (96.0, pytest.approx(50.0 * 96 / 47))],
+        [(47.0, pytest.approx(10.0)), (96.0, pytest.approx(10.0))],
+    ]
+
+
+def test_steps_pass_fail_run_over_or_cannot_run_and_the_next_runs(bench, capsys, tmp_path):
+    check = bench("gpu_check")
+    python = [sys.executable, "-c"]
+    left = tmp_path / "left"
+    child = f"import pathlib, time; time.sleep(1); pathlib.Path({str(left)!r}).touch()"
+    over = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    steps = [
+        check.Step("good", [*python, "import os, smi_fast; print('it says', os.environ['WORD'])"], 60,
+                   environment={"WORD": "this"}),
+        check.Step("bad", [*python, "raise SystemExit(3)"], 60),
+        check.Step("over", [*python, over], 0.5),
+        check.Step("absent", ["no-such-program-here"], 60, "no-such-program-here"),
+        check.Step("no script", [*python, "print(1)"], 60, tmp_path / "script.py"),
+        check.Step("last", [*python, "print('still here')"], 60),
+    ]  # fmt: skip
+    with open(tmp_path / "log", "w") as log:
+        results = check.run_all(steps, log)
+    assert [result.verdict for result in results] == [
+        "passed", "failed: exit status 3", "failed: ended after 0.5 s", "not run: no no-such-program-here",
+        "not run: no script.py", "passed",
+    ]  # fmt: skip
+    assert [result.failed for result in results] == [False, True, True, False, False, False]
+    assert 0.5 <= results[2].seconds < 30
+    text = (tmp_path / "log").read_text()
+    assert "it says this" in text
+    assert text.index("== good") < text.index("it says this") < text.index("== bad") < text.index("still here")
+    assert "bad: failed: exit status 3" in capsys.readouterr().out
+    time.sleep(1.2)
+    assert not left.exists()  # what a step started ends with it
+
+
+def test_the_steps_of_a_gpu_check_fit_into_eight_minutes(bench, tmp_path):
+    steps = bench("gpu_check").steps(tmp_path, "NVIDIA H200")
+    assert sum(step.limit for step in steps) <= 8 * 60
+    assert [step.command[0] for step in steps if step.name.startswith("compute")] == ["compute-sanitizer"] * 2
+    assert str(tmp_path / "nvidia-h200.json") in steps[-3].command
+    assert str(tmp_path / "nvidia-h200-loop.json") in steps[-2].command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_check_says_so_and_fails(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "gpu_check.py"), "--out", str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stdout == "There is no NVIDIA GPU that torch can see, so nothing was checked.\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.cuda
+def test_gpu_rounds_are_graphs_where_they_can_be_and_others_run_as_they_are(duel):
+    """One that waits for the host in its middle cannot be a graph; what comes behind it still can."""
+    device = torch.device("cuda")
+    x = torch.rand(64, 64, device=device, requires_grad=True)
+
+    def both():
+        y = x @ x
+        return y, *torch.autograd.grad(y, x, torch.ones_like(y))
+
+    def waiting():
+        y, grad = both()
+        return y * (y.sum().item() > 0), grad
+
+    contestants = {"smi-fast": both, "waiting": waiting, "again": both, "wrong": lambda: (x @ x, x)}
+    outcomes = duel.duel(contestants, device=device, tolerance=1e-5, rounds=3)
+    assert [outcomes[name].graph for name in ("smi-fast", "waiting", "again")] == [True, False, True]
+    assert all(len(outcomes[name].seconds) == 3 for name in ("smi-fast", "waiting", "again"))
+    assert outcomes["wrong"].wrong
+
+    def failing():
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return x @ x
+
+    assert duel.captured(failing) is None
+    assert duel.captured(lambda: x @ x)() is not None
+    torch.cuda.empty_cache()

@@ -1,0 +1,141 @@
+"""The dispatch table is written from what is measured or compiled, and read as it was written."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from smi_fast.kernels import dispatch
+from smi_fast.kernels.dispatch import choose, choose_attention, nearest, override
+
+BENCH = Path(__file__).parents[2] / "bench"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tune(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("tune")
+
+
+@pytest.fixture
+def empty_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "TABLE", tmp_path / "dispatch.json")
+    return dispatch.TABLE
+
+
+def test_the_table_in_the_package_is_as_the_script_writes_it(tune):
+    text = dispatch.TABLE.read_text()
+    assert tune.as_json(json.loads(text)) == text
+
+
+def test_neighbours_that_choose_the_same_become_one_row(tune):
+    rows = [{"up_to": 16, "BN": 16}, {"up_to": 32, "BN": 32}, {"up_to": 64, "BN": 32}, {"up_to": 80, "BN": 16}]
+    assert tune.merged(rows) == [{"up_to": 16, "BN": 16}, {"up_to": 64, "BN": 32}, {"up_to": 80, "BN": 16}]
+
+
+def test_the_fastest_candidate_without_a_fault_is_entered_and_other_rows_stay(tune, empty_table, monkeypatch):
+    kept = {"up_to": 4096, "dtype": "half", "head_dim": 128, "BN": 32, "num_warps": 8}
+    empty_table.write_text(tune.as_json({"sm_90": {"source": "old", "class_attention_forward": [kept]}}))
+    monkeypatch.setattr(tune, "occupancies", lambda arch, operation, rows, processes: [1.0] * len(rows))
+    # The fastest, of 4 warps, shows a fault in another than the plainest case; of 8 warps, none does.
+    monkeypatch.setattr(tune, "faulty", lambda arch, operation, rows, _: [row.get("num_warps") == 4 for row in rows])
+    seconds = {4: 1e-6, 8: 2e-6, 2: 3e-6}
+
+    def measured(operation, row):
+        return seconds.get(row.get("num_warps"), 4e-6) + row.get("BN", 0) * 1e-9
+
+    monkeypatch.setattr(tune, "seconds_on_gpu", measured)
+    monkeypatch.setattr(tune, "in_order", lambda: [("some", ["class_attention_forward"], tune.KINDS[0])])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(dispatch, "table", lambda: {"sm_80": {}, "sm_90": {}})
+    monkeypatch.setattr("sys.argv", ["tune.py"])
+    tune.main()
+    table = json.loads(empty_table.read_text())
+    assert table["sm_90"]["source"] == "measured on a GPU: some"
+    best = {"up_to": 4096, **tune.KINDS[0], "BN": 32, "num_warps": 8}
+    assert table["sm_90"]["class_attention_forward"] == [kept, best]
+
+
+def test_without_a_usable_candidate_nothing_is_entered(tune, monkeypatch):
+    monkeypatch.setattr(tune, "occupancies", lambda arch, operation, rows, processes: [0.0] * len(rows))
+    with pytest.raises(RuntimeError, match="attention_forward"):
+        tune.best("sm_90", "attention_forward", tune.KINDS[0], 1, None)
+
+
+@pytest.mark.parametrize("operation", [
+    "attention_forward", "attention_backward", "class_attention_forward", "class_attention_backward",
+    "select_tokens", "select_tokens_backward", "gather_patches", "gather_patches_backward", "pixel_step",
+])  # fmt: skip
+def test_what_is_timed_runs_and_writes_what_the_operation_says(operation, tune, monkeypatch, seed):
+    for name, value in (("BATCH", 2), ("HEADS", 1), ("CHANNELS", 16)):
+        monkeypatch.setattr(tune, name, value)
+    row = {"up_to": 64, "dtype": "float32", "head_dim": 16}
+    if operation in tune.ATTENTION:
+        call = tune.attention_call(operation, row, 20, CPU)
+    elif operation.startswith("select"):
+        call = tune.selection_call(operation, 20, CPU)
+    elif operation == "pixel_step":
+        call = tune.pixels_call((1, 4, 4), CPU)
+    else:
+        call = tune.patches_call(operation, (1, 4, 4), CPU)
+    results = call()
+    for x in results if isinstance(results, tuple) else (results,):
+        assert x.isfinite().all()
+    main = results[0] if isinstance(results, tuple) else results
+    expected = {
+        "attention_forward": (40, 1, 16),
+        "attention_backward": (40, 3, 1, 16),
+        "class_attention_forward": (2, 1, 16),
+        "class_attention_backward": (2, 1, 16),
+        "select_tokens": (2 * 15, 16),
+        "select_tokens_backward": (2, 197, 16),
+        "gather_patches": (2 * 95, 16),
+        "gather_patches_backward": (2, 1, 56, 56),
+        "pixel_step": (),
+    }
+    assert main.shape == expected[operation]
+
+
+def test_every_candidate_holds_what_its_row_is_for(tune):
+    """A tile that holds fewer tokens than a sequence has would leave the rest unread and unwritten."""
+    for operation in tune.OPERATIONS:
+        for purpose, rows in tune.rows_to_fill(operation, tune.KINDS[0] if operation in tune.ATTENTION else {}):
+            assert rows
+            for row in rows:
+                if row.get("form") == "tile" or operation == "select_tokens":
+                    assert row["BN"] >= purpose["up_to"]
+                if row.get("form") == "rows":
+                    assert row["BM"] >= purpose["up_to"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((9, 0), "sm_90"), ((8, 7), "sm_86"), ((10, 3), "sm_100"), ((12, 1), "sm_120"), ((7, 5), "sm_80")],
+)
+def test_an_unknown_gpu_takes_the_nearest_older_architecture(capability, expected):
+    assert nearest(*capability) == expected
+
+
+def test_the_row_with_the_least_sufficient_size_is_chosen_and_may_be_overridden():
+    rows = [
+        row
+        for row in dispatch.table()["sm_90"]["attention_backward"]
+        if (row["dtype"], row["head_dim"]) == ("half", 64)
+    ]
+    for size in (1, 64, 65, 197, 4096):
+        row = min((row for row in rows if row["up_to"] >= size), key=lambda row: row["up_to"])
+        qkv = torch.empty(size, 3, 2, 48, dtype=torch.bfloat16)
+        form, constants = choose_attention("attention_backward", qkv, size)
+        assert form == row["form"]
+        assert constants.items() <= row.items()
+        constants["BN"] = -1  # a copy: the table stays as it is
+    assert choose_attention("attention_backward", qkv, 1)[1].get("BN") != -1
+    with override({"attention_backward": ("other", {"BN": 3})}):
+        assert choose_attention("attention_backward", qkv, 1) == ("other", {"BN": 3})
+    assert choose_attention("attention_backward", qkv, 1)[0] != "other"
+    with pytest.raises(ValueError, match="4097"):
+        choose("attention_backward", CPU, 4097, dtype="half", head_dim=64)

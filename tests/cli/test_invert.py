@@ -1,0 +1,389 @@
+"""The command line, as a user runs it: what it writes, what it prints, and how it refuses bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import smi_fast
+from smi_fast.cli import main, parse_classes
+from smi_fast.cli.arguments import check_writable
+from smi_fast.models import CIFAR10_CLASSES, cifar10_vit
+
+FILES = ["curve.png", "grid.png", "inverted.safetensors", "process.png", "report.json"]
+SHORT = ["--iterations", "30", "--images-per-class", "1", "--quiet"]
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "smi_fast", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The command without arguments but for the folder, the device and silence."""
+    out = tmp_path_factory.mktemp("demo") / "made" / "here"
+    return run("invert", "--out", out, "--device", "cpu", "--quiet"), out
+
+
+def test_the_demo_ends_well_and_writes_all_its_files(demo):
+    process, out = demo
+    assert process.returncode == 0, process.stderr
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert process.stderr == ""
+
+
+def test_at_least_95_percent_of_the_demos_images_are_their_target_from_kept_patches_alone(demo):
+    _, out = demo
+    report = json.loads((out / "report.json").read_text())
+    dataset = smi_fast.InvertedDataset.load(out / "inverted.safetensors")
+    patches, targets = dataset.collate([dataset[i] for i in range(len(dataset))])
+    mean, std = (torch.tensor(report[name]).repeat_interleave(16) for name in ("mean", "std"))
+    model = cifar10_vit()  # timm's own forward on the tokens of the kept patches
+    pixels = ((patches.values - mean) / std).view(len(targets), -1, 48)
+    weight = model.patch_embed.proj.weight.flatten(1)
+    positions = patches.positions.view(len(targets), -1).long()
+    tokens = pixels @ weight.T + model.patch_embed.proj.bias + model.pos_embed[0, 1:][positions]
+    prefix = (model.cls_token + model.pos_embed[:, :1]).expand(len(targets), -1, -1)
+    logits = model.forward_head(model.norm(model.blocks(torch.cat((prefix, tokens), dim=1))))
+    right = (logits.argmax(1) == targets).float().mean().item()
+    assert targets.tolist() == [t for t in range(10) for _ in range(2)]
+    assert positions.shape[1] == 14
+    assert right >= 0.95
+    assert report["classified_as_target"] == pytest.approx(right)
+    confidence = logits.softmax(1).gather(1, targets[:, None])[:, 0]
+    got = torch.tensor([image["confidence"] for image in report["images"]])
+    torch.testing.assert_close(got, confidence.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_demos_table_tells_tokens_and_operations_of_each_stage(demo):
+    process, out = demo
+    stages = json.loads((out / "report.json").read_text())["stages"]
+    assert [stage["patches"] for stage in stages] == [64, 44, 30, 21, 14]
+    width, depth, batch = 192, 6, 20
+    for stage in stages:
+        n = stage["tokens"]
+        assert n == stage["patches"] + 1
+        products = 12 * width * width * n + 2 * n * n * width  # multiply-adds of one whole block
+        whole = depth * products + 48 * width * stage["patches"] + width * 10
+        # the last block does keys and values for all tokens, the rest for one
+        whole -= 10 * width * width * (n - 1) + 2 * n * (n - 1) * width
+        forward_and_inputs = 2 * 2 * whole * batch
+        # backward of attention: its two products have two inputs each
+        forward_and_inputs += 2 * (depth - 1) * 2 * n * n * width * batch + 2 * 2 * n * width * batch
+        assert stage["gflop_per_iteration"] * 1e9 == pytest.approx(forward_and_inputs, rel=0.01)
+        assert stage["iterations_per_second"] > 0
+        assert stage["peak_memory_bytes"] > 2**20
+        assert f"{stage['gflop_per_iteration']:.2f}" in process.stdout
+    assert stages[0]["speedup_over_dense"] == 1
+    assert stages[-1]["speedup_over_dense"] > 1.5
+
+
+def test_the_demos_pictures_hold_the_images_with_stopped_patches_black(demo):
+    _, out = demo
+    images = smi_fast.InvertedDataset.load(out / "inverted.safetensors").images()
+    for name in FILES:
+        if name.endswith(".png"):
+            with Image.open(out / name) as picture:
+                picture.load()
+    with Image.open(out / "grid.png") as picture:
+        assert picture.height > 10 * 96
+        colours = set(map(tuple, np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist()))
+    first = tuple((images[0, :, 31, 31] * 255).round().int().tolist())
+    assert (0, 0, 0) in colours
+    assert first in colours
+
+
+def test_the_header_of_the_dataset_says_how_it_was_made(demo):
+    _, out = demo
+    with safe_open(out / "inverted.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["smi_fast"])["metadata"]
+    assert metadata["model"] == "cifar10_vit"
+    assert metadata["stopping"] == "8:0.3,15:0.3,30:0.3,45:0.3"
+    assert metadata["seed"] == 0
+    assert metadata["mean"] == pytest.approx([0.4914, 0.4822, 0.4465])
+    assert metadata["versions"]["torch"] == torch.__version__
+
+
+def test_the_same_seed_writes_the_same_dataset_and_another_does_not(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert main(["invert", *SHORT, "--classes", "ship,3", "--seed", str(seed), "--out", str(tmp_path / name)]) == 0
+    a, b, c = (smi_fast.InvertedDataset.load(tmp_path / name) for name in "abc")
+    assert torch.equal(a.patches, b.patches)
+    assert a.targets.tolist() == [8, 3]
+    assert not torch.equal(a.images(), c.images())
+
+
+def test_batches_are_inverted_one_after_the_other_from_different_noise(tmp_path):
+    arguments = ["--classes", "5", "--images-per-class", "3", "--batch-size", "2", "--iterations", "20", "--quiet"]
+    assert main(["invert", *arguments, "--stopping", "5:0.5", "--out", str(tmp_path / "o")]) == 0
+    dataset = smi_fast.InvertedDataset.load(tmp_path / "o")
+    assert dataset.targets.tolist() == [5, 5, 5]
+    assert dataset.cu_seqlens.tolist() == [0, 32, 64, 96]
+    assert not torch.equal(dataset.patches[:32], dataset.patches[64:])
+
+
+def test_a_timm_model_is_inverted_from_a_checkpoint(tmp_path, seed):
+    torch.save(timm.create_model("test_vit", num_classes=4).state_dict(), tmp_path / "weights.pth")
+    arguments = ["--model", "test_vit", "--checkpoint", tmp_path / "weights.pth", *SHORT]
+    arguments = [*map(str, arguments), "--iterations", "3", "--stopping", "dense", "--out", str(tmp_path / "o")]
+    assert main(["invert", *arguments]) == 0
+    dataset = smi_fast.InvertedDataset.load(tmp_path / "o")
+    assert dataset.image_size == (3, 160, 160)
+    assert dataset.targets.tolist() == [0, 1, 2, 3]
+    assert dataset.metadata["settings"]["lr"] == 0.25
+
+
+def test_without_matplotlib_a_line_says_that_the_curve_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["invert", *SHORT, "--iterations", "5", "--classes", "0", "--out", str(tmp_path / "o")]) == 0
+    assert "smi-fast[viz]" in capsys.readouterr().out
+    assert not (tmp_path / "o" / "curve.png").exists()
+
+
+def test_ctrl_c_keeps_what_there_is(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "smi_fast",
+        "invert",
+        "--iterations",
+        "100000",
+        "--classes",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    with subprocess.Popen(
+        [*command, "--stopping", "3:0.5", "--out", tmp_path / "o"], stderr=subprocess.PIPE
+    ) as process:
+        seen = b""
+        while b"tokens=33" not in seen:  # the progress bar: past the stopping
+            seen += process.stderr.read1()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == FILES
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["interrupted"]
+    assert len(report["loss"]) < 100000
+    assert smi_fast.InvertedDataset.load(tmp_path / "o").patches.shape == (64, 48)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--iterations", "0"], "--iterations: must be at least 1, got 0"),
+        (["--images-per-class", "0"], "--images-per-class: must be at least 1, got 0"),
+        (["--batch-size", "-1"], "--batch-size: must be at least 1, got -1"),
+        (["--classes", "3,10"], "10 is no class of the model, which has 10"),
+        (["--classes", "unicorn"], "'unicorn' is neither"),
+        (["--stopping", "50:1.5"], "must lie in (0, 1), got 1.5"),
+        (["--stopping", "50:0.3,20:0.3"], "20 after 50"),
+        (["--stopping", "1:0.9,2:0.9"], "leaves no patch"),
+        (["--stopping", "700:0.3"], "iteration 700, of 600"),
+        (["--stopping", "nonsense"], "cannot read 'nonsense'"),
+        (["--model", "deit_tiny_patch16_225"], "no model 'deit_tiny_patch16_225'"),
+        (["--model", "resnet18", "--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),
+        (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+        (["--device", "toaster"], "'toaster' cannot be used"),
+        (["--lr", "-1"], "lr must be positive and finite, got -1"),
+        (["--lr", "inf"], "--lr: must be a finite number, got inf"),
+        (["--tv-l2", "nan"], "--tv-l2: must be a finite number, got nan"),
+        (["--seed", str(2**64)], f"--seed: must lie in 0 to 2^64 - 1, got {2**64}"),
+        (["--seed", "1.5"], "--seed: must be an integer, got '1.5'"),
+        (["--iterations", "9" * 20], "--iterations: must be at most 2147483647, got 9999"),
+        (["--images-per-class", "999999999"], "--images-per-class: 9999999990 images take "),
+        (["--classes", "0-99999999999"], "99999999999 is no class of the model, which has 10"),
+        (["--classes", "²"], "'²' is neither a class number"),
+        (["--device", "meta"], "'meta' cannot be used: only cpu and cuda are supported"),
+        (["--device", "mps"], "'mps' cannot be used: only cpu and cuda are supported"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_exit_code_2_and_writes_nothing(tmp_path, capsys, arguments, message):
+    assert main(["invert", "--quiet", *arguments, "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("smi-fast: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_triton_without_a_gpu_is_refused_with_the_reason(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = run("invert", "--backend", "triton", "--device", "cpu", "--out", tmp_path / "o", env=environment)
+    assert process.returncode == 2
+    assert "needs tensors on a CUDA device, not on 'cpu'" in process.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_no_network_for_pretrained_weights_is_one_sentence(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    arguments = ["--model", "deit_tiny_patch16_224", "--pretrained", "--out", tmp_path / "o"]
+    process = run("invert", *arguments, env=environment)
+    assert process.returncode == 2
+    assert "smi-fast: error: the pretrained weights of deit_tiny_patch16_224 cannot be had" in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_weights_that_are_nan_are_refused(tmp_path, capsys):
+    weights = cifar10_vit().state_dict()
+    weights["norm.bias"][7] = float("nan")
+    torch.save(weights, tmp_path / "nan.pth")
+    assert main(["invert", *SHORT, "--checkpoint", str(tmp_path / "nan.pth"), "--out", str(tmp_path / "o")]) == 2
+    assert "weight norm.bias holds 1 value" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone_unless_overwriting(tmp_path, capsys):
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    arguments = ["invert", *SHORT, "--iterations", "4", "--classes", "0", "--out", str(out)]
+    assert main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    assert main([*arguments, "--overwrite"]) == 0
+    assert (out / "mine.txt").read_text() == "precious"
+    assert main(["invert", *SHORT, "--out", str(out / "mine.txt")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def awkward(tmp_path):
+    """A folder with a file, a link to nothing, and a folder where a result is to be written."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "taken" / "report.json").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "is a file, not a folder"),
+        ("file/below", "cannot be written to: Not a directory"),
+        ("link", "is a link to nothing"),
+        ("taken", "report.json is a folder"),
+        ("nul\0byte", "holds a NUL byte"),
+        ("long" * 100, "cannot be written to: File name too long"),
+        ("/proc/results", "cannot be written to: No such file or directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_model_is_read(awkward, capsys, out, message):
+    arguments = ["--out", out if out.startswith("/") else str(awkward / out), "--overwrite", "--quiet"]
+    before = sorted(awkward.rglob("*"))
+    for command in (["invert"], ["quantize"], ["distill", "--data", "nowhere"]):
+        assert main([*command, "--model", "nonsense", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("smi-fast: error: --out: ")
+        assert message in error
+        assert error.count("\n") == 1
+    assert sorted(awkward.rglob("*")) == before
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "a" / ".." / "b")
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    check_writable(tmp_path / "runs" / "new" / "deep")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["runs", "runs/other"]
+
+
+def test_runs_of_neighbouring_seeds_have_no_image_in_common(tmp_path):
+    arguments = ["--classes", "5", "--images-per-class", "3", "--batch-size", "1", "--iterations", "1", "--quiet"]
+    for run_seed in "01":
+        assert main(["invert", *arguments, "--seed", run_seed, "--out", str(tmp_path / run_seed)]) == 0
+    images = torch.cat([smi_fast.InvertedDataset.load(tmp_path / run_seed).images() for run_seed in "01"]).flatten(1)
+    assert (torch.cdist(images, images) + 100 * torch.eye(6)).min() > 5  # of independent noise, about 17
+
+
+def test_a_loss_that_is_not_finite_is_warned_of_in_one_line_and_null_in_the_report(tmp_path, capsys):
+    arguments = ["--classes", "0", "--iterations", "2", "--stopping", "dense", "--tv-l2", "1e38"]
+    assert main(["invert", *SHORT, *arguments, "--out", str(tmp_path / "o")]) == 0
+    assert capsys.readouterr().err == "smi-fast: warning: the loss is inf from iteration 0 on\n"
+    record = json.loads((tmp_path / "o" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert record["loss"] == [None, None]
+
+
+def test_attention_that_is_not_finite_is_one_sentence_and_keeps_what_there_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        smi_fast.deep_inversion, "classification", lambda self, logits, targets: logits.sum() * math.nan
+    )
+    assert main(["invert", "--out", str(tmp_path / "out"), *SHORT]) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert "at iteration 2 no patch can be selected" in error
+    assert "nan from iteration 0" in error
+    assert len(smi_fast.InvertedDataset.load(tmp_path / "out" / "inverted.safetensors")) == 10
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["error"] in error
+
+
+def test_an_interruption_says_what_was_written(tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    arguments = ["invert", *SHORT, "--iterations", "2", "--classes", "0"]
+    monkeypatch.setattr(smi_fast.visualization, "save_curve", interrupt)
+    assert main([*arguments, "--out", str(tmp_path / "o")]) == 130
+    error = capsys.readouterr().err
+    assert f"after it wrote inverted.safetensors, grid.png, process.png to {tmp_path / 'o'}" in error
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == FILES[1:4]
+    monkeypatch.setattr(smi_fast.Inverter, "run", interrupt)
+    assert main([*arguments, "--out", str(tmp_path / "p")]) == 130
+    assert "before it wrote anything" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise ValueError("a.png: cannot be read as an image")
+
+
+def test_an_error_of_a_worker_is_its_sentence_without_the_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "smi_fast.cli.show_info", lambda args: list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+    )
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "smi-fast: error: a.png: cannot be read as an image\n"
+
+
+def test_help_shows_defaults_where_there_are_any(capsys):
+    for command in ("invert", "quantize", "distill", "reproduce", "evaluate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "default: None" not in text
+        assert "default: False" not in text
+        assert "(default: cifar10_vit)" in text
+
+
+def test_info_tells_versions_device_backend_and_why(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for part in (smi_fast.__version__, torch.__version__, timm.__version__, "triton", "cifar10_vit", "%"):
+        assert part in text
+
+
+def test_classes_are_read_as_numbers_ranges_and_names():
+    names = list(CIFAR10_CLASSES)
+    assert parse_classes("3,0-2,ship,3", names) == [3, 0, 1, 2, 8]
+    assert parse_classes("all", names * 2) == list(range(20))
+    assert parse_classes("first ten", names * 2) == list(range(10))
+    assert parse_classes("first ten", names[:4]) == list(range(4))
+    for text in ("", "5-3", "-1", "1.5", "0-10"):
+        with pytest.raises(ValueError, match="--classes"):
+            parse_classes(text, names)

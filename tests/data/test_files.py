@@ -1,0 +1,40 @@
+"""Files: errors name the file, JSON is strict."""
+
+import errno
+import json
+import math
+
+import pytest
+from safetensors import SafetensorError
+
+from smi_fast.data.files import atomic_write, read_json, write_json
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_failure_to_write_names_the_file_and_not_the_temporary_one(tmp_path, error):
+    with pytest.raises(OSError, match="No space left on device") as caught, atomic_write(tmp_path / "result.bin"):
+        raise error
+    assert str(tmp_path / "result.bin") in str(caught.value)
+    assert ".partial" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    record = {"loss": [1.5, math.nan, -math.inf], "range": (math.inf, 2), "name": "NaN", "nested": {"x": math.nan}}
+    write_json(tmp_path / "report.json", record)
+    found = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"loss": [1.5, None, None], "range": [None, 2], "name": "NaN", "nested": {"x": None}}
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1]", b""])
+def test_json_that_is_damaged_is_named(tmp_path, content):
+    (tmp_path / "about.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"about\.json is damaged"):
+        read_json(tmp_path / "about.json")

@@ -1,0 +1,169 @@
+"""The loop on torch's CUDA path, with a runtime that computes nothing: graphs, streams, devices, memory."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent / "fakecuda"
+STOPS, ITERATIONS = (8, 16), 24
+
+
+def headers() -> Path | None:
+    """The folder of CUDA's headers, of the version that torch was built with."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    major = (torch.version.cuda or "none").split(".")[0]
+    for include in (Path(home) / "include" for home in homes if home):
+        header = include / "cuda_runtime_api.h"
+        if header.is_file() and f"CUDART_VERSION  {major}" in header.read_text():
+            return include
+    return None
+
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the cuda tests run"),
+    pytest.mark.skipif(not shutil.which("gcc"), reason="gcc compiles the runtime, and is not here"),
+    pytest.mark.skipif(headers() is None, reason="the headers of the CUDA that torch was built with are not here"),
+]
+
+
+@dataclass(frozen=True)
+class Event:
+    kind: str  # kernel, copy, fill, wait, replay or note
+    device: str
+    stream: str
+    capture: int  # 0: none
+    name: str
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process that has the runtime in the place of CUDA's."""
+    folder = tmp_path_factory.mktemp("fakecuda")
+    for source, library in (("runtime.c", "runtime.so"), ("driver.c", "libcuda.so.1")):
+        compile_ = ["gcc", "-O1", "-shared", "-fPIC", f"-I{headers()}", FOLDER / source, "-o", folder / library]
+        subprocess.run([*compile_, "-lpthread"], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), environment.get("PYTHONPATH"))))
+    libraries = os.pathsep.join(filter(None, (str(folder), environment.get("LD_LIBRARY_PATH"))))
+    return environment | {
+        "FAKECUDA_RUNTIME": str(folder / "runtime.so"), "LD_PRELOAD": str(folder / "runtime.so"),
+        "LD_LIBRARY_PATH": libraries, "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def play(environment, tmp_path):
+    """A scenario's findings, and the events of the runtime."""
+
+    def play(scenario: str, device: str = "cuda:0") -> tuple[dict, list[Event]]:
+        log = tmp_path / "log"
+        command = [sys.executable, FOLDER / "scenarios.py", scenario, log, device]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        events = []
+        for line in log.read_text().splitlines():
+            kind, device, stream, capture, name = line.split("\t", 4)
+            events.append(Event(kind, device, stream, 0 if capture == "-" else int(capture), name))
+        return json.loads(run.stdout), events
+
+    return play
+
+
+def iterations_of(events: list[Event]) -> list[list[Event]]:
+    """The events of each iteration but the first, which the notes after iterations separate."""
+    ends = [number for number, event in enumerate(events) if event.kind == "note" and event.name.isdigit()]
+    return [events[start + 1 : end] for start, end in itertools.pairwise(ends)]
+
+
+def split(events: list[Event], note: str) -> list[list[Event]]:
+    parts = [[]]
+    for event in events:
+        if event.kind == "note" and event.name == note:
+            parts.append([])
+        else:
+            parts[-1].append(event)
+    return parts
+
+
+def replayed(iteration: list[Event]) -> bool:
+    return any(event.kind == "replay" for event in iteration)
+
+
+def launches(iteration: list[Event]) -> list[Event]:
+    """What an iteration gives the GPU to do; what a capture records runs in replays only."""
+    return [event for event in iteration if event.kind in ("kernel", "copy", "fill", "replay") and not event.capture]
+
+
+def check_replays(events: list[Event]) -> None:
+    """Every stage is captured and replayed: two graphs each, of as many nodes as an iteration has without."""
+    iterations = [[], *iterations_of(events)]
+    assert len(iterations) == ITERATIONS
+    for start, end in zip((0, *STOPS), (*STOPS, ITERATIONS), strict=True):
+        # Those beside a stopping see the plain view; then the first with each of two image batches run as they are.
+        first = start + (start > 0)
+        usual, replays = iterations[first + 1], iterations[first + 2 : end - (end in STOPS)]
+        nodes = {event.name for iteration in replays for event in iteration if event.kind == "replay"}
+        assert nodes == {str(len(launches(usual)))}
+        assert not replayed(usual)
+        # torch writes the seed and the offset of its random numbers before some replays.
+        assert all(len(launches(iteration)) <= 3 for iteration in replays)
+        assert len(launches(replays[-1])) == 1
+    captures = {event.capture for iteration in iterations for event in iteration if event.capture}
+    assert len(captures) == 2 * (len(STOPS) + 1)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_every_stage_is_captured_and_replayed_on_the_runs_device_and_one_side_stream(play, device):
+    _, events = play("stages", device)
+    streams = set()
+    for run in split(events, "own loss"):
+        check_replays(run)
+        used = [event for iteration in iterations_of(run) for event in iteration]
+        assert {event.device for event in used} == {device[-1]}
+        assert {event.kind for event in used if event.stream == "0"} <= {"wait"}
+        streams |= {event.stream for event in used}
+    assert len(streams - {"0"}) == 1
+
+
+def test_nothing_waits_for_the_device_within_a_stage(play):
+    _, events = play("stages")
+    for number, iteration in enumerate(iterations_of(split(events, "own loss")[0]), start=1):
+        if number not in STOPS and not any(event.capture for event in iteration):
+            assert not [event for event in iteration if event.kind == "wait"], number
+
+
+def test_memory_stays_flat_over_stages_and_runs(play):
+    found, _ = play("memory")
+    first, *others = found["reserved"]
+    assert max(others) <= 1.1 * first  # the allocator's segments may be cut otherwise
+    assert max(found["reserved"]) <= 1.3 * found["peak"]
+
+
+def test_a_failed_capture_is_said_and_harms_nothing_later(play):
+    found, events = play("failed_capture")
+    assert found["warnings"]
+    assert all("without a CUDA graph" in warning for warning in found["warnings"])
+    assert found["sync_debug_mode"] == 0
+    first, *others = split(events, "again")
+    assert not any(event.kind == "replay" for event in first)
+    assert len(iterations_of(first)) == ITERATIONS - 1
+    for run in others:
+        check_replays(run)
+    assert found["reserved"][2] <= 1.1 * found["reserved"][0]
+
+
+def test_runs_in_two_threads_do_not_record_into_each_others_graphs(play):
+    _, events = play("threads")
+    nodes = Counter(event.name for event in events if event.kind == "replay")
+    assert len(nodes) == 2
+    assert len(set(nodes.values())) == 1

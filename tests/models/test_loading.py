@@ -1,0 +1,148 @@
+"""Models by name and weights from files: the real ones load, broken ones are named."""
+
+import secrets
+from contextlib import suppress
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from smi_fast.backbones.base import class_names
+from smi_fast.models import CIFAR10_CLASSES, cifar10_student, cifar10_vit
+from smi_fast.models.loading import load_model
+
+
+@pytest.fixture
+def test_vit(seed) -> torch.nn.Module:
+    return timm.create_model("test_vit", num_classes=7).eval()
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"model": w}])
+def test_torch_checkpoints_load_with_their_number_of_classes(test_vit, tmp_path, wrap):
+    torch.save(wrap(test_vit.state_dict()), tmp_path / "weights.pth")
+    loaded = load_model("test_vit", checkpoint=tmp_path / "weights.pth")
+    assert not loaded.training
+    images = torch.randn(1, 3, 160, 160)
+    assert torch.equal(loaded(images), test_vit(images))
+
+
+def test_safetensors_checkpoints_load(test_vit, tmp_path):
+    save_file(test_vit.state_dict(), tmp_path / "weights.safetensors")
+    loaded = load_model("test_vit", checkpoint=tmp_path / "weights.safetensors")
+    for name, value in test_vit.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_a_checkpoint_of_the_model_inside_loads(seed, tmp_path):
+    model = cifar10_vit(pretrained=False)
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    loaded = load_model(checkpoint=tmp_path / "own.pth")
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("size", [0, 5, 1000, -1])
+def test_a_truncated_checkpoint_is_refused_by_name(test_vit, tmp_path, suffix, size):
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(test_vit.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=rf"weights\{suffix} cannot be read"):
+        load_model("test_vit", checkpoint=path)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Sneaky:
+        def __reduce__(self):
+            return (print, ("this must never run",))
+
+    torch.save({"head.weight": Sneaky()}, tmp_path / "sneaky.pth")
+    with pytest.raises(ValueError, match=r"sneaky.pth cannot be read"):
+        load_model("test_vit", checkpoint=tmp_path / "sneaky.pth")
+
+
+def test_a_checkpoint_of_another_model_is_refused(test_vit, tmp_path):
+    torch.save(test_vit.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"does not fit test_vit2"):
+        load_model("test_vit2", checkpoint=tmp_path / "weights.pth")
+
+
+def test_unknown_names_missing_files_and_missing_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="did you mean deit_tiny"):
+        load_model("deit_tinny_patch16_224", pretrained=True)
+    with pytest.raises(ValueError, match=r"nowhere\.pth does not exist"):
+        load_model("test_vit", checkpoint=tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match="pretrained=True downloads"):
+        load_model("test_vit")
+    with pytest.raises(ValueError, match="not both"):
+        load_model("test_vit", pretrained=True, checkpoint=tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(3)], "holds no state dict"),
+        (torch.zeros(3), "holds no state dict"),
+        ({3: torch.zeros(3)}, "holds no state dict"),
+        ({"state_dict": 5}, "holds no state dict"),
+        ({"head.weight": torch.tensor(1.0)}, r"its head.weight is \(\), the model's is \(1000, 64\)"),
+        (
+            {"head.weight": torch.zeros(7, 64, dtype=torch.int8)},
+            "its head.weight is torch.int8, the model's is torch.f",
+        ),
+        ({"head.weight": torch.zeros(7, 64)}, r"it lacks cls_token, pos_embed, [\w.]+ and \d+ more$"),
+        ({"head.weight": torch.zeros(7, 64).to_sparse()}, "its head.weight is torch.sparse_coo, the model's is dense"),
+        ({"head.weight": torch.full((7, 64), torch.nan)}, "its weight head.weight holds 448 values that are NaN"),
+        ({"head.weight": TypeError}, "cannot be read: it is damaged, or holds more than weights$"),
+    ],
+    ids=["list", "tensor", "int keys", "no dict", "0-d", "int8", "missing keys", "sparse", "nan", "unsafe"],
+)
+def test_a_file_that_holds_other_things_than_weights_is_refused_in_one_sentence(tmp_path, content, message):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=rf"checkpoint .*weights\.pth .*{message}") as caught:
+        load_model("test_vit", checkpoint=tmp_path / "weights.pth")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="is no file"):
+        load_model("test_vit", checkpoint=tmp_path)
+
+
+def test_a_name_with_an_unknown_tag_is_refused(test_vit, tmp_path):
+    torch.save(test_vit.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"test_vit\.nonsense cannot be made: Invalid pretrained tag"):
+        load_model("test_vit.nonsense", checkpoint=tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("test_resnet", {"num_classes": 5}), ("cifar10_student", {}), ("deit_tiny_distilled_patch16_224", {})],
+)
+def test_a_checkpoint_of_any_classifier_loads_with_its_number_of_classes(seed, tmp_path, name, options):
+    model = cifar10_student(pretrained=False) if name == "cifar10_student" else timm.create_model(name, **options)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = load_model(name, checkpoint=tmp_path / "weights.safetensors")
+    assert loaded.num_classes == model.num_classes
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_classes_have_the_models_names():
+    assert class_names(cifar10_vit(pretrained=False)) == list(CIFAR10_CLASSES)
+    with torch.device("meta"):
+        assert class_names(timm.create_model("deit_tiny_patch16_224"))[:2] == ["tench", "goldfish"]
+        assert class_names(timm.create_model("deit_tiny_patch16_224", num_classes=3)) == ["0", "1", "2"]
+
+
+def test_damaged_torch_files_of_the_old_format_are_one_sentence_or_weights(tmp_path, seed):
+    path = tmp_path / "old.pth"
+    torch.save(cifar10_vit(False, depth=1).state_dict(), path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(whole[: secrets.randbelow(len(whole))] if secrets.randbelow(2) else whole)
+        damaged[secrets.randbelow(min(len(damaged), 4096))] ^= 1 << secrets.randbelow(8)
+        path.write_bytes(damaged)
+        with suppress(ValueError):
+            load_model("cifar10_vit", checkpoint=path)
