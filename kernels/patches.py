@@ -162,13 +162,13 @@ def _modulo(a, n):
 
 
 @jit
-def _wrap(a, n):
+def wrap(a, n):
     """a modulo n for a of 0..2n-1: below n, a - n is beyond any a as an unsigned integer."""
     return tl.minimum(a.to(tl.uint32), (a - n).to(tl.uint32)).to(tl.int32)
 
 
 @jit
-def _load_view(view, image, stride_image, height, width):
+def load_view(view, image, stride_image, height, width):
     """dy in 0..height-1, dx in 0..width-1 and whether to mirror."""
     view += image * stride_image
     dy = _modulo(tl.load(view), height).to(tl.int32)
@@ -184,14 +184,14 @@ def _cell(
     """Row and column of `view_cells`, for offsets of 0..height-1 and 0..width-1."""
     row, column = position // COLUMNS, position % COLUMNS
     if VIEW:
-        row = _wrap(row + (2 * dy + PH) // (2 * PH), ROWS)
-        column = _wrap(column + (2 * dx + PW) // (2 * PW), COLUMNS)
+        row = wrap(row + (2 * dy + PH) // (2 * PH), ROWS)
+        column = wrap(column + (2 * dx + PW) // (2 * PW), COLUMNS)
         column = tl.where(flip, COLUMNS - 1 - column, column)
     return row, column
 
 
 @jit
-def _pixels(
+def _pixel_offsets(
     row, column, e, dy, dx, flip, stride_channel, stride_y, stride_x,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, VIEW: tl.constexpr,
 ):  # fmt: skip
@@ -201,11 +201,11 @@ def _pixels(
     along_y, along_x = e // PW % PH, e % PW  # [BE]
     within = (e // (PH * PW)).to(tl.int64) * stride_channel  # [BE]
     if VIEW:
-        y = _wrap(y + height - dy, height)  # [BT], in the image
-        x = _wrap(tl.where(flip, width - PW - x, x) + width - dx, width)
+        y = wrap(y + height - dy, height)  # [BT], in the image
+        x = wrap(tl.where(flip, width - PW - x, x) + width - dx, width)
         along_x = tl.where(flip, PW - 1 - along_x, along_x)
         y, x = y[:, None] + along_y[None, :], x[:, None] + along_x[None, :]  # [BT, BE]
-        y, x = _wrap(y, height), _wrap(x, width)
+        y, x = wrap(y, height), wrap(x, width)
         pixels = within[None, :] + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
     else:
         within += along_y.to(tl.int64) * stride_y + along_x.to(tl.int64) * stride_x
@@ -243,7 +243,7 @@ def _gather_kernel(
     count = (tl.load(cu_seqlens + image + 1) - start).to(tl.int32)
     dy, dx, flip = 0, 0, False
     if VIEW:
-        dy, dx, flip = _load_view(view, image, view_stride_image, ROWS * PH, COLUMNS * PW)
+        dy, dx, flip = load_view(view, image, view_stride_image, ROWS * PH, COLUMNS * PW)
     first = tl.program_id(1) * BT
     if first == 0:
         inverse += image * (ROWS * COLUMNS)
@@ -270,7 +270,9 @@ def _gather_kernel(
     for block in range(0, C * PH * PW, BE):
         e = block + tl.arange(0, BE)  # [BE], elements of a patch in the order (C, PH, PW)
         mask = (t < count)[:, None] & (e < C * PH * PW)[None, :]  # [BT, BE]
-        source = _pixels(row, column, e, dy, dx, flip, stride_channel, stride_y, stride_x, ROWS, COLUMNS, PH, PW, VIEW)
+        source = _pixel_offsets(
+            row, column, e, dy, dx, flip, stride_channel, stride_y, stride_x, ROWS, COLUMNS, PH, PW, VIEW
+        )
         pixels = tl.load(images + tl.reshape(source, SHAPE), mask=tl.reshape(mask, SHAPE))
         pixels = tl.reshape(pixels, [BT, BE])
         tl.store(patches + e[None, :], pixels.to(patches.dtype.element_ty), mask=mask)
@@ -298,7 +300,7 @@ def _gather_backward_kernel(
     height, width = ROWS * PH, COLUMNS * PW
     dy, dx, flip = 0, 0, False
     if VIEW:
-        dy, dx, flip = _load_view(view, image, view_stride_image, height, width)
+        dy, dx, flip = load_view(view, image, view_stride_image, height, width)
     cell = tl.program_id(1) * BT + tl.arange(0, BT)  # [BT]
     in_grid = cell < ROWS * COLUMNS  # [BT]
     token = tl.load(inverse + image * (ROWS * COLUMNS) + cell, mask=in_grid, other=-1).to(tl.int64)  # [BT]
@@ -310,7 +312,7 @@ def _gather_backward_kernel(
         e = block + tl.arange(0, BE)  # [BE], elements of a patch in the order (C, PH, PW)
         in_patch = (e < C * PH * PW)[None, :]  # [1, BE]
         pixels = tl.load(patch_grad + e[None, :], mask=(token >= 0)[:, None] & in_patch, other=0.0)  # [BT, BE]
-        target = _pixels(
+        target = _pixel_offsets(
             cell // COLUMNS, cell % COLUMNS, e, dy, dx, flip, height * width, width, 1, ROWS, COLUMNS, PH, PW, VIEW
         )
         mask = in_grid[:, None] & in_patch  # [BT, BE]
@@ -318,7 +320,7 @@ def _gather_backward_kernel(
         tl.store(grad + tl.reshape(target, SHAPE), pixels, mask=tl.reshape(mask, SHAPE))
 
 
-def _view_stride(view: Tensor | None) -> int:
+def view_stride(view: Tensor | None) -> int:
     """From one image's view to the next: 0 where all share one."""
     return view.stride(0) if view is not None and view.dim() == 2 else 0
 
@@ -337,7 +339,7 @@ def launch_gather_patches(
         launch(
             _gather_kernel, (batch, cdiv(rows * columns, tiles["BT"])),
             patches, cells, inverse, images, positions.contiguous(), cu_seqlens, view,
-            *images.stride(), _view_stride(view),
+            *images.stride(), view_stride(view),
             C=channels, ROWS=rows, COLUMNS=columns, PH=ph, PW=pw, VIEW=view is not None, **tiles,
         )  # fmt: skip
     return patches, cells, inverse
@@ -366,7 +368,7 @@ def launch_gather_patches_backward(
         _, tiles = choose("gather_patches_backward", grad.device, channels * ph * pw)
         launch(
             _gather_backward_kernel, (batch, cdiv(rows * columns, tiles["BT"])),
-            out, grad.contiguous(), inverse, view, _view_stride(view),
+            out, grad.contiguous(), inverse, view, view_stride(view),
             C=channels, ROWS=rows, COLUMNS=columns, PH=ph, PW=pw, VIEW=view is not None, **tiles,
         )  # fmt: skip
     return out
