@@ -323,6 +323,7 @@ class Inverter:
         elif self.prior is not None:
             loss = loss + self.prior(images, current.mask)
         grad, of_images = _gradients(loss, (patches, images), current)
+        grad = torch.zeros_like(patches) if grad is None else grad
         value = current.step(
             number,
             grad,
