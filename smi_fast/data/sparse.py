@@ -218,20 +218,12 @@ class InvertedDataset(torch.utils.data.Dataset):
 
     @staticmethod
     def collate(samples: list[Sample]) -> tuple[PackedTokens, Tensor]:
-        """Make a packed batch of B samples: a DataLoader's `collate_fn`.
-
-        Returns:
-            PackedTokens whose values are the patches (T, C * ph * pw), and the targets (B,) int64.
-        """
+        """Make a packed batch: the samples' patches, with values (T, C * ph * pw), and targets (B,) int64."""
         patches, positions, targets = zip(*samples, strict=True)
         return PackedTokens.from_sequences(patches, positions), torch.tensor(targets, dtype=torch.int64)
 
     def collate_images(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        """Make a batch of whole images of B samples: a DataLoader's `collate_fn`.
-
-        Returns:
-            The images (B, C, H, W) float32, whose stopped patches are black, and the targets (B,) int64.
-        """
+        """Make a batch of whole images: (B, C, H, W) float32 with stopped patches black, and targets (B,) int64."""
         tokens, targets = self.collate(samples)
         return self.grid.scatter(tokens.values, tokens, torch.zeros(len(samples), *self.image_size)), targets
 
@@ -289,28 +281,27 @@ class InvertedDataset(torch.utils.data.Dataset):
         files = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path]
         if not files:
             raise FileNotFoundError(f"{path}: the folder holds no {SUFFIX} file")
-        parts = [cls._load_file(file) for file in files]
-        for file, part in zip(files, parts, strict=True):
-            for (name, ours), theirs in zip(parts[0]._common().items(), part._common().values(), strict=True):
-                if theirs != ours:
-                    raise ValueError(f"{file}: {name} is {theirs}, but {ours} in {files[0].relative_to(path)}")
-        return parts[0]._joined(parts[1:])
+        parts = []
+        for file in files:
+            with open_shard(file) as (shard, arguments):
+                parts.append(cls(shard, **arguments))
+                parts[0]._check_joins(parts[-1], files[0].relative_to(path))
+        return parts[0]._join(parts)
 
-    @classmethod
-    def _load_file(cls, file: Path) -> InvertedDataset:
-        with open_shard(file) as (shard, arguments):
-            return cls(shard, **arguments)
+    def _check_joins(self, other: InvertedDataset, name: Path) -> None:
+        """Check that another file may be a part of one dataset with this file, which is called `name`."""
+        for key, ours, theirs in (
+            ("image_size", self.image_size, other.image_size),
+            ("patch_size", self.patch_size, other.patch_size),
+            ("mean", self.metadata.get("mean"), other.metadata.get("mean")),
+            ("std", self.metadata.get("std"), other.metadata.get("std")),
+        ):
+            if ours != theirs:
+                raise ValueError(f"{key} is {theirs}, but {ours} in {name}")
 
-    def _common(self) -> dict:
-        """What the files of one dataset have in common."""
-        return {name: getattr(self, name) for name in ("image_size", "patch_size")} | {
-            name: self.metadata.get(name) for name in ("mean", "std")
-        }
-
-    def _joined(self, others: list[InvertedDataset]) -> InvertedDataset:
-        """This dataset, with the images of others behind its own."""
-        parts = [self, *others]
-        metadata = [part.metadata.items() for part in others]
+    def _join(self, parts: list[InvertedDataset]) -> InvertedDataset:
+        """Take in the images of several parts, of which this dataset is the first."""
+        metadata = [part.metadata.items() for part in parts]
         self.metadata = {k: v for k, v in self.metadata.items() if all((k, v) in items for items in metadata)}
         self._first_images = cumulative_lengths(torch.tensor([len(part) for part in parts]))[:-1].tolist()
         self._shards = [shard for part in parts for shard in part._shards]
@@ -391,11 +382,8 @@ def normalize_patches(tokens: PackedTokens, mean: Sequence[float], std: Sequence
 def _grid(image_size: tuple[int, int, int], patch_size: tuple[int, int]) -> PatchGrid:
     """The patch grid of images (C, H, W), whose sizes may come from a file."""
     for name, size, length in (("image_size", image_size, 3), ("patch_size", patch_size, 2)):
-        if (
-            not isinstance(size, (tuple, list))
-            or len(size) != length
-            or not all(type(n) is int and n > 0 for n in size)
-        ):
+        is_size = isinstance(size, (tuple, list)) and len(size) == length
+        if not (is_size and all(type(n) is int and n > 0 for n in size)):
             raise ValueError(f"{name} must be {length} positive integers, not {size}")
     return PatchGrid.of(image_size[1:], tuple(patch_size))
 

@@ -13,11 +13,7 @@ SUFFIX = ".safetensors"
 
 
 def new_file(path: str | os.PathLike, kind: str, overwrite: bool) -> Path:
-    """Check that a file of tensors may be written to `path`, before anything is computed for it.
-
-    Args:
-        kind: what the file will hold, for the messages, such as "dataset".
-        overwrite: whether an existing file may be replaced.
+    """Check that a file of tensors may be written to `path`. `kind` is what it will hold, such as "dataset".
 
     Raises:
         ValueError: `path` does not end in .safetensors.
@@ -35,16 +31,12 @@ def new_file(path: str | os.PathLike, kind: str, overwrite: bool) -> Path:
 def open_tensors(path: Path, key: str, kind: str) -> Iterator[tuple[safe_open, str]]:
     """Open a file of tensors, and name it in every `ValueError` that is raised inside the `with` block.
 
-    Args:
-        key: the entry of the header that tells this kind of file from others.
-        kind: what the file should hold, for the messages, such as "dataset".
-
-    Yields:
-        The open file, whose `get_tensor(name)` maps a tensor into memory, and the text of the header's entry.
+    Yields the open file, whose `get_tensor(name)` maps a tensor into memory, and the text of the header's entry `key`,
+    by which a file is known to hold a `kind`, such as a "dataset".
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, has no such entry, or lacks a tensor that was asked for.
+        ValueError: the file is truncated, has no such entry, or lacks a tensor that is asked for.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -142,16 +143,19 @@ def distill(
         trainable = (student_reader.heads if linear_probing else student_reader.fast).requires_grad_(True)
         optimizer = torch.optim.SGD(trainable.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         generator = seeded_generator(seed)
-        history, batches, finished = [], [], copy.deepcopy(trainable.state_dict())
-
-        fresh = _source(inverter, dataset, samples, seed, generator, bar)
-        interrupted = False
+        if inverter is None:
+            order = torch.randperm(len(dataset), generator=generator)
+            fresh = partial(_stored, dataset, order, samples or len(dataset))
+        else:
+            fresh = partial(_inverted, inverter, samples or 128, seed, bar)
+        history, batches, interrupted = [], [], False
+        finished = copy.deepcopy(trainable.state_dict())  # as the last finished round left it
         try:
             measure = _measure(evaluate, student, student_reader, linear_probing, progress)
             for number in range(1, rounds + 1):
                 bar.set_description(f"round {number} of {rounds}")
                 started = time.perf_counter()
-                images = fresh(number - 1)
+                images = fresh(number - 1)  # inverted, or taken from the dataset
                 inverted = time.perf_counter()
                 pool.add(images)
                 loss = _train(pool, optimizer, steps, temperature, generator, bar)
@@ -176,29 +180,19 @@ def distill(
     return DistillationResult(history, batches, interrupted)
 
 
-def _source(
-    inverter: Inverter | None,
-    dataset: InvertedDataset | None,
-    samples: int | None,
-    seed: int,
-    generator: torch.Generator,
-    bar: tqdm,
-) -> Callable[[int], Dataset]:
-    """The function that returns the fresh images of a round, given its number from 0."""
-    count = samples or (128 if dataset is None else len(dataset))
+def _inverted(inverter: Inverter, count: int, seed: int, bar: tqdm, number: int) -> InvertedDataset:
+    """Invert the images of round `number`, counted from 0: `count` images of all classes in turn."""
+    targets = torch.arange(number * count, (number + 1) * count) % inverter.backbone.num_classes
+    result = inverter.run(targets, seed=batch_seed(seed, number), callback=lambda step: bar.update())
+    if result.interrupted:
+        raise KeyboardInterrupt
+    metadata = {"mean": inverter.mean, "std": inverter.std, "seed": batch_seed(seed, number)}
+    return InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
 
-    def invert(number: int) -> InvertedDataset:
-        targets = torch.arange(number * count, (number + 1) * count) % inverter.backbone.num_classes
-        result = inverter.run(targets, seed=batch_seed(seed, number), callback=lambda step: bar.update())
-        if result.interrupted:
-            raise KeyboardInterrupt
-        metadata = {"mean": inverter.mean, "std": inverter.std, "seed": batch_seed(seed, number)}
-        return InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
 
-    if dataset is None:
-        return invert
-    order = torch.randperm(len(dataset), generator=generator)
-    return lambda number: Subset(dataset, order[number * count : (number + 1) * count].tolist())
+def _stored(dataset: InvertedDataset, order: Tensor, count: int, number: int) -> Subset:
+    """The images of round `number`, counted from 0: the next `count` in `order`, or none once all are used."""
+    return Subset(dataset, order[number * count : (number + 1) * count].tolist())
 
 
 def _train(
@@ -269,7 +263,7 @@ def _check_fit(teacher: Reader, student: Reader, inverter: Inverter | None, data
     for what, ours, theirs in (
         ("classes", teacher.fast.num_classes, student.fast.num_classes),
         ("channels", teacher.fast.num_channels, student.fast.num_channels),
-        ("patches of", _by(teacher.grid.patch_size), _by(student.grid.patch_size)),
+        ("patches of", "{}x{}".format(*teacher.grid.patch_size), "{}x{}".format(*student.grid.patch_size)),
     ):
         if ours != theirs:
             raise ValueError(f"the teacher has {what} {ours}, the student {theirs}")
@@ -285,13 +279,8 @@ def _check_fit(teacher: Reader, student: Reader, inverter: Inverter | None, data
         raise ValueError("the dataset is empty")
     for what, ours, theirs in (
         ("channels", dataset.image_size[0], teacher.fast.num_channels),
-        ("patches of", _by(dataset.patch_size), _by(teacher.grid.patch_size)),
+        ("patches of", "{}x{}".format(*dataset.patch_size), "{}x{}".format(*teacher.grid.patch_size)),
     ):
         if ours != theirs:
             raise ValueError(f"the dataset has {what} {ours}, the teacher {theirs}")
     dataset.check_normalization(teacher.mean, teacher.std)
-
-
-def _by(size: tuple[int, int]) -> str:
-    """A size in words, such as "16x16"."""
-    return "{}x{}".format(*size)
