@@ -26,7 +26,7 @@ class Shard:
 
     Args:
         patches: (T, C * ph * pw) float32, the patches of the images end to end.
-        checksums: (N,) int64, the CRC-32 of the patches of each image. None if they are not compared with any.
+        checksums: (N,) int64, the CRC-32 of the patches of each image. None: patches are read without a check.
         file: the file that the patches are mapped from, or None.
         header: the text of that file's header, which tells it from a file that has replaced it.
     """

@@ -1,4 +1,4 @@
-"""Files: errors name the file, JSON is strict."""
+"""Files: they are written complete or not at all, errors name them, and JSON is strict."""
 
 import errno
 import json

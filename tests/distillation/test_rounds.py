@@ -1,4 +1,4 @@
-"""distill(): the student moves as it would without caches, on the kept patches alone; nothing else moves."""
+"""distill(): the student learns as it would without caches, from the kept patches only, and nothing else changes."""
 
 import copy
 
@@ -16,7 +16,7 @@ QUIET = {"progress": False}
 
 
 def reference(teacher, student, dataset, steps, linear_probing, temperature=20.0, lr=0.1, momentum=0.9, decay=1e-4):
-    """Whole-batch transfer, everything computed anew in each step: timm's forward, Eq. 6 and SGD written out."""
+    """Train on all images in every step without caches: timm's forward pass, Eq. 6 and SGD written out."""
     parameters = list((student.head if linear_probing else student).parameters())
     velocity = [torch.zeros_like(p) for p in parameters]
     images, keeps = dataset.images(), [dataset[i][1] for i in range(len(dataset))]
@@ -35,7 +35,7 @@ def reference(teacher, student, dataset, steps, linear_probing, temperature=20.0
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("linear_probing", [True, False])
 def test_training_equals_a_plain_loop_without_caches(seed, linear_probing, ragged):
-    """Teacher and student differ in normalisation, width and depth. All images in each step: order means nothing."""
+    """Teacher and student differ in normalisation, width and depth. Steps see all images, so order has no effect."""
     teacher, student = tiny(), tiny(mean=0.4, std=0.3, embed_dim=48, depth=1)
     expected, dataset = copy.deepcopy(student), make_dataset(ragged=ragged)
     distill(
@@ -117,7 +117,7 @@ def test_the_pool_grows_from_round_to_round(seed):
 
 
 def test_accuracy_is_measured_after_each_round(seed):
-    """As timm counts it, for a loader with cached features, a loader without, and a function."""
+    """timm's own count equals that of a loader (whose features are kept in linear probing) and that of a function."""
     teacher, start, dataset = tiny(), tiny(), make_dataset(n=20)
     images, labels = torch.randn(40, 3, SIZE, SIZE), torch.randint(CLASSES, (40,))
     loader = DataLoader(TensorDataset(images, labels), batch_size=16)
