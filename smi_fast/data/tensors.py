@@ -44,7 +44,7 @@ def open_tensors(path: Path, key: str, kind: str) -> Iterator[tuple[safe_open, s
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(key)
             if text is None:
-                raise ValueError(f'no "{key}" in its header, so it holds no {kind}')
+                raise ValueError(f'no "{key}" in its header, so it is not a {kind}')
             yield file, text
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete {kind} ({error})") from None

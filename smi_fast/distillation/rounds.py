@@ -183,7 +183,11 @@ def distill(
 def _inverted(inverter: Inverter, count: int, seed: int, bar: tqdm, number: int) -> InvertedDataset:
     """Invert the images of round `number`, counted from 0: `count` images of all classes in turn."""
     targets = torch.arange(number * count, (number + 1) * count) % inverter.backbone.num_classes
-    result = inverter.run(targets, seed=batch_seed(seed, number), callback=lambda step: bar.update())
+    shown, inverter.progress = inverter.progress, False  # `bar` counts its iterations
+    try:
+        result = inverter.run(targets, seed=batch_seed(seed, number), callback=lambda step: bar.update())
+    finally:
+        inverter.progress = shown
     if result.interrupted:
         raise KeyboardInterrupt
     metadata = {"mean": inverter.mean, "std": inverter.std, "seed": batch_seed(seed, number)}

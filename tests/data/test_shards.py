@@ -331,7 +331,7 @@ def test_a_foreign_file_says_so(tmp_path):
     path = tmp_path / "weights.safetensors"
     for metadata in (None, {"format": "pt"}):
         save_file(torch.nn.Linear(2, 2).state_dict(), path, metadata=metadata)
-        assert_bad(path, "so it holds no dataset of inverted images")
+        assert_bad(path, "so it is not a dataset of inverted images")
     write_file(path)
     tensors = load_file(path)
     del tensors["positions"]

@@ -40,6 +40,6 @@ def test_whatever_is_wrong_with_a_file_is_said_with_its_name(tmp_path):
     path.write_bytes(b"short")
     fails(ValueError, "not a complete model")
     save_file({"x": torch.arange(3)}, path, {"key": "text"})
-    fails(ValueError, 'no "other" in its header, so it holds no model', key="other")
+    fails(ValueError, 'no "other" in its header, so it is not a model', key="other")
     fails(ValueError, "not a complete model .*does not contain tensor y", use=lambda file: file.get_tensor("y"))
     fails(ValueError, "a wrong number$", use=wrong)

@@ -116,6 +116,15 @@ def test_the_pool_grows_from_round_to_round(seed):
     assert all(r.inversion_seconds > 0 and r.transfer_seconds > 0 for r in result.history)
 
 
+def test_the_inverters_own_bar_is_hidden(seed, capsys):
+    teacher = tiny()
+    inverter = inverter_of(teacher)
+    inverter.progress = True
+    distill(teacher, tiny(), inverter=inverter, rounds=1, samples=2, steps=1, **QUIET)
+    assert capsys.readouterr().err == ""
+    assert inverter.progress
+
+
 def test_accuracy_is_measured_after_each_round(seed):
     """timm's own count equals that of a loader (whose features are kept in linear probing) and that of a function."""
     teacher, start, dataset = tiny(), tiny(), make_dataset(n=20)
