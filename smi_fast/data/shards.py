@@ -41,11 +41,7 @@ class Shard:
         return (Shard, (self.patches,)) if self.file is None else (reopen, (self.file, self.header))
 
     def read(self, image: int, tokens: slice) -> Tensor:
-        """Return a copy of the patches of one image.
-
-        Args:
-            image: the number of the image in this shard, from 0.
-            tokens: the rows of `patches` that belong to it.
+        """Return a copy of the patches of image `image` of this shard, which are the rows `tokens` of `patches`.
 
         Raises:
             ValueError: the patches differ from their checksum.
@@ -57,12 +53,8 @@ class Shard:
 
 
 def write_shard(path: Path, patches: Tensor, checksums: list[int], index: dict[str, Tensor], header: dict) -> None:
-    """Write a file of format version 2. `InvertedDataset.save` describes the format.
-
-    Args:
-        index: the tensors that `INDEX` names.
-        header: the entries image_size, patch_size and metadata.
-    """
+    """Write a file of format version 2, which `InvertedDataset.save` describes, from the tensors that `INDEX` names and
+    the header's entries image_size, patch_size and metadata."""
     header = {"format_version": FORMAT_VERSION, **header}
     index = {name: tensor.contiguous() for name, tensor in index.items()}
     index["checksums"] = torch.tensor(checksums, dtype=torch.int64)
@@ -75,8 +67,7 @@ def write_shard(path: Path, patches: Tensor, checksums: list[int], index: dict[s
 def open_shard(file: Path) -> Iterator[tuple[Shard, dict]]:
     """Open a file that `write_shard` has written, and name it in every `ValueError` raised inside the `with` block.
 
-    Yields:
-        The patches, and the other arguments of `InvertedDataset`, which have not been checked.
+    Yields the patches, and the other arguments of `InvertedDataset`, which have not been checked.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -96,11 +87,7 @@ def open_shard(file: Path) -> Iterator[tuple[Shard, dict]]:
 
 
 def reopen(file: Path, header: str) -> Shard:
-    """Open the file of a shard again, in another process or later.
-
-    Raises:
-        ValueError: the file has been replaced by another one.
-    """
+    """Open the file of a pickled shard again. Raises a `ValueError` if another file has replaced it."""
     with open_shard(file) as (shard, _):
         if shard.header != header:
             raise ValueError("is not the file any more that the dataset was loaded from")

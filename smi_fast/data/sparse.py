@@ -328,8 +328,7 @@ class RandomHorizontalFlip:
     `generator`. Give that generator here too, and flips follow from it with and without workers.
 
     Args:
-        image_size: (C, H, W), that of the dataset.
-        patch_size: (ph, pw), that of the dataset.
+        image_size, patch_size: (C, H, W) and (ph, pw), as those of the dataset.
         p: the probability with which a sample is mirrored.
         generator: the source of random numbers. None: torch's global generator.
 

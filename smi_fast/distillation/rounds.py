@@ -245,7 +245,7 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _check_settings(
-    counts: dict[str, int | None], seed: int, temperature: float, lr: float, momentum: float, weight_decay: float
+    counts: dict[str, int], seed: int, temperature: float, lr: float, momentum: float, weight_decay: float
 ) -> None:
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int):
@@ -276,7 +276,7 @@ def _check_fit(teacher: Reader, student: Reader, inverter: Inverter | None, data
     if teacher.device != student.device:
         raise ValueError(f"the teacher is on {teacher.device}, the student on {student.device}")
     if inverter is not None:
-        if inverter.backbone.model is not teacher.fast.model:
+        if getattr(inverter.backbone, "model", None) is not teacher.fast.model:
             raise ValueError("the inverter inverts another model than the teacher")
         return
     if len(dataset) == 0:
