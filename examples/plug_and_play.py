@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from smi_fast import StoppingSchedule, accelerate, select_patches
 from smi_fast.backbones.base import class_names
-from smi_fast.inversion.objectives import KeptPixels
 from smi_fast.models.loading import load_model
 
 
@@ -76,7 +75,7 @@ def invert_sparse(model: nn.Module, targets: Tensor, iterations: int, seed: int 
         dy, dx = jitter(embed.img_size[0], generator)
         if iteration in schedule.stops:
             keep = select_patches(attention, keep, fraction=schedule.stops[iteration])
-            bounds = torch.where(KeptPixels(keep, embed.grid_size, embed.patch_size).mask, bounds, images.detach())
+            bounds = torch.where(fast.grid(embed.img_size).mask(keep), bounds, images.detach())
         logits, attention = fast(images, keep, view=torch.tensor((dy, dx, 0), device=device), return_attention=True)
         loss = own_loss(logits, images, targets)
         optimizer.zero_grad()

@@ -16,8 +16,8 @@ from smi_fast.packed import PackedTokens
 class PatchGrid:
     """Images of (H, W) pixels, cut into rows and columns of equal patches.
 
-    A patch is an index, row-major from 0, or its pixels: a row of C * ph * pw values in the order (C, ph, pw) of a
-    convolution's weight. `keep` is the kept patches of B images, as `pack_keep` gives them.
+    Patches are numbered row by row from 0. The pixels of a patch are C * ph * pw values in the order (C, ph, pw) of a
+    convolution's weight. `keep` stands for the kept patches of B images, as `pack_keep` returns them.
 
     Args:
         rows, columns: patches along an image's height and width.
@@ -55,7 +55,7 @@ class PatchGrid:
         return self.rows * self.columns
 
     def tiles(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) seen as patches (B, rows, columns, C, ph, pw), without a copy.
+        """View images (B, C, H, W) as patches (B, rows, columns, C, ph, pw), without a copy.
 
         Raises:
             RuntimeError: (torch's) the strides of the images do not allow it; contiguous ones do.
@@ -64,17 +64,17 @@ class PatchGrid:
         return images.view(batch, channels, self.rows, ph, self.columns, pw).permute(0, 2, 4, 1, 3, 5)
 
     def places(self, keep: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
-        """The image, the row and the column of each kept patch, (T,) int64 each."""
+        """Return the image, the row and the column of each kept patch, (T,) int64 each."""
         positions = keep.positions.long()
         return keep.owners(), positions // self.columns, positions % self.columns
 
     def sites(self, keep: PackedTokens) -> Tensor:
-        """(T, 4) int32: where each kept patch lies and which of its neighbours are kept, as `kernels.pixel_step` takes
-        it."""
+        """Return (T, 4) int32: where each kept patch lies and which of its neighbours are kept, for
+        `kernels.pixel_step`."""
         return patch_sites(keep.positions, keep.cu_seqlens, self.size)
 
     def gather(self, images: Tensor, keep: PackedTokens) -> Tensor:
-        """The pixels of the kept patches of images (B, C, H, W): (T, C * ph * pw)."""
+        """Return the pixels (T, C * ph * pw) of the kept patches of images (B, C, H, W)."""
         return self.tiles(images.contiguous())[self.places(keep)].flatten(1)
 
     def scatter(self, patches: Tensor, keep: PackedTokens, images: Tensor) -> Tensor:
@@ -83,8 +83,9 @@ class PatchGrid:
         tiles[self.places(keep)] = patches.view(-1, *tiles.shape[3:])
         return images
 
-    def mask(self, keep: PackedTokens) -> Tensor:
-        """(B, 1, H, W) bool, True where a pixel is kept."""
+    def mask(self, keep: PackedTokens | Tensor) -> Tensor:
+        """Return (B, 1, H, W) bool, True where a pixel is kept. Here `keep` may also be patch indices (B, K)."""
+        keep = PackedTokens.from_batch(None, keep) if isinstance(keep, Tensor) else keep
         image, row, column = self.places(keep)
         mask = torch.zeros(keep.batch_size * self.num_patches, dtype=torch.bool, device=image.device)
         mask.index_fill_(0, (image * self.rows + row) * self.columns + column, True)
@@ -92,5 +93,5 @@ class PatchGrid:
         return mask.expand(-1, -1, -1, ph, -1, pw).reshape(-1, 1, *self.image_size)
 
     def mirrored(self, positions: Tensor) -> Tensor:
-        """The patches that stand at `positions` once an image is mirrored left-right."""
+        """Return where the patches at `positions` lie once their image is mirrored left-right."""
         return positions + (self.columns - 1) - 2 * (positions % self.columns)

@@ -14,20 +14,30 @@ from smi_fast.packed import PackedTokens
 
 
 class Attend:
-    """Attention within each sequence of a batch, and the importance that the block which measures leaves behind."""
+    """Attention within each sequence of a batch. The block that measures leaves the importance of the tokens behind.
+
+    Args:
+        tokens: where the tokens of each sequence lie; their values are not read.
+        has_class_token: whether the first token of a sequence is a class token.
+        backend: of the kernels.
+
+    Attributes:
+        measures: whether the block that runs now is the one whose attention is asked for.
+        measured: (heads or 1, T) float32, one tensor for each attention of that block.
+    """
 
     def __init__(self, tokens: PackedTokens, has_class_token: bool, backend: str):
-        self.tokens = tokens  # which lie where; the values change from block to block
+        self.tokens = tokens
         self.has_class_token, self.backend = has_class_token, backend
-        self.measures = False  # the block at hand is the one whose attention is asked for
-        self.measured: list[Tensor] = []  # (heads or 1, T) float32, one for each attention of that block
+        self.measures = False
+        self.measured: list[Tensor] = []
 
     def rows(self) -> Tensor:
-        """What was measured, (heads, T) float32; its mean over the heads is the importance."""
+        """The measured attention, (heads, T) float32. Its mean over the heads is the importance."""
         return self.measured[0] if len(self.measured) == 1 else torch.cat(self.measured)
 
     def __call__(self, qkv: Tensor, scale: float) -> Tensor:
-        """Attention of (T, 3, H, D) -> (T, H, D)."""
+        """Compute attention of queries, keys and values (T, 3, H, D) -> (T, H, D), and measure it if asked to."""
         if self.measures and self.has_class_token:
             out, rows = self.attention(qkv, scale, return_class_attention=True)
             self.measured.append(rows)
@@ -42,11 +52,13 @@ class Attend:
         )
 
     def first(self, x: Tensor, count: int) -> Tensor:
-        """The first `count` tokens of each sequence: (B, N, C), or (T, C) and count 1 -> (B, count, C)."""
+        """Return the first `count` tokens of each sequence, (B, count, C), of x (B, N, C), or packed (T, C) where the
+        count is 1."""
         return x[:, :count] if x.ndim == 3 else gather_rows(x, self.tokens.cu_seqlens[:-1].long())[:, None]
 
     def of_first(self, q: Tensor, kv: Tensor, scale: float) -> Tensor:
-        """Attention of each sequence's first tokens: (B, count, H, D) and (T, 2, H, D) -> (B, count, H, D)."""
+        """Compute attention of each sequence's first tokens, queries (B, count, H, D), to all of its tokens, keys and
+        values (T, 2, H, D) -> (B, count, H, D)."""
         count = q.shape[1]
         if count == 1:
             out, rows = kernels.class_attention(
@@ -72,9 +84,10 @@ class Attend:
 
     @torch.no_grad()
     def received(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """The attention that each token gets, averaged over heads: (T, H, D) twice -> (T,) float32.
+        """Return the attention that each token receives, averaged over heads: queries and keys (T, H, D) -> (T,)
+        float32.
 
-        From the class token; where there is none, from all tokens in the mean.
+        It comes from the class token, or is the mean over all tokens where there is none.
         """
         q, mask = self.tokens.pad(q.float())  # [B, N, H, D], [B, N]
         k, _ = self.tokens.pad(k.float())
@@ -88,18 +101,21 @@ class Attend:
 
 
 def softmax_scale(attn: nn.Module) -> float:
-    """The factor that timm multiplies scores by. Its fused attention takes torch's default and ignores `attn.scale`."""
+    """Return the factor that timm multiplies scores by. Its fused attention ignores `attn.scale` and takes torch's
+    default."""
     return attn.head_dim**-0.5 if attn.fused_attn else attn.scale
 
 
 def pools_by_attention(model: VisionTransformer) -> bool:
-    """Whether importance is the pooling query's attention: attention pooling, and no class token."""
+    """Whether importance is the attention of the pooling query, because the model pools by attention and has no class
+    token."""
     return model.global_pool == "map" and not model.has_class_token
 
 
 @torch.no_grad()
 def pooling_attention(model: VisionTransformer, x: Tensor, tokens: PackedTokens) -> Tensor:
-    """The attention of the pooling query to each token, averaged over heads: (B, N, C) or (T, C) -> (T,) float32."""
+    """Return the attention of the pooling query to each token x, (B, N, C) or (T, C), averaged over heads: (T,)
+    float32."""
     pool: AttentionPoolLatent = model.attn_pool
     padded, mask = tokens.pad(x.flatten(0, -2))  # [B, N, C], [B, N]
     if not model.pool_include_prefix:

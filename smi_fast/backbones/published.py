@@ -18,24 +18,24 @@ class SMIAdaptor(nn.Module):
         teacher = SMIAdaptor(model)
         logits, attentions, current_abs_index = teacher(images, current_abs_index, next_relative_index)
 
-    An index tensor of that code counts *tokens*: 0 is the class token and stands in the first column of every row,
-    patch i of the grid (row by row from 0) is token i + 1. Of a model of N patches:
+    The index tensors of that code count *tokens*: 0 is the class token, which stands in the first column of every row,
+    and patch i of the grid (row by row from 0) is token i + 1. With a model of N patches,
 
-    - `current_abs_index` (B, P) names the tokens in use up to now, at first all N + 1 of them.
-    - `next_relative_index` (B, Q) names columns of `current_abs_index`, those of the tokens to go on with. Where Q is
-      P nothing is stopped and its values mean nothing: after a stopping that code goes on passing the one it had.
+    - `current_abs_index` (B, P) names the tokens that are in use, which are all N + 1 of them at first.
+    - `next_relative_index` (B, Q) names the columns of `current_abs_index` whose tokens go on. Where Q equals P nothing
+      is stopped and the values are ignored, because after a stopping that code goes on passing the index that it had.
 
     Args:
         model: a timm model that `accelerate` takes, or an `AcceleratedViT`, whose only prefix token is a class token.
-            The weights are shared. Whether they ask for gradients is the caller's business: an inversion needs none,
-            and `model.requires_grad_(False)` saves it their share of the backward pass.
+            The weights are shared. An inversion does not need their gradients: call `model.requires_grad_(False)` to
+            save that part of the backward pass.
         dtype, backend: passed to `accelerate`; not for a model that is accelerated already.
 
     Raises:
-        UnsupportedModelError: as `accelerate`; also a model to which the convention cannot be applied: without a class
-            token, with further prefix tokens, with attention pooling, or with a last block that is not timm's plain
-            `Block` with `Attention`.
-        ValueError: a dtype or backend for a model that is accelerated already.
+        UnsupportedModelError: see `accelerate`; also if the convention cannot be applied to the model, because it has
+            no class token, further prefix tokens, attention pooling, or a last block that is not timm's plain `Block`
+            with `Attention`.
+        ValueError: a dtype or backend is given for a model that is accelerated already.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto"):
@@ -50,11 +50,11 @@ class SMIAdaptor(nn.Module):
     def forward(
         self, images: Tensor, current_abs_index: Tensor | None = None, next_relative_index: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor | None], Tensor]:
-        """Logits, attention and the tokens in use.
+        """Return logits, attention and the tokens that are in use.
 
         Args:
-            images: (B, C, H, W), normalised as the model wants it. Jitter and flip are the caller's: images that are
-                rolled come with indices that are mapped.
+            images: (B, C, H, W), normalised as the model wants it. Jitter and flip are left to the caller, who
+                maps the indices of images that were rolled.
             current_abs_index: (B, P) int64 or int32 on the images' device, in [0, N], no two of a row equal.
             next_relative_index: (B, Q) as above, in [0, P). Both None: all tokens.
 
@@ -82,7 +82,7 @@ class SMIAdaptor(nn.Module):
         return logits.to(images.dtype), [None] * (len(self.fast.model.blocks) - 1) + [attention], index
 
     def _tokens_in_use(self, images: Tensor, current: Tensor | None, following: Tensor | None) -> Tensor:
-        """(B, Q) int64."""
+        """Return the tokens that are in use now, (B, Q) int64."""
         if images.ndim != 4:
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, C, H, W)")
         tokens = self.fast.grid(images.shape[-2:]).num_patches + 1
@@ -128,7 +128,7 @@ def _check_form(name: str, index: Tensor, images: Tensor) -> None:
 
 
 def _check_values(name: str, index: Tensor, end: int) -> None:
-    """Each row (B, P) starts with 0 and names values in [0, end), each once."""
+    """Check that each row of (B, P) starts with 0 and names values in [0, end), each once."""
     if torch.compiler.is_compiling():
         return  # a traced graph can neither raise nor branch on values
     headless = index[:, 0] != 0

@@ -1,8 +1,9 @@
-"""Which models are refused, and which of their modules the fast forward pass may take the place of.
+"""Which models are refused, and which of their modules the fast forward pass may replace.
 
-Much of a timm model is bypassed: its Linears are products of ours, its attentions kernels, and most forwards of its
-blocks never run. That gives timm's numbers only where a module is plain, as `obstacle` defines it. What is not plain is
-called as it is, or refused; since hooks and modules come and go, it is decided anew in every forward pass.
+The fast forward pass does not call most of a timm model: kernels take the place of its Linears and attentions, and the
+forward methods of its blocks never run. This gives timm's numbers only where a module is plain, as `obstacle` defines
+it. A module that is not plain is called as it is, or the model is refused. Hooks and modules come and go, so every
+forward pass decides this anew.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNor
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, TimmGELU, GELUTanh, QuickGELU)
 SEQUENTIAL = (nn.Sequential,)
 BRANCH = ("norm", "attn", "ls", "drop_path")  # the parts of a branch in a ParallelThingsBlock
-TOKENWISE = frozenset(
+TOKENWISE = frozenset(  # modules that treat each token alone
     (nn.Linear, Mlp, GluMlp, SwiGLU, LayerScale, DropPath, nn.Sequential, nn.ModuleList, *DROPS, *NORMS, *ACTIVATIONS)
-)  # treat each token alone
+)
 PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS, *TIMM_ATTENTIONS, *POOLS}
-WEIGHTED = (nn.Linear, nn.Conv2d)  # whose weights are read
-WEIGHTS = (nn.Parameter, Tensor, FakeTensor, type(None))  # a replica of nn.DataParallel has its tensors elsewhere
+WEIGHTED = (nn.Linear, nn.Conv2d)  # modules whose weights are read
+WEIGHTS = (nn.Parameter, Tensor, FakeTensor, type(None))  # a replica of nn.DataParallel holds its weights as tensors
 MODEL_METHODS = ("forward", "forward_features", "_pos_embed", "forward_head", "pool")
 GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -73,11 +74,11 @@ GLOBAL_HOOKS = (
 
 
 class UnsupportedModelError(ValueError):
-    """A model that cannot be accelerated; the message says which part of it stands in the way."""
+    """The model cannot be accelerated. The message says which part of it stands in the way."""
 
 
 def _original(kind: type, name: str) -> object:
-    """The method of a class, or None where it was replaced before this package was imported."""
+    """Return the method of a class, or None where it was replaced before this package was imported."""
     method = getattr(kind, name)
     owner = next(base for base in kind.__mro__ if name in base.__dict__)
     is_own = (method.__module__, method.__qualname__) == (owner.__module__, f"{owner.__qualname__}.{name}")
@@ -89,11 +90,11 @@ ORIGINALS += [(kind, name, _original(kind, name)) for kind in MODELS for name in
 
 
 def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
-    """Why a module cannot be bypassed, as the end of a sentence that begins with its name; None where it is plain.
+    """Say why a module cannot be bypassed, as the end of a sentence that begins with its name; None if it is plain.
 
-    A plain module is exactly of a known class, so neither subclassed, wrapped nor parametrised; it has no hooks of its
-    own, forward or backward; its `forward` is that of its class; its weight, where it is a Linear or a convolution, is
-    no subclass of Tensor with products of its own.
+    A plain module is exactly of one of the classes `kinds`, which means that it is not subclassed, wrapped or
+    parametrised. It has no hooks of its own, forward or backward. Its `forward` is that of its class. If it is a Linear
+    or a convolution, its weight is not a subclass of Tensor that may define products of its own.
     """
     kind, state = type(module), module.__dict__  # nn.Module's own access to attributes is slow
     if kind not in kinds:
@@ -113,7 +114,10 @@ def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
 
 
 def obstacle_within(module: nn.Module, attentions: Collection[nn.Module] = ()) -> str | None:
-    """As `obstacle`, for a module and all within it, which must treat each token alone; `attentions` need not."""
+    """Say why a module, or one within it, cannot be trusted to treat each token alone; None if it can.
+
+    The modules in `attentions` may let tokens see each other.
+    """
     kinds = TIMM_ATTENTIONS if any(module is attn for attn in attentions) else TOKENWISE
     return obstacle(module, kinds) or _children_obstacle(module, attentions)
 
@@ -127,7 +131,7 @@ def _children_obstacle(module: nn.Module, attentions: Collection[nn.Module] = ()
 
 
 def obstacle_within_block(block: nn.Module) -> str | None:
-    """As `obstacle`, for a block and all within it: tokens see each other in its attentions only."""
+    """Say why tokens may see each other elsewhere than in the attentions of a block; None if they cannot."""
     reason = obstacle(block, TIMM_BLOCKS)
     if reason is not None:
         return reason
@@ -139,12 +143,15 @@ def obstacle_within_block(block: nn.Module) -> str | None:
 
 
 def obstacle_within_pool(pool: nn.Module) -> str | None:
-    """As `obstacle`, for an attention pooling and all within it."""
+    """Say why an attention pooling, or a module within it, cannot be bypassed; None if it is plain."""
     return obstacle(pool, POOLS) or _children_obstacle(pool)
 
 
 def block_obstacle(block: nn.Module) -> str | None:
-    """As `obstacle`, for a block and the modules of its attention, all but the products."""
+    """Say why the forward of a block and of its attentions cannot be bypassed; None if they are plain.
+
+    Their Linears are not looked at: each of them is either bypassed or called.
+    """
     reason = obstacle(block, TIMM_BLOCKS)
     if reason is not None:
         return reason
@@ -164,7 +171,8 @@ def block_obstacle(block: nn.Module) -> str | None:
 
 
 def _attention_obstacle(name: str, attn: nn.Module, kinds: Collection[type]) -> str | None:
-    """As `obstacle`, with what an attention calls on heads that lie in another order than ours."""
+    """Say why an attention cannot be bypassed: itself, or a module that it calls on heads, which lie in another order
+    here than in timm."""
     reason = obstacle(attn, kinds)
     if reason is not None:
         return f"{name}{reason}"
@@ -173,7 +181,8 @@ def _attention_obstacle(name: str, attn: nn.Module, kinds: Collection[type]) -> 
         reason = obstacle(parts[part], NORMS) if part in parts else None
         if reason is not None:
             return f"{name}.{part}{reason}"
-    if not attn.fused_attn and (reason := obstacle(attn.attn_drop, DROPS)) is not None:  # else timm does not call it
+    # The fused attention does not call attn_drop.
+    if not attn.fused_attn and (reason := obstacle(attn.attn_drop, DROPS)) is not None:
         return f"{name}.attn_drop{reason}"
     return None
 
@@ -182,7 +191,7 @@ def check_bypassed(model: nn.Module) -> None:
     """Raise UnsupportedModelError, naming the part, where something is not plain that every forward pass bypasses."""
     for hooks in GLOBAL_HOOKS:
         for hook in hooks.values():
-            if not isinstance(getattr(hook, "__self__", None), ModuleTracker):  # which only notes where torch is
+            if not isinstance(getattr(hook, "__self__", None), ModuleTracker):  # it only notes which module runs
                 raise UnsupportedModelError(
                     "a global module hook is registered, and modules that the fast forward pass bypasses do not call it"
                 )
@@ -205,7 +214,7 @@ def check_bypassed(model: nn.Module) -> None:
 
 
 def patch_projection(model: nn.Module) -> nn.Conv2d:
-    """`patch_embed.proj`, as the product with each patch that stands for it needs it.
+    """Return `patch_embed.proj`, which is computed as a product with each patch.
 
     Raises:
         UnsupportedModelError: it is not plain, or its patches overlap or are padded.

@@ -25,7 +25,8 @@ from smi_fast.kernels.linear import PackedWeight, linear
 
 
 def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
-    """timm's Attention. Modifications: x is (B, N, C) or packed (T, C); attention reads the qkv projection's layout."""
+    """timm's Attention. Modifications: x may be packed (T, C); the kernel reads queries, keys and values where the qkv
+    projection wrote them."""
     qkv = _linear(attn.qkv, x).view(-1, 3, attn.num_heads, attn.head_dim)
     out = attend(_normalise_qk(attn, qkv), softmax_scale(attn))
     out = attn.norm(out.view(*x.shape[:-1], attn.attn_dim))
@@ -35,17 +36,17 @@ def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
 
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    """timm's Linear. Modifications: the product is ours; what is not a plain Linear, or no longer, runs as it is."""
+    """timm's Linear. Modifications: the product is ours. A module that is not a plain Linear is called as it is."""
     return linear(x, *weights(module)) if obstacle(module, LINEAR) is None else module(x)
 
 
 def weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
-    """Weight and bias, cast already within `AcceleratedViT.castweights`."""
+    """Weight and bias, or the copies of them that were cast within `AcceleratedViT.castweights`."""
     return getattr(module, "_cast_weights", None) or (module.weight, module.bias)
 
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    """timm's Mlp. Modifications: as for `_linear`; what is not a plain Mlp runs as it is."""
+    """timm's Mlp. Modifications: the products are ours. A module that is not a plain Mlp is called as it is."""
     if obstacle(mlp, MLP) is not None:
         return mlp(x)
     x = mlp.drop1(mlp.act(_linear(mlp.fc1, x)))
@@ -53,7 +54,7 @@ def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
-    """qk-norm of (T, 3, H, D), where the model has it."""
+    """Normalise the queries and keys of (T, 3, H, D) where the model does so."""
     if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
         return qkv
     q, k, v = qkv.unbind(1)
@@ -61,7 +62,7 @@ def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
 
 
 def _diff_attention(attn: DiffAttention, x: Tensor, attend: Attend) -> Tensor:
-    """timm's DiffAttention. Modifications: as for `_differential`."""
+    """timm's DiffAttention. Modifications: those of `_differential`."""
     q, k, v = _linear(attn.qkv, x).flatten(0, -2).chunk(3, dim=-1)
     out = attn.norm(_differential(attn, q, k, v, attend).view_as(x))
     return attn.proj_drop(_linear(attn.proj, out))
@@ -70,10 +71,10 @@ def _diff_attention(attn: DiffAttention, x: Tensor, attend: Attend) -> Tensor:
 def _differential(
     attn: DiffAttention | DiffParallelScalingBlock, q: Tensor, k: Tensor, v: Tensor, attend: Attend
 ) -> Tensor:
-    """Differential attention (Ye et al., 2024, Eq. 1) of (T, C) queries, keys and values -> (T, C).
+    """Differential attention (Ye et al., 2024, Eq. 1) of queries, keys and values (T, C) -> (T, C).
 
-    Modifications: values are twice as wide as queries; both halves of them ride as heads of their own, so that one call
-    of the attention kernel does both softmaxes.
+    Modifications: values are twice as wide as queries. Both halves of the values become heads of their own, so that one
+    call of the attention kernel computes both softmaxes.
     """
     heads, head_dim = attn.num_heads, attn.head_dim
     q1, q2 = attn.q_norm(q.view(-1, heads, 2, head_dim)).to(v.dtype).unbind(2)  # [T, H, D] each
@@ -94,7 +95,12 @@ def _differential(
 
 
 def any_block(block: nn.Module, number: int, x: Tensor, attend: Attend) -> Tensor:
-    """A block our way where what is bypassed in it is plain; else as it is, which leaves no attention to measure."""
+    """Run block `number`: our way if what we bypass in it is plain, else by its own forward, whose attention cannot be
+    measured.
+
+    Raises:
+        UnsupportedModelError: such a block has to measure.
+    """
     reason = block_obstacle(block)
     if reason is None:
         return BLOCKS[type(block)](block, x, attend)
@@ -112,7 +118,7 @@ def _block(block: Block, x: Tensor, attend: Attend) -> Tensor:
 def block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) -> Tensor:
     """timm's Block where only the first `count` tokens of its output are used: (B, N, C) or (T, C) -> (B, count, C).
 
-    Modifications: keys and values for all tokens, everything else for those few.
+    Modifications: only keys and values are computed for all tokens.
     """
     attn, normed = block.attn, block.norm1(x)
     first = attend.first(normed, count)  # [B, count, C]
@@ -152,7 +158,7 @@ def _parallel_scaling_block(block: ParallelScalingBlock, x: Tensor, attend: Atte
 
 
 def _diff_parallel_scaling_block(block: DiffParallelScalingBlock, x: Tensor, attend: Attend) -> Tensor:
-    """timm's DiffParallelScalingBlock. Modifications: as for `_differential`."""
+    """timm's DiffParallelScalingBlock. Modifications: those of `_differential`."""
     mlp, q, k, v = _linear(block.in_proj, block.in_norm(x)).split(block.in_split, dim=-1)
     out = _differential(block, q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), attend).view_as(x)
     mlp = block.mlp_drop(block.mlp_act(mlp if block.mlp_bias is None else mlp + block.mlp_bias))

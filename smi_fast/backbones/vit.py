@@ -43,41 +43,41 @@ def accelerate(
 ) -> AcceleratedViT:
     """Make a timm VisionTransformer or DeiT fast on pruned batches, without changing its numbers.
 
-    With `prune` the forward pass itself drops patches, as EViT does (Liang et al., 2022; without its fused token and
-    without retraining): before block b those go to which the class token attends least in block b - 1, in the mean over
-    heads. What is left of a batch goes on packed.
+    With `prune` the forward pass itself drops patches, as EViT does (Liang et al., 2022), but without EViT's fused
+    token and without retraining. Before block b it drops the patches to which the class token attends least in block
+    b - 1, averaged over heads. The patches that are left go on as a packed batch.
 
-    Hooks, wrapped or subclassed modules and patched forwards act as they do in timm, whenever they come and go: what is
-    not a plain module of timm's is called as it is, on tokens (B, N, C) of the kept patches, which may be slower. A
-    batch whose images keep different numbers of patches then runs image by image, as (1, N, C). What cannot be called
-    raises UnsupportedModelError in the forward pass: changes of the model itself, of its patch embedding or of the
-    container of its blocks, global module hooks, and importance or pruning by a block whose attention is changed.
-    torch.compile looks for hooks when it compiles, and later only if `torch._dynamo.config.skip_nnmodule_hook_guards`
-    is False.
+    Hooks, wrapped or subclassed modules and patched forward methods act as they do in timm, and may come and go at any
+    time. A module that is not one of timm's plain modules is called as it is, on tokens (B, N, C) of the kept patches,
+    which may be slower. If the images of a batch keep different numbers of patches, they then run one by one, as
+    (1, N, C). The forward pass raises UnsupportedModelError for changes that it could only ignore: of the model itself,
+    its patch embedding or the container of its blocks; global module hooks; and importance or pruning by a block whose
+    attention was changed. torch.compile looks for hooks when it compiles. It looks for later ones only if
+    `torch._dynamo.config.skip_nnmodule_hook_guards` is False.
 
     Args:
-        model: of timm's modules `vision_transformer` or `deit`. Its weights are shared, not copied.
-        dtype: compute dtype of the matrix products (torch.float32, bfloat16 or float16). None: the weights' own dtype
-            if that is not float32; bfloat16 on GPUs that have it in hardware; else float32.
+        model: a model from timm's modules `vision_transformer` or `deit`. Its weights are shared, not copied.
+        dtype: the dtype of the matrix products: torch.float32, bfloat16 or float16. None means the weights' own dtype
+            if that is not float32, bfloat16 on GPUs that have it in hardware, and float32 elsewhere.
         backend: "auto" (Triton on CUDA, plain torch elsewhere), "triton" or "torch".
-        prune: block, from 1 to the last -> what is pruned before it, of the patches still there: a fraction in (0, 1),
-            of which n patches leave int(n * (1 - fraction)), at least one; or `Mass(p)`, the fewest patches that hold a
-            share p of their attention stay, which may be another number in each image. As in `select_patches`.
+        prune: maps a block, from 1 to the last, to what is pruned before it. A fraction in (0, 1) of n patches leaves
+            int(n * (1 - fraction)) of them, at least one. `Mass(p)` leaves the fewest patches that hold a share p of
+            the attention, which can be different numbers in different images. See `select_patches`.
 
     Raises:
-        UnsupportedModelError: some part of the model is not one that is known, or leaves no class token's attention to
-            prune by; the message names it.
-        ValueError: an unknown backend, a dtype that the weights do not allow, or a block or share out of range.
+        UnsupportedModelError: the model has a part that is not known, or has no class token whose attention could
+            decide what is pruned. The message names the part.
+        ValueError: the backend is unknown, the weights do not allow the dtype, or a block or share is out of range.
     """
     return AcceleratedViT(model, dtype=dtype, backend=backend, prune=prune)
 
 
 def as_backbone(model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto") -> Backbone:
-    """A model that the loop can invert: a `Backbone` as it is, a timm model accelerated.
+    """Return a model that the loop can invert: a `Backbone` as it is, or a timm model accelerated.
 
     Raises:
-        ValueError: a dtype or backend for a model that is accelerated already.
-        UnsupportedModelError: as `accelerate`.
+        ValueError: a dtype or backend is given for a model that is accelerated already.
+        UnsupportedModelError: see `accelerate`.
     """
     if not isinstance(model, Backbone):
         return accelerate(model, dtype=dtype, backend=backend)
@@ -359,7 +359,7 @@ class AcceleratedViT(nn.Module):
         return tokens if model.pos_embed is None else replace(tokens, values=model.pos_drop(tokens.values))
 
     def _pooled_tokens(self, block: nn.Module) -> int | None:
-        """How many tokens, from the first, the head reads of the last block; None where something reads all."""
+        """Return how many of the last block's tokens the head reads, from the first on; None if it may read all."""
         if self.model.global_pool != "token" or type(block) is not Block or type(block.attn) is not Attention:
             return None
         if type(block.attn.qkv) is not nn.Linear or obstacle_within_block(block) or obstacle_within(self.model.norm):
@@ -367,7 +367,7 @@ class AcceleratedViT(nn.Module):
         return 2 if isinstance(self.model, VisionTransformerDistilled) else 1
 
     def _head(self, x: Tensor, tokens: PackedTokens) -> Tensor:
-        """timm's own pooling and classifier. Modifications: sequences (T, C) that differ in length are pooled here."""
+        """timm's pooling and classifier. Modifications: packed sequences (T, C) are pooled here."""
         model = self.model
         if x.ndim == 3:
             return model.forward_head(x)
@@ -389,12 +389,15 @@ class AcceleratedViT(nn.Module):
 
     @contextmanager
     def cast_weights(self, *, pack: bool = True) -> Iterator[None]:
-        """For a time in which weights are frozen and do not change: those of matrix products are cast to the compute
-        dtype once, not in every forward pass, and on a CPU are packed for its products, which torch.compile does not
-        take. The numbers are the same; the copies take memory."""
+        """While this context lasts, the weights must not change.
+
+        The weights of matrix products are cast to the compute dtype once, not in every forward pass. On a CPU they are
+        also laid out for its products, unless `pack` is False: torch.compile does not take that layout. The numbers are
+        the same; the copies take memory.
+        """
         proj = patch_projection(self.model)
         pack = pack and can_pack(self.compute_dtype, proj.weight.device)
-        sliced = getattr(getattr(self.model.blocks[-1], "attn", None), "qkv", None)  # which are read in part
+        sliced = getattr(getattr(self.model.blocks[-1], "attn", None), "qkv", None)  # its rows are read in parts
         parts = [proj, *(module for module in self.model.modules() if obstacle(module, LINEAR) is None)]
         parts = [part for part in parts if not hasattr(part, "_cast_weights")]
         if self.compute_dtype == proj.weight.dtype and not pack:
@@ -426,9 +429,9 @@ class AcceleratedViT(nn.Module):
             raise ValueError(f"images are on {images.device}, the model is on {weight.device}")
 
     def _check_training(self, uniform: bool) -> None:
-        """Refuse what timm does at random while training and packed tokens cannot; it is never left out silently.
+        """Refuse what timm does at random while training and packed tokens cannot do.
 
-        Modes are timm's modules': each has its own, and `train()` on the timm model does not set that of this one.
+        The modes of timm's modules count, because `train()` on the timm model does not set the mode of this one.
         """
         if not (self.model.training or any(block.training for block in self.model.blocks)):
             return

@@ -15,12 +15,12 @@ _FAILED: list[torch.cuda.CUDAGraph] = []
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Within it, work is queued on the device's side stream: after the work that is already queued on the current
-    stream, which in turn waits for it.
+    """While this context lasts, work is queued on the device's side stream. It runs after the work that is already
+    queued on the current stream, and the current stream then waits for it.
 
     Graphs cannot be captured on the default stream. All runs on a device share one side stream, because the caching
-    allocator and cuBLAS keep memory for each stream that they have seen. Threads take turns on it, since a capture
-    records whatever any of them queues. On other devices than GPUs nothing changes.
+    allocator and cuBLAS keep memory for each stream that they have seen. Threads take turns on it, because a capture
+    records what any of them queues. On devices that are no GPUs nothing changes.
     """
     if not has_graphs(device):
         yield
@@ -53,15 +53,16 @@ def free_memory(device: torch.device) -> None:
 
 
 class Replayed:
-    """Calls of `function(number)`: the first with each number runs as it is, the second is captured, all are replayed.
+    """Calls `function(number)`. The first call with each number runs as it is, the second one is captured as a CUDA
+    graph, and from then on the graph is replayed.
 
-    What the function does must be the same in every call with the same number: it may read and write device memory that
-    stays where it is, and must neither wait for the device nor decide by what the host knows. A function that cannot be
-    captured runs as it is, which a warning says; since a capture runs nothing, no call is lost. Call it on a
-    `side_stream`.
+    The function must do the same in every call with the same number. It may read and write device memory that stays
+    where it is. It must not wait for the device, and must not let anything that changes on the host decide what it
+    does. If the function cannot be captured, it runs as it is and a warning says so. A capture runs nothing, so no call
+    is lost. Call it on a `side_stream`.
 
     Args:
-        function: of one integer; what it returns is dropped.
+        function: takes one integer. What it returns is dropped.
     """
 
     def __init__(self, function: Callable[[int], object]):
@@ -112,12 +113,12 @@ def capture(function: Callable[[], object], pool: tuple[int, int]) -> torch.cuda
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
-    """End a capture. One that fails is taken off the allocator, which would go on giving memory to it, and off the
-    generator of random numbers, which would go on refusing to be used."""
+    """End a capture. If that fails, tell the allocator, which would otherwise go on giving memory to the capture, and
+    the generator of random numbers, which would otherwise go on refusing to be used."""
     try:
         graph.capture_end()
     except RuntimeError:
-        _FAILED.append(graph)  # the allocator of pinned memory goes on asking it, and has no such end
+        _FAILED.append(graph)  # the allocator of pinned memory still asks this graph, and cannot be told
         device = torch.cuda.current_device()
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)

@@ -1,4 +1,4 @@
-"""When patches stop."""
+"""StoppingSchedule: at which iterations how many patches stop."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from smi_fast.backbones.pruning import Mass, kept_count
 
 
 class StoppingSchedule:
-    """At which iterations what fraction of the patches that are still inverted is stopped.
+    """Says at which iterations which fraction of the remaining patches stops.
 
-    `StoppingSchedule({50: 0.3, 100: 0.3})` stops 30 % at iteration 50 and 30 % of the rest at iteration 100. Of n
-    patches, stopping a fraction r keeps int(n * (1 - r)) (Sparse Model Inversion, Sec. 3.2).
+    `StoppingSchedule({50: 0.3, 100: 0.3})` stops 30 % of the patches at iteration 50 and 30 % of the rest at iteration
+    100. If a fraction r of n patches stops, int(n * (1 - r)) go on (Sparse Model Inversion, Sec. 4.2).
 
     Args:
-        stops: iteration (counted from 0, at least 1: the attention comes from the iteration before) -> fraction in
-            (0, 1), or a `Mass` of attention to keep, by which images come to differ in their number of patches.
-            Iterations must increase.
+        stops: maps an iteration to the fraction in (0, 1) that stops, or to a `Mass` of attention that goes on, with
+            which images come to have different numbers of patches. Iterations count from 0 and must increase. The first
+            possible one is 1, because the attention comes from the iteration before.
 
     Raises:
         TypeError, ValueError: an iteration that is no integer or below 1, iterations that do not increase, a fraction
@@ -70,7 +70,7 @@ class StoppingSchedule:
 
     @classmethod
     def paper(cls, iterations: int = PAPER_ITERATIONS) -> StoppingSchedule:
-        """The published schedule, 50:0.3,100:0.3,200:0.3,300:0.3 of 4000 iterations, scaled to `iterations`.
+        """Return the published schedule, 50:0.3,100:0.3,200:0.3,300:0.3 of 4000 iterations, scaled to `iterations`.
 
         Scaled iterations are rounded up and kept apart by at least one.
         """
@@ -82,12 +82,12 @@ class StoppingSchedule:
 
     @classmethod
     def dense(cls) -> StoppingSchedule:
-        """Nothing is ever stopped."""
+        """Return the schedule that never stops a patch."""
         return cls({})
 
     def patches(self, num_patches: int) -> dict[int, int | None]:
-        """Patches that an image keeps from each stopping on: iteration -> count; None from the first by mass on, since
-        the images themselves decide.
+        """Map each stopping to the number of patches that an image keeps from there on. From the first `Mass` on it is
+        None, because the images themselves decide.
 
         Raises:
             ValueError: a stopping leaves no patch of `num_patches`.
@@ -117,7 +117,7 @@ class StoppingSchedule:
 
 
 def as_schedule(stopping: StoppingSchedule | Mapping[int, float | Mass] | str, iterations: int) -> StoppingSchedule:
-    """A schedule as it is, or made of a mapping or of a text. The text "paper" is scaled to `iterations`.
+    """Return a schedule as it is, or make one of a mapping or a text. The text "paper" is scaled to `iterations`.
 
     Raises:
         TypeError, ValueError: none of these; as `StoppingSchedule` and its `parse`.

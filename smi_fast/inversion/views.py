@@ -32,7 +32,7 @@ def random_views(
 
 
 def apply_view(images: Tensor, view: tuple[int, int, int]) -> Tensor:
-    """The whole images (B, C, H, W) as seen through one view: rolled by (dy, dx), then mirrored left-right.
+    """Return whole images (B, C, H, W) as they are seen through one view: rolled by (dy, dx), then mirrored left-right.
 
     The accelerated model never makes this image; it defines what the model sees.
     """

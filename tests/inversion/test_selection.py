@@ -151,7 +151,7 @@ def test_gpu_stops_a_fraction_of_ragged_images_without_synchronising(packed, dev
     "options", [{}, {"fraction": 0.3, "mass": 0.5}, {"fraction": 0.0}, {"fraction": 1.0}, {"mass": 1.5}]
 )
 def test_wrong_amounts_are_refused(options):
-    with pytest.raises(ValueError, match="fraction|share"):
+    with pytest.raises(ValueError, match=r"fraction|share"):
         select_patches(torch.rand(2, 5), **options)
 
 

@@ -10,17 +10,17 @@ from inversion_cases import small_model
 
 from smi_fast import Inverter, Mass, deep_inversion
 
-OPTIONS = {"iterations": 12, "lr": 0.05, "jitter": 1 / 2, "objective": deep_inversion(1e-2, 1e-3), "progress": False}
+OPTIONS = {"iterations": 8, "lr": 0.05, "jitter": 1 / 2, "objective": deep_inversion(1e-2, 1e-3), "progress": False}
 RUNS = {
     "dense": {"stopping": "dense"},
-    "sparse": {"stopping": {3: 0.3, 4: 0.3, 8: 0.3}},
-    "mass": {"stopping": {3: Mass(0.8), 8: 0.3}},
-    "random": {"stopping": {3: 0.3, 8: 0.3}, "select": "random"},
+    "sparse": {"stopping": {3: 0.3, 4: 0.3, 6: 0.3}},
+    "mass": {"stopping": {3: Mass(0.8), 6: 0.3}},
+    "random": {"stopping": {3: 0.3, 6: 0.3}, "select": "random"},
     "views": {"stopping": {5: 0.3}, "view_per_image": True},
     "bfloat16": {"stopping": {5: 0.3}, "dtype": torch.bfloat16},
     "float16": {"stopping": {5: 0.3}, "dtype": torch.float16},
     "norms": {"stopping": {5: Mass(0.8)}, "objective": deep_inversion(1e-2, 1e-3, norm="image")},
-    "triton": {"stopping": {2: 0.3, 4: Mass(0.8)}, "iterations": 6, "backend": "triton"},
+    "triton": {"stopping": {2: Mass(0.8)}, "iterations": 4, "backend": "triton"},
 }
 
 
