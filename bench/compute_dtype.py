@@ -33,10 +33,9 @@ def outcome(model: torch.nn.Module, dtype: torch.dtype, seed: int, images: int) 
         iterations=DEMO.iterations,
         lr=DEMO.lr,
         dtype=dtype,
-        seed=seed,
         progress=False,
     )
-    result = inverter.run(torch.arange(images) % model.num_classes)
+    result = inverter.run(torch.arange(images) % model.num_classes, seed)
     exact = accelerate(model, dtype=torch.float32)
     confidence, _ = confidences(exact, result.images, result.keep, result.targets, inverter.mean, inverter.std)
     return {"loss": result.losses[-FINAL:].mean().item(), "confidence": confidence.mean().item()}
