@@ -41,7 +41,8 @@ def quantize(
     for batch in _batches(calibration, quantized):
         images += batch.batch_size
         # Images that differ in length go one by one, because the padding of a batch would be observed too.
-        for group in batch.groups(CALIBRATION_BATCH if batch.is_uniform else 1):
+        groups = batch.groups(CALIBRATION_BATCH if batch.is_uniform else 1) if batch.batch_size else ()
+        for group in groups:
             quantized.forward_patches(group)
     if not images:
         raise ValueError("the calibration set is empty: ranges are observed on at least one image")
