@@ -1,4 +1,4 @@
-"""quantize(): the ranges of activations, from inverted images, whole images or packed patches."""
+"""quantize(): a quantised model whose ranges come from inverted images, whole images or packed patches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smi_fast.data.sparse import InvertedDataset, normalize_patches
 from smi_fast.packed import PackedTokens
 from smi_fast.quantization.vit import QuantizedViT
 
-CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
+CALIBRATION_BATCH = 32  # the number of images at a time, on which the ranges do not depend
 
 
 def quantize(
@@ -23,26 +23,25 @@ def quantize(
     """Quantise a trained timm ViT or DeiT, without training it further.
 
     Args:
-        model: a plain VisionTransformer: Block, Attention and Mlp with GELU, a class token, a learned position
-            embedding, LayerNorm, one linear head. It is copied and stays as it is.
-        calibration: an InvertedDataset, of which the kept patches alone are fed, normalised with the model's mean and
-            std; or batches that are normalised already: PackedTokens of patches (T, C * ph * pw), images (B, C, H, W),
-            or tuples that begin with one of the two, as a DataLoader gives them; or a single such batch.
-        weight_bits, activation_bits: 2 to 8.
+        model: a plain VisionTransformer with a class token, a learned position embedding, LayerNorm, one linear head,
+            and in its blocks timm's Attention and its Mlp with GELU. It is copied and stays as it is.
+        calibration: an InvertedDataset, whose kept patches are normalised with the model's mean and std. Or batches
+            that are normalised already, or one such batch: PackedTokens with values (T, C * ph * pw), images
+            (B, C, H, W), or tuples that begin with one of the two, as a DataLoader gives them.
+        weight_bits, activation_bits: the widths of the integers, 2 to 8.
 
     Raises:
         UnsupportedModelError: the model has a part that the scheme does not cover; the message names it.
-        ValueError: bits out of range; no image to calibrate on, or one that does not fit the model; an activation that
-            is not finite.
+        ValueError: bits are out of range, there is no image to calibrate on, an image does not fit the model, or an
+            activation is not finite.
         TypeError: a batch is none of the above.
     """
     quantized = QuantizedViT(model, weight_bits, activation_bits)
     images = 0
     for batch in _batches(calibration, quantized):
         images += batch.batch_size
-        # Images that differ in length go one by one, because the padding of a batch would be observed too.
-        groups = batch.groups(CALIBRATION_BATCH if batch.is_uniform else 1) if batch.batch_size else ()
-        for group in groups:
+        # Images of different lengths go one by one, so that no padding is observed.
+        for group in batch.groups(CALIBRATION_BATCH if batch.is_uniform else 1) if batch.batch_size else ():
             quantized.forward_patches(group)
     if not images:
         raise ValueError("the calibration set is empty: ranges are observed on at least one image")
@@ -79,6 +78,6 @@ def _dataset_batches(dataset: InvertedDataset, model: QuantizedViT) -> Iterator[
             f"takes {image_size} in {patch_size}"
         )
     for start in range(0, len(dataset), CALIBRATION_BATCH):
-        samples = [dataset[i] for i in range(start, min(start + CALIBRATION_BATCH, len(dataset)))]
-        patches, _ = InvertedDataset.collate(samples)
+        indices = range(start, min(start + CALIBRATION_BATCH, len(dataset)))
+        patches, _ = InvertedDataset.collate([dataset[i] for i in indices])
         yield normalize_patches(patches, mean, std)

@@ -1,10 +1,10 @@
 """The file of a quantised model: what it holds, its checksum, and how the model is built from it.
 
-The tensors of the `.safetensors` file are those of the model's `state_dict`. Integer weights are int8, or up to 4 bits
-uint8 with two weights to a byte. The header's entry "smi_fast_quantized" is a JSON object: format_version, weight_bits,
-activation_bits, arguments (of timm's VisionTransformer), pretrained_cfg, and for each of the places low, high, scale
-and zero_point. The entry "checksum" is the CRC-32 of that text, followed by each tensor's name, dtype, shape and bytes,
-sorted by name. Files of version 1 have no checksum.
+The tensors of the `.safetensors` file are those of the model's `state_dict`. Integer weights are int8, or two to a byte
+as uint8 if they have up to 4 bits. The header's entry "smi_fast_quantized" is a JSON object: format_version,
+weight_bits, activation_bits, arguments (of timm's VisionTransformer), pretrained_cfg, and places, which has low, high,
+scale and zero_point for each place of quantisation. The entry "checksum" is the CRC-32 of that text, followed by each
+tensor's name, dtype, shape and bytes, sorted by name. Files of version 1 do not have it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_PACKED_BITS = 4  # weights of up to this many bits lie two to a byte in a fi
 
 
 def save_model(model: QuantizedViT, path: str | os.PathLike, overwrite: bool) -> None:
-    """Write a model; see `QuantizedViT.save`."""
+    """Write a model to a file. `QuantizedViT.save` lists the errors."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name of a quantised model must end in .safetensors")
@@ -63,7 +63,7 @@ def save_model(model: QuantizedViT, path: str | os.PathLike, overwrite: bool) ->
 
 
 def load_model(kind: type[QuantizedViT], path: str | os.PathLike) -> QuantizedViT:
-    """Read a model of class `kind`; see `QuantizedViT.load`."""
+    """Read a model of the class `kind` from a file. `QuantizedViT.load` lists the errors."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -90,7 +90,7 @@ def load_model(kind: type[QuantizedViT], path: str | os.PathLike) -> QuantizedVi
 
 
 def _build(kind: type[QuantizedViT], header: dict, tensors: dict[str, Tensor]) -> QuantizedViT:
-    """The model that a file's header and tensors describe."""
+    """Build the model that a file's header and tensors describe."""
     arguments = dict(header["arguments"])
     arguments["norm_layer"] = partial(nn.LayerNorm, eps=arguments.pop("norm_eps"))
     with torch.device("meta"):
@@ -111,7 +111,7 @@ def _build(kind: type[QuantizedViT], header: dict, tensors: dict[str, Tensor]) -
 
 
 def model_arguments(model: VisionTransformer) -> dict:
-    """The arguments with which timm's VisionTransformer makes a model of the same architecture, as JSON holds them."""
+    """The arguments, in JSON's types, with which timm's VisionTransformer makes a model of the same architecture."""
     block, embed = model.blocks[0], model.patch_embed
     return dict(
         img_size=list(embed.img_size),
@@ -127,19 +127,19 @@ def model_arguments(model: VisionTransformer) -> dict:
 
 
 def model_config(model: VisionTransformer) -> dict:
-    """A model's preprocessing, and its architecture and class names where they are known, as JSON holds them."""
+    """A model's preprocessing, and its name and class names where they are known, in JSON's types."""
     given = dict(getattr(model, "pretrained_cfg", None) or {})
     known = {key: given[key] for key in ("architecture", "label_names") if given.get(key) is not None}
     return json.loads(json.dumps(resolve_data_config(model=model) | known))
 
 
 def _integer_weights(tensors: Iterable[str]) -> list[str]:
-    """Which tensors are integer weights, by name: those that have a scale."""
+    """The names of the tensors that are integer weights, which are those that have a scale."""
     return [name.removesuffix("_scale") for name in tensors if name.endswith(".weight_scale")]
 
 
 def _checksum(text: str, tensors: dict[str, Tensor]) -> int:
-    """The CRC-32 of the header's text and of the tensors, as the top of this file describes it."""
+    """Compute the checksum that the top of this file describes."""
     value = zlib.crc32(text.encode())
     for name, tensor in sorted(tensors.items()):
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)

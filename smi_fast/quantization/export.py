@@ -13,7 +13,7 @@ from smi_fast.quantization.observers import Quantizer, Scaled
 
 
 def export_program(model: nn.Module) -> torch.export.ExportedProgram:
-    """The program of a `QuantizedViT`; its method `export` describes it."""
+    """Export a `QuantizedViT`; its method `export` describes the program."""
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers the operators)
 
     example = torch.zeros(2, model.num_channels, *model.grid.image_size)
@@ -21,13 +21,13 @@ def export_program(model: nn.Module) -> torch.export.ExportedProgram:
 
 
 class _Program(nn.Module):
-    """A copy of a QuantizedViT, float32 on the CPU, that takes whole images and has PT2E's places and layers."""
+    """A copy of a QuantizedViT that takes whole images, in float32 on the CPU, with PT2E's operators."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         places = {id(place): _Quantizer(place) for place in model.quantizers.values()}
         layers = {id(layer): _Linear(layer, model.weight_bits) for layer, _ in model.layers()}
-        # deepcopy takes what it finds in this memo for the copies.
+        # deepcopy uses what its memo holds for a module in the place of a copy.
         self.model = copy.deepcopy(model, places | layers).float().cpu()
         self.eval()
 

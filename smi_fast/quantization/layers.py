@@ -1,4 +1,4 @@
-"""The steps between two places of quantisation: matrix products with integer weights, LayerNorm, addition."""
+"""The steps between two places of quantisation: matrix products with integer weights, LayerNorm and addition."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class IntegerLinear(nn.Module):
         self.weight = (self.weight / self.weight_scale[:, None]).round_().clamp_(-largest, largest)
 
     def split(self, inputs: Rounding) -> None:
-        """Split the sum over the inputs, which are rounded as given, so that every partial sum of integers is one that
-        the dtype holds exactly."""
+        """Split the sum over inputs that were rounded in the given way, so that the dtype holds every partial sum of
+        integers exactly."""
         exact = 2 / torch.finfo(self.weight.dtype).eps  # float32 holds all integers up to 2^24
         weight = self.weight.double()
         terms = torch.stack((weight * inputs.highest, weight * inputs.lowest))
@@ -44,8 +44,10 @@ class IntegerLinear(nn.Module):
             self.part = -(-self.part // 2)
 
     def forward(self, x: Scaled, channels: slice = slice(None)) -> Scaled:
-        """The layer's output in `channels`, (..., out), for x (..., in). Sums of integers are exact, and are rounded
-        once, to the dtype of x."""
+        """Compute the layer's output (..., out), or that in `channels` alone, for x (..., in).
+
+        The values of the output are sums of integers, which are exact and rounded once, to the dtype of x.
+        """
         values, weight = x.values, self.weight[channels]
         if self.part == weight.shape[1]:
             product = linear(values, weight)
@@ -56,13 +58,13 @@ class IntegerLinear(nn.Module):
 
 
 def layer_norm(norm: nn.LayerNorm, x: Scaled, to: Quantizer) -> Scaled:
-    """LayerNorm of x, quantised at `to`. Its statistics need no unit, and its weights carry that of `to`."""
+    """Normalise x, and quantise the result at `to`. The unit of x cancels out; that of `to` is part of the weights."""
     weight, bias = to.divide(norm.weight), to.divide(norm.bias)
     return to(Scaled(F.layer_norm(x.values, norm.normalized_shape, weight, bias, norm.eps / x.scale**2), to.unit))
 
 
 def add(x: Scaled, y: Scaled, to: Quantizer) -> Scaled:
-    """x + y, quantised at `to`. The values of y are overwritten."""
+    """Add x and y, and quantise the sum at `to`. The values of y are overwritten."""
     y = y.to(to.unit)
     y.values.add_(x.values, alpha=x.scale / to.unit)
     return to(y)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Scaled:
-    """The real numbers `values * scale + offset`: what the layers of a quantised model hand on.
+    """Real numbers, `values * scale + offset`, in the form in which a quantised model's layers hand them on.
 
-    A matrix product keeps a scale and an offset for each channel until the next place rounds it, so that scales, bias
-    and the change to that place's unit take one pass over the product.
+    A matrix product keeps a scale and an offset for each channel until the next place rounds it. Scales, bias and the
+    change to that place's unit then take one pass over the product.
 
     Args:
         values: (..., channels), floating point.
@@ -27,7 +27,7 @@ class Scaled:
     offset: Tensor | None = None
 
     def to(self, unit: float) -> Scaled:
-        """The same numbers as multiples of `unit`. The values are overwritten."""
+        """Convert the numbers to multiples of `unit`. The values are overwritten."""
         scale = self.scale / unit
         if self.offset is not None:
             torch.addcmul(self.offset / unit, self.values, scale, out=self.values)
@@ -38,8 +38,9 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Rounding of real numbers to the integers from `lowest` to `highest`, each of which stands for a multiple of
-    `scale`. With the zero point z of Eq. 5, which is subtracted here, `lowest` is -z and `highest` is 2^bits - 1 - z.
+    """How a place rounds: to integers from `lowest` to `highest`, which stand for multiples of `scale`.
+
+    In Eq. 5 the integers run from 0 to 2^bits - 1 and z stands for zero. Here z is subtracted, so `lowest` is -z.
     """
 
     scale: float
@@ -48,11 +49,12 @@ class Rounding:
 
 
 class Quantizer(nn.Module):
-    """A place where activations are observed and later rounded: asymmetric, with one range for the tensor.
+    """A place in the model where activations are observed, and after `freeze` rounded with one scale for the tensor.
 
     Attributes:
-        low, high: the smallest and the largest number observed; the range includes zero, so that zero is an integer.
-        rounding: None while the place observes.
+        low, high: the smallest and the largest number that the place has observed. They include zero, so that zero is
+            one of the integers.
+        rounding: how the place rounds; None while it observes.
     """
 
     def __init__(self, bits: int):
@@ -63,15 +65,15 @@ class Quantizer(nn.Module):
 
     @property
     def unit(self) -> float:
-        """The real number that 1 stands for in what this place returns; 1.0 while it observes."""
+        """The scale of the numbers that the place returns. It is 1.0 while the place observes."""
         return self.rounding.scale if self.rounding else 1.0
 
     def divide(self, parameter: Tensor) -> Tensor:
-        """A parameter as multiples of the unit, in memory of its own."""
+        """Convert a parameter to multiples of the unit, in new memory."""
         return parameter / self.unit
 
     def freeze(self) -> None:
-        """Stop observing and start rounding, with integers that cover the observed range."""
+        """Stop observing and start rounding, to integers that cover the observed range."""
         scale = (self.high - self.low) / self.levels or 1.0  # the range is empty if all numbers were zero
         self.round_with(scale, round(-self.low / scale))
 
@@ -80,10 +82,10 @@ class Quantizer(nn.Module):
         self.rounding = Rounding(scale, -zero_point, self.levels - zero_point)
 
     def forward(self, x: Scaled) -> Scaled:
-        """x as integers, held in floating point; while the place observes, x itself. The values are overwritten.
+        """Round x to integers, held in floating point, or observe x and return it. The values are overwritten.
 
         Raises:
-            ValueError: an observed number is not finite.
+            ValueError: x is observed and is not finite.
         """
         x = x.to(self.unit)
         if self.rounding is not None:

@@ -1,4 +1,4 @@
-"""Which models cannot be quantised, and which part of them stands in the way."""
+"""check_supported(): which models can be quantised, and which part stands in the way in others."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MAX_HEAD_DIM = 256  # 255^2 * 256 < 2^24, so that a score of 8-bit queries and k
 
 
 def check_supported(model: nn.Module) -> None:
-    """Check that `quantize` can take a model.
+    """Check that a model can be quantised.
 
     Raises:
-        UnsupportedModelError: it cannot; the message names the part that stands in the way.
+        UnsupportedModelError: the scheme does not cover some part of the model; the message names it.
     """
 
     def require(part: str, found: object, *known: type) -> None:

@@ -5,9 +5,10 @@ x -> s (clip(round(x / s) + z) - z): weights are symmetric per output channel, a
 range runs from the smallest to the largest value that calibration shows. Activations are quantised where PSAQ-ViT (Li
 et al., ECCV 2022) quantises them; softmax stays float.
 
-The model is written once. Its places (`Quantizer`) and its matrix products (`IntegerLinear`) decide what it computes:
-the float model while the places observe; afterwards integers held in floating point, the zero point subtracted, whose
-matrix products are exact; and in the copy that `export` makes, the operators of PyTorch's PT2E quantisation.
+The model is written once, and its places (`Quantizer`) and its layers (`IntegerLinear`) decide what it computes. While
+the places observe, it is the float model. Afterwards it works on integers that are held in floating point, with the
+zero point subtracted, so that matrix products are exact. In the copy that `export` makes, places and layers are the
+operators of PyTorch's PT2E quantisation.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CACHED_VALUES = 3 * 2**19  # of the widest activation at a time on a CPU, so tha
 class QuantizedBlock(nn.Module):
     """timm's Block.
 
-    Modifications: a place of quantisation after every step; with `first_only` the class tokens alone are computed.
+    Modifications: a place of quantisation follows each step, and the class tokens can be computed alone.
     """
 
     def __init__(self, block: Block, bits: int):
@@ -59,10 +60,15 @@ class QuantizedBlock(nn.Module):
         return list(zip((self.qkv, self.proj, self.fc1, self.fc2), sources, strict=True))
 
     def forward(self, x: Scaled, ragged: PackedTokens | None, first_only: bool) -> Scaled:
-        """The block's output for tokens (B, N, C), or for (T, C) that are packed as `ragged`, in the shape of x.
+        """Compute the block's output.
 
-        With `first_only` it is computed for the first token of each sequence alone, (B, 1, C), from the keys and values
-        of all tokens.
+        Args:
+            x: tokens (B, N, C), or (T, C) where the sequences differ in length.
+            ragged: how (T, C) is packed; None for (B, N, C).
+            first_only: compute the output of the first token of each sequence alone, from the keys and values of all.
+
+        Returns:
+            The output in the shape of x; with `first_only` (B, 1, C).
         """
         y = self._attend(layer_norm(self.norm1, x, self.norm1_out), ragged, first_only)
         x = first_tokens(x, ragged) if first_only else x
@@ -72,7 +78,7 @@ class QuantizedBlock(nn.Module):
         return add(x, self.mlp(self.fc2(y)), self.sum2)
 
     def _attend(self, x: Scaled, ragged: PackedTokens | None, first_only: bool) -> Scaled:
-        """Attention within each sequence, without its projection; as `forward`."""
+        """Compute the attention within each sequence, before its projection. The arguments are those of `forward`."""
         width = self.heads * self.head_dim
         if first_only:
             (q,), _ = self._project(first_tokens(x, ragged), None, slice(width))
@@ -88,8 +94,8 @@ class QuantizedBlock(nn.Module):
         return self.attention(Scaled(y if ragged is None or first_only else ragged.unpad(y), unit))
 
     def _project(self, x: Scaled, ragged: PackedTokens | None, *channels: slice) -> tuple[Tensor, Tensor | None]:
-        """Queries, keys and values (3, B, H, N, D), or those in `channels` alone; and the mask (B, N) that is False at
-        padding, or None where there is none."""
+        """Compute queries, keys and values (3, B, H, N, D), or those of them that lie in `channels`, and a mask (B, N)
+        that is False where they are padding; it is None for (B, N, C)."""
         y, mask = self.qkv_out(self.qkv(x, *channels)).values, None
         if ragged is not None:
             y, mask = ragged.pad(y)
@@ -97,10 +103,10 @@ class QuantizedBlock(nn.Module):
 
 
 class QuantizedViT(nn.Module):
-    """A quantised VisionTransformer, which computes on integers held in floating point. Made by `quantize` or `load`.
+    """A quantised VisionTransformer, made by `quantize` or `load`. It computes with integers held in floating point.
 
-    The constructor takes the arguments of `quantize` but the calibration set, and raises the same errors. What it makes
-    computes as the float model and observes activations, until `freeze`.
+    The constructor takes a model and bits as `quantize` does and raises the same errors for them. The new model
+    computes the float model's numbers and observes its activations until `freeze` is called.
     """
 
     def __init__(self, model: VisionTransformer, weight_bits: int = 8, activation_bits: int = 8):
@@ -111,7 +117,7 @@ class QuantizedViT(nn.Module):
                 raise ValueError(f"{name} must be an integer from {BITS[0]} to {BITS[-1]}, got {bits!r}")
         self.weight_bits, self.activation_bits = weight_bits, activation_bits
         self.arguments = model_arguments(model)
-        self.pretrained_cfg = model_config(model)  # where timm's resolve_data_config looks
+        self.pretrained_cfg = model_config(model)  # timm's resolve_data_config reads it
         self.num_classes, self.num_channels = model.num_classes, model.patch_embed.proj.in_channels
         self.grid = PatchGrid.of(model.patch_embed.img_size, model.patch_embed.patch_size)
         self.input = Quantizer(activation_bits)
@@ -129,7 +135,7 @@ class QuantizedViT(nn.Module):
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
-        """Every place of quantisation by name, in the order of the forward pass: "input", "patch_embed", ...,
+        """The places of quantisation by name, in the order in which the model has them: "input", "patch_embed", ...,
         "blocks.0.norm1", "blocks.0.qkv", ..., "norm", "logits"."""
         modules = self.named_modules()
         return {name.removesuffix("_out"): module for name, module in modules if isinstance(module, Quantizer)}
@@ -141,7 +147,7 @@ class QuantizedViT(nn.Module):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the model computes with integers; before that it is the float model, and every place observes."""
+        """Whether calibration has ended, so that the model computes with integers."""
         return self.logits.rounding is not None
 
     def layers(self) -> list[tuple[IntegerLinear, Quantizer]]:
@@ -157,7 +163,8 @@ class QuantizedViT(nn.Module):
 
         Args:
             images: (B, C, H, W), floating point, normalised as the model wants it.
-            keep: which patches enter: indices (B, K), a boolean mask (B, N), or a list of B index tensors; None: all.
+            keep: the patches that enter: indices (B, K), a boolean mask (B, N) or a list of B index tensors. None keeps
+                all patches.
 
         Raises:
             ValueError: images or keep that do not fit the model or each other; the message names the value.
@@ -165,8 +172,7 @@ class QuantizedViT(nn.Module):
         return self.forward_patches(self.patches(images, keep))
 
     def patches(self, images: Tensor, keep: Keep | None = None) -> PackedTokens:
-        """The kept patches of images, in the form that `forward_patches` takes. Arguments and errors are those of
-        `forward`."""
+        """Cut out the kept patches, as `forward_patches` takes them. Arguments and errors are those of `forward`."""
         expected = (self.num_channels, *self.grid.image_size)
         if images.ndim != 4 or images.shape[1:] != expected or not images.is_floating_point():
             raise ValueError(
@@ -181,31 +187,28 @@ class QuantizedViT(nn.Module):
     def forward_patches(self, patches: PackedTokens) -> Tensor:
         """Logits (B, num_classes) of images that are given as patches alone, such as a batch of an `InvertedDataset`.
 
-        No gradient flows. Until the model is calibrated this is the float model, and every place observes.
+        No gradient flows. Before calibration has ended these are the float model's logits, and every place observes.
 
         Args:
             patches: values (T, C * ph * pw), normalised pixels in (C, ph, pw) order, at their positions in the grid.
 
         Raises:
-            ValueError: the patches have another number of values than the model's.
+            ValueError: the patches do not have as many values as the model's.
         """
         size = self.patch_embed.weight.shape[1]
         if patches.values.shape[1] != size:
             raise ValueError(f"patches have {patches.values.shape[1]} values each, the model's have {size}")
-        if not patches.values.is_cpu or patches.batch_size == 0:
-            groups = [patches]
-        else:
-            tokens = CACHED_VALUES // self.blocks[0].fc1.weight.shape[0]
-            groups = patches.groups(max(1, tokens // (1 + patches.max_seqlen)))
-        dtype, first_only = self.class_token.dtype, self.calibrated  # until then all tokens are observed
+        images = CACHED_VALUES // (self.blocks[0].fc1.weight.shape[0] * (1 + patches.max_seqlen))
+        groups = patches.groups(max(1, images)) if patches.values.is_cpu else [patches]
+        dtype, first_only = self.class_token.dtype, self.calibrated  # places observe all tokens
         return torch.cat([self.evaluate(group.values.to(dtype, copy=True), group, first_only) for group in groups])
 
     def evaluate(self, pixels: Tensor, patches: PackedTokens | None = None, first_only: bool = False) -> Tensor:
-        """The forward pass, from pixels of the model's dtype, which are overwritten, to logits (B, num_classes).
+        """Run the model: from pixels in its dtype, which are overwritten, to logits (B, num_classes).
 
         Args:
-            pixels: (T, C * ph * pw), those of `patches`; without `patches` (B, N, C * ph * pw), those of whole images.
-            patches: where in the grid the patches lie.
+            pixels: (T, C * ph * pw) as packed in `patches`, or (B, N, C * ph * pw) of whole images.
+            patches: where in the grid the patches lie; None for whole images.
             first_only: compute the last block for the class tokens alone, which are all that the head reads.
         """
         x = self.patch_embed_out(self.patch_embed(self.input(Scaled(pixels)))).to(self.tokens.unit).values
@@ -227,7 +230,7 @@ class QuantizedViT(nn.Module):
         return self.logits(self.head(x)).to(1.0).values[:, 0]
 
     def freeze(self) -> None:
-        """End calibration: round the weights, and from now on the activations."""
+        """End calibration: round the weights, and let the places round from now on."""
         for place in self.quantizers.values():
             place.freeze()
         for layer, _ in self.layers():
@@ -235,7 +238,7 @@ class QuantizedViT(nn.Module):
         self.split_products()
 
     def split_products(self) -> None:
-        """Split the sums of products of integers where the dtype might not hold them exactly."""
+        """Split the layers' sums of integers where the dtype might not hold them exactly."""
         for layer, source in self.layers():
             layer.split(source.rounding)
 
@@ -257,7 +260,7 @@ class QuantizedViT(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a file that is truncated, damaged, foreign, inconsistent or of a newer format; names the file.
+            ValueError: the file, which is named, is truncated, damaged, foreign, inconsistent or of a newer format.
         """
         return load_model(cls, path)
 
@@ -272,6 +275,6 @@ class QuantizedViT(nn.Module):
 
 
 def first_tokens(x: Scaled, ragged: PackedTokens | None) -> Scaled:
-    """The first token of each sequence, (B, 1, C), of tokens (B, N, C) or packed (T, C)."""
+    """Select the first token of each sequence, (B, 1, C), from tokens (B, N, C), or from (T, C) packed as `ragged`."""
     values = x.values[:, :1] if x.values.ndim == 3 else x.values[ragged.cu_seqlens[:-1].long()][:, None]
     return replace(x, values=values)
