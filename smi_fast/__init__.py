@@ -33,7 +33,7 @@ from smi_fast.inversion.objectives import Objective, deep_inversion  # noqa: E40
 from smi_fast.inversion.schedule import StoppingSchedule  # noqa: E402
 from smi_fast.inversion.selection import select_patches  # noqa: E402
 from smi_fast.packed import PackedTokens  # noqa: E402
-from smi_fast.quantization.vit import QuantizedViT, quantize  # noqa: E402
+from smi_fast.quantization import QuantizedViT, quantize  # noqa: E402
 
 __all__ = [
     "AcceleratedViT",

@@ -40,7 +40,7 @@ from smi_fast.inversion import meter as report
 from smi_fast.inversion.inverter import Inverter
 from smi_fast.models.loading import MODEL_INSIDE, STUDENT_INSIDE
 from smi_fast.packed import PackedTokens
-from smi_fast.quantization.vit import QuantizedViT, check_supported, quantize
+from smi_fast.quantization import QuantizedViT, check_supported, quantize
 from smi_fast.seeds import seeded_generator
 from smi_fast.studies import pictures as visualization
 from smi_fast.studies.reproduce import PRESETS, SECTIONS, reproduce

@@ -24,7 +24,7 @@ from smi_fast.inversion import meter as report
 from smi_fast.inversion.inverter import Inverter
 from smi_fast.inversion.objectives import deep_inversion
 from smi_fast.inversion.schedule import StoppingSchedule
-from smi_fast.quantization.vit import check_supported, quantize
+from smi_fast.quantization import check_supported, quantize
 from smi_fast.seeds import batch_seed
 from smi_fast.studies.page import Section
 

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from smi_fast import InvertedDataset, Inverter, StoppingSchedule, accelerate
-from smi_fast.quantization.vit import quantize
+from smi_fast.quantization import quantize
 from smi_fast.studies.experiment import Experiment, Settings, strategic
 from smi_fast.studies.page import Section, cell, table, write_page
 from smi_fast.studies.reproduce import PRESETS, SECTIONS, inversion_seconds, removal_losses, reproduce, table5
