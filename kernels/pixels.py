@@ -207,28 +207,13 @@ def _check_gradients(images, grad, sites, inverse, view, pixel_grad, patch_size)
 
 
 def pixel_step_reference(
-    next_images: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    images: Tensor,
-    grad: Tensor,
-    sites: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
-    inverse: Tensor | None,
-    view: Tensor | None,
-    ph: int,
-    pw: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    tv_l2: float,
-    l2: float,
-    pixel_grad: Tensor | None = None,
-    norm: str = "batch",
-) -> Tensor:
+    next_images: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor,
+    images: Tensor, grad: Tensor, sites: Tensor, lowest: Tensor, highest: Tensor,
+    inverse: Tensor | None, view: Tensor | None,
+    ph: int, pw: int,
+    lr: float, beta1: float, beta2: float, eps: float, tv_l2: float, l2: float,
+    pixel_grad: Tensor | None = None, norm: str = "batch",
+) -> Tensor:  # fmt: skip
     """Define `pixel_step` in plain torch."""
     batch, channels, height, width = images.shape
     image, row, column = sites[:, :3].long().unbind(1)
@@ -446,27 +431,13 @@ def _power(base: tl.constexpr, n):
 
 @jit
 def _prior_sums_kernel(
-    sums,
-    corrections,
-    step,
-    images,
-    sites,
-    patches,
-    halvings,
-    counts,
-    lr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    TV: tl.constexpr,
-    IMAGE_NORM: tl.constexpr,
-    BT: tl.constexpr,
-    BE: tl.constexpr,
-):
+    sums, corrections, step,
+    images, sites,
+    patches, halvings, counts, lr,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, TV: tl.constexpr, IMAGE_NORM: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """Squares for the norms of the prior: for each of the four directions d, the sum of (x[p] - x[p + d])^2 over pixels
     p of which p and p + d are kept, and the sum of x[p]^2. Steps t: t + 1, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
 
@@ -557,47 +528,15 @@ def _seen_cell(row, column, down, right, flip, ROWS: tl.constexpr, COLUMNS: tl.c
 
 @jit
 def _pixel_step_kernel(
-    prior,
-    next_images,
-    exp_avg,
-    exp_avg_sq,
-    images,
-    grad,
-    pixel_grad,
-    sites,
-    lowest,
-    highest,
-    inverse,
-    view,
-    sums,
-    corrections,
-    patches,
-    halvings,
-    parts,
-    sums_stride,
-    corrections_stride,
-    view_stride_image,
-    weight1,
-    beta2,
-    weight2,
-    eps,
-    tv_l2,
-    l2,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    VIEW: tl.constexpr,
-    SHARED_VIEW: tl.constexpr,
-    PIXEL_GRAD: tl.constexpr,
-    TV: tl.constexpr,
-    L2: tl.constexpr,
-    IMAGE_NORM: tl.constexpr,
-    BP: tl.constexpr,
-    BT: tl.constexpr,
-    BE: tl.constexpr,
-):
+    prior, next_images, exp_avg, exp_avg_sq,
+    images, grad, pixel_grad, sites, lowest, highest, inverse, view, sums, corrections,
+    patches, halvings, parts, sums_stride, corrections_stride, view_stride_image,
+    weight1, beta2, weight2, eps, tv_l2, l2,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    VIEW: tl.constexpr, SHARED_VIEW: tl.constexpr, PIXEL_GRAD: tl.constexpr,
+    TV: tl.constexpr, L2: tl.constexpr, IMAGE_NORM: tl.constexpr,
+    BP: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """Adam on each kept pixel x with the gradient g of loss and prior, clamped to the channel's range:
     m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, x = x - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t))
     + eps).
@@ -720,28 +659,13 @@ def _scratch(images: Tensor, groups: int, parts: int, counts: int) -> tuple[Tens
 
 
 def launch_pixel_step(
-    next_images: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    images: Tensor,
-    grad: Tensor,
-    sites: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
-    inverse: Tensor | None,
-    view: Tensor | None,
-    ph: int,
-    pw: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    tv_l2: float,
-    l2: float,
-    pixel_grad: Tensor | None = None,
-    norm: str = "batch",
-) -> Tensor:
+    next_images: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor,
+    images: Tensor, grad: Tensor, sites: Tensor, lowest: Tensor, highest: Tensor,
+    inverse: Tensor | None, view: Tensor | None,
+    ph: int, pw: int,
+    lr: float, beta1: float, beta2: float, eps: float, tv_l2: float, l2: float,
+    pixel_grad: Tensor | None = None, norm: str = "batch",
+) -> Tensor:  # fmt: skip
     """Do what `pixel_step_reference` does in two launches, and one more where the priors of images are added up."""
     batch, channels, height, width = images.shape
     size, shape = channels * ph * pw, dict(C=channels, ROWS=height // ph, COLUMNS=width // pw, PH=ph, PW=pw)
