@@ -92,8 +92,8 @@ def pixel_step(
 ) -> Tensor:
     """Take one step of Adam (Kingma & Ba 2015, Algorithm 1) on the kept pixels, then clamp them to their range.
 
-    The gradient is the sum of the gradient of the model's loss, of `pixel_grad`, and of the prior of DeepInversion (Yin
-    et al., CVPR 2020, Eq. 3), tv_l2 * total variation + l2 * norm of the pixels. Total variation is the sum over four
+    The gradient is the sum of the gradient of the model's loss, of `pixel_grad`, and of the prior of DeepInversion (R_prior
+    in Yin et al., CVPR 2020), tv_l2 * total variation + l2 * norm of the pixels. Total variation is the sum over four
     neighbour directions of the l2 norm of the differences of all pixel pairs of which both are kept. The gradient of a
     norm that is 0 is 0.
 
@@ -438,13 +438,13 @@ def _prior_sums_kernel(
     BETA1: tl.constexpr, BETA2: tl.constexpr, TV: tl.constexpr, IMAGE_NORM: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Squares for the norms of the prior: for each of the four directions d, the sum of (x[p] - x[p + d])^2 over pixels
-    p of which p and p + d are kept, and the sum of x[p]^2. Steps t: t + 1, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
+    """sums = sum over kept p of x[p]^2, and of (x[p] - x[p + d])^2 for each direction d in which p + d is kept as well;
+    step = t + 1; corrections = lr / (1 - beta1^(t + 1)) and 1 / sqrt(1 - beta2^(t + 1)), where t is the step before.
 
-    Defined in `prior_reference` and `pixel_step_reference`, after Yin et al., CVPR 2020, Eq. 3, and Kingma & Ba 2015,
-    Algorithm 1. The grid is (images or 1, blocks of a patch, programs that share the patches). Reads each of the
-    T C PH PW kept pixels once, besides four neighbours from the cache, and writes five sums a program; 14 operations a
-    pixel. The first program counts the steps.
+    Defined in `prior_reference`, after R_prior in Yin et al., CVPR 2020, and in `pixel_step_reference`, after Kingma &
+    Ba 2015, Algorithm 1. The grid is (images or 1, blocks of a patch, programs that share the patches), and each
+    program has partial sums of its own. It reads each of the T C PH PW kept pixels once, besides four neighbours from
+    the cache, and writes five sums a program; 14 operations a pixel. The first program counts the steps.
     """
     W: tl.constexpr = COLUMNS * PW
     _, there, channel, y, x = _element(tl.program_id(1), C, PH, PW, BE)
@@ -541,8 +541,8 @@ def _pixel_step_kernel(
     m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, x = x - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t))
     + eps).
 
-    Defined in `pixel_step_reference`, after Kingma & Ba 2015, Algorithm 1; the prior is that of Yin et al., CVPR 2020,
-    Eq. 3. The grid is (images or 1, blocks of a patch, programs that share the patches). Reads pixel, gradient and two
+    Defined in `pixel_step_reference`, after Kingma & Ba 2015, Algorithm 1; the prior is R_prior in Yin et al., CVPR
+    2020. The grid is (images or 1, blocks of a patch, programs that share the patches). Reads pixel, gradient and two
     moments of T C PH PW kept pixels once, besides eight neighbours from the cache, and writes pixel and moments:
     24 bytes a pixel and the gradients, about 50 operations.
     """
@@ -676,7 +676,7 @@ def launch_pixel_step(
     patches = len(sites) if has_prior else 0
     tiles, grid = _tiles("prior_sums", images.device, patches, size, groups)
     if image_norm:
-        grid = (*grid[:2], 1)  # so that in which order an image's squares are added up depends on that image alone
+        grid = (*grid[:2], 1)  # the order in which an image's squares are added up must not depend on the batch
     parts = grid[1] * grid[2]
     prior, sums, corrections = _scratch(images, groups, parts, step.numel())
     launch(

@@ -247,7 +247,7 @@ def _importance(attention, stride_head, stride_patch, n, candidates, H: tl.const
 
 @jit
 def _ordered(importance, is_candidate):
-    """int32 keys [BN] in the order of the floats. No candidate gets the least integer, which is below all keys."""
+    """int32 keys [BN] in the order of the floats. Where there is no candidate, the key is the least integer."""
     bits = importance.to(tl.int32, bitcast=True)
     return tl.where(is_candidate, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
 
@@ -293,7 +293,7 @@ def _count_kernel(
     stride_image, stride_head, stride_patch,
     H: tl.constexpr, PACKED: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """counts[1 + b] = P + the least n >= 1 such that the n greatest importances of image b sum to mass * total.
+    """counts[1 + b] = P + the least n >= 1 such that the n greatest importances of image b hold the mass.
 
     Defined in `count_mass_reference`. limits[b] = (key of the least importance that stays, how many of the candidates
     with this importance stay), for `_select_kernel`. One program an image. Reads attention once (B H N elements) and
