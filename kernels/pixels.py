@@ -92,10 +92,10 @@ def pixel_step(
 ) -> Tensor:
     """Take one step of Adam (Kingma & Ba 2015, Algorithm 1) on the kept pixels, then clamp them to their range.
 
-    The gradient is the sum of the gradient of the model's loss, of `pixel_grad`, and of the prior of DeepInversion (R_prior
-    in Yin et al., CVPR 2020), tv_l2 * total variation + l2 * norm of the pixels. Total variation is the sum over four
-    neighbour directions of the l2 norm of the differences of all pixel pairs of which both are kept. The gradient of a
-    norm that is 0 is 0.
+    The gradient is the sum of the gradient of the model's loss, of `pixel_grad`, and of the prior of DeepInversion
+    (R_prior in Yin et al., CVPR 2020), tv_l2 * total variation + l2 * norm of the pixels. Total variation is the sum
+    over four neighbour directions of the l2 norm of the differences of all pixel pairs of which both are kept. The
+    gradient of a norm that is 0 is 0.
 
     Args:
         next_images: (B, C, H, W); the kept pixels are written. The others should have the values that images has.
