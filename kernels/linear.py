@@ -19,7 +19,7 @@ MANY_ROWS = 1024  # from this many rows on, the time to lay out a float32 weight
 MIN_PACKED_ROWS = 32  # with fewer rows, a call of oneDNN costs more time than it saves, even for a packed weight
 CONVOLUTION = (0, 0), (1, 1), (1, 1), 1  # padding, stride, dilation and groups of a convolution that is a product
 
-# These operators are torch's own but have no public name. Their convolution is `brgconv_1x1` on CPUs with AVX2 or later.
+# These operators are torch's own but have no public name. Their convolution is `brgconv_1x1` from AVX2 on.
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise"))

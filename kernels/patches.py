@@ -220,27 +220,12 @@ def _pixel_offsets(
 
 @jit
 def _gather_kernel(
-    patches,
-    cells,
-    inverse,
-    images,
-    positions,
-    cu_seqlens,
-    view,
-    stride_image,
-    stride_channel,
-    stride_y,
-    stride_x,
-    view_stride_image,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    VIEW: tl.constexpr,
-    BT: tl.constexpr,
-    BE: tl.constexpr,
-):
+    patches, cells, inverse,
+    images, positions, cu_seqlens, view,
+    stride_image, stride_channel, stride_y, stride_x, view_stride_image,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    VIEW: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """patches[t, (c, i, j)] = viewed image[c, row ph + i, column pw + j] for the cell (row, column) of each patch t;
     the cells themselves; and their inverse, inverse[cells[t]] = t and -1 elsewhere. Defined in `patches_reference` and
     `inverse_reference`.
@@ -292,19 +277,10 @@ def _gather_kernel(
 @jit
 def _gather_backward_kernel(
     grad,
-    patch_grad,
-    inverse,
-    view,
-    view_stride_image,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    VIEW: tl.constexpr,
-    BT: tl.constexpr,
-    BE: tl.constexpr,
-):
+    patch_grad, inverse, view, view_stride_image,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    VIEW: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """grad[the pixel that patches[t, e] was read from] = patch_grad[t, e], 0 elsewhere: the gradient of
     `patches_reference`. A pixel is seen in one place, so nothing is added up.
 

@@ -92,10 +92,10 @@ def pixel_step(
 ) -> Tensor:
     """Take one step of Adam (Kingma & Ba 2015, Algorithm 1) on the kept pixels, then clamp them to their range.
 
-    The gradient is the sum of the gradient of the model's loss, of `pixel_grad`, and of the prior of DeepInversion (Yin
-    et al., CVPR 2020, Eq. 3), tv_l2 * total variation + l2 * norm of the pixels. Total variation is the sum over four
-    neighbour directions of the l2 norm of the differences of all pixel pairs of which both are kept. The gradient of a
-    norm that is 0 is 0.
+    The gradient is the sum of the gradient of the model's loss, of `pixel_grad`, and of the prior of DeepInversion
+    (R_prior in Yin et al., CVPR 2020), tv_l2 * total variation + l2 * norm of the pixels. Total variation is the sum
+    over four neighbour directions of the l2 norm of the differences of all pixel pairs of which both are kept. The
+    gradient of a norm that is 0 is 0.
 
     Args:
         next_images: (B, C, H, W); the kept pixels are written. The others should have the values that images has.
@@ -207,28 +207,13 @@ def _check_gradients(images, grad, sites, inverse, view, pixel_grad, patch_size)
 
 
 def pixel_step_reference(
-    next_images: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    images: Tensor,
-    grad: Tensor,
-    sites: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
-    inverse: Tensor | None,
-    view: Tensor | None,
-    ph: int,
-    pw: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    tv_l2: float,
-    l2: float,
-    pixel_grad: Tensor | None = None,
-    norm: str = "batch",
-) -> Tensor:
+    next_images: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor,
+    images: Tensor, grad: Tensor, sites: Tensor, lowest: Tensor, highest: Tensor,
+    inverse: Tensor | None, view: Tensor | None,
+    ph: int, pw: int,
+    lr: float, beta1: float, beta2: float, eps: float, tv_l2: float, l2: float,
+    pixel_grad: Tensor | None = None, norm: str = "batch",
+) -> Tensor:  # fmt: skip
     """Define `pixel_step` in plain torch."""
     batch, channels, height, width = images.shape
     image, row, column = sites[:, :3].long().unbind(1)
@@ -446,34 +431,20 @@ def _power(base: tl.constexpr, n):
 
 @jit
 def _prior_sums_kernel(
-    sums,
-    corrections,
-    step,
-    images,
-    sites,
-    patches,
-    halvings,
-    counts,
-    lr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    TV: tl.constexpr,
-    IMAGE_NORM: tl.constexpr,
-    BT: tl.constexpr,
-    BE: tl.constexpr,
-):
-    """Squares for the norms of the prior: for each of the four directions d, the sum of (x[p] - x[p + d])^2 over pixels
-    p of which p and p + d are kept, and the sum of x[p]^2. Steps t: t + 1, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
+    sums, corrections, step,
+    images, sites,
+    patches, halvings, counts, lr,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, TV: tl.constexpr, IMAGE_NORM: tl.constexpr,
+    BT: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """sums = sum over kept p of x[p]^2, and of (x[p] - x[p + d])^2 for each direction d in which p + d is kept as well;
+    step = t + 1; corrections = lr / (1 - beta1^(t + 1)) and 1 / sqrt(1 - beta2^(t + 1)), where t is the step before.
 
-    Defined in `prior_reference` and `pixel_step_reference`, after Yin et al., CVPR 2020, Eq. 3, and Kingma & Ba 2015,
-    Algorithm 1. The grid is (images or 1, blocks of a patch, programs that share the patches). Reads each of the
-    T C PH PW kept pixels once, besides four neighbours from the cache, and writes five sums a program; 14 operations a
-    pixel. The first program counts the steps.
+    Defined in `prior_reference`, after R_prior in Yin et al., CVPR 2020, and in `pixel_step_reference`, after Kingma &
+    Ba 2015, Algorithm 1. The grid is (images or 1, blocks of a patch, programs that share the patches), and each
+    program has partial sums of its own. It reads each of the T C PH PW kept pixels once, besides four neighbours from
+    the cache, and writes five sums a program; 14 operations a pixel. The first program counts the steps.
     """
     W: tl.constexpr = COLUMNS * PW
     _, there, channel, y, x = _element(tl.program_id(1), C, PH, PW, BE)
@@ -557,53 +528,21 @@ def _seen_cell(row, column, down, right, flip, ROWS: tl.constexpr, COLUMNS: tl.c
 
 @jit
 def _pixel_step_kernel(
-    prior,
-    next_images,
-    exp_avg,
-    exp_avg_sq,
-    images,
-    grad,
-    pixel_grad,
-    sites,
-    lowest,
-    highest,
-    inverse,
-    view,
-    sums,
-    corrections,
-    patches,
-    halvings,
-    parts,
-    sums_stride,
-    corrections_stride,
-    view_stride_image,
-    weight1,
-    beta2,
-    weight2,
-    eps,
-    tv_l2,
-    l2,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    VIEW: tl.constexpr,
-    SHARED_VIEW: tl.constexpr,
-    PIXEL_GRAD: tl.constexpr,
-    TV: tl.constexpr,
-    L2: tl.constexpr,
-    IMAGE_NORM: tl.constexpr,
-    BP: tl.constexpr,
-    BT: tl.constexpr,
-    BE: tl.constexpr,
-):
+    prior, next_images, exp_avg, exp_avg_sq,
+    images, grad, pixel_grad, sites, lowest, highest, inverse, view, sums, corrections,
+    patches, halvings, parts, sums_stride, corrections_stride, view_stride_image,
+    weight1, beta2, weight2, eps, tv_l2, l2,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    VIEW: tl.constexpr, SHARED_VIEW: tl.constexpr, PIXEL_GRAD: tl.constexpr,
+    TV: tl.constexpr, L2: tl.constexpr, IMAGE_NORM: tl.constexpr,
+    BP: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """Adam on each kept pixel x with the gradient g of loss and prior, clamped to the channel's range:
     m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, x = x - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t))
     + eps).
 
-    Defined in `pixel_step_reference`, after Kingma & Ba 2015, Algorithm 1; the prior is that of Yin et al., CVPR 2020,
-    Eq. 3. The grid is (images or 1, blocks of a patch, programs that share the patches). Reads pixel, gradient and two
+    Defined in `pixel_step_reference`, after Kingma & Ba 2015, Algorithm 1; the prior is R_prior in Yin et al., CVPR
+    2020. The grid is (images or 1, blocks of a patch, programs that share the patches). Reads pixel, gradient and two
     moments of T C PH PW kept pixels once, besides eight neighbours from the cache, and writes pixel and moments:
     24 bytes a pixel and the gradients, about 50 operations.
     """
@@ -720,28 +659,13 @@ def _scratch(images: Tensor, groups: int, parts: int, counts: int) -> tuple[Tens
 
 
 def launch_pixel_step(
-    next_images: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    images: Tensor,
-    grad: Tensor,
-    sites: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
-    inverse: Tensor | None,
-    view: Tensor | None,
-    ph: int,
-    pw: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    tv_l2: float,
-    l2: float,
-    pixel_grad: Tensor | None = None,
-    norm: str = "batch",
-) -> Tensor:
+    next_images: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor,
+    images: Tensor, grad: Tensor, sites: Tensor, lowest: Tensor, highest: Tensor,
+    inverse: Tensor | None, view: Tensor | None,
+    ph: int, pw: int,
+    lr: float, beta1: float, beta2: float, eps: float, tv_l2: float, l2: float,
+    pixel_grad: Tensor | None = None, norm: str = "batch",
+) -> Tensor:  # fmt: skip
     """Do what `pixel_step_reference` does in two launches, and one more where the priors of images are added up."""
     batch, channels, height, width = images.shape
     size, shape = channels * ph * pw, dict(C=channels, ROWS=height // ph, COLUMNS=width // pw, PH=ph, PW=pw)
@@ -752,7 +676,7 @@ def launch_pixel_step(
     patches = len(sites) if has_prior else 0
     tiles, grid = _tiles("prior_sums", images.device, patches, size, groups)
     if image_norm:
-        grid = (*grid[:2], 1)  # so that in which order an image's squares are added up depends on that image alone
+        grid = (*grid[:2], 1)  # the order in which an image's squares are added up must not depend on the batch
     parts = grid[1] * grid[2]
     prior, sums, corrections = _scratch(images, groups, parts, step.numel())
     launch(

@@ -177,17 +177,10 @@ def count_mass_reference(
 
 
 def select_reference(
-    attention: Tensor,
-    values: Tensor | None,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    starts: Tensor | None,
-    limits: None,
-    k: int,
-    num_prefix_tokens: int,
-    max_seqlen: int,
-    tokens: int,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+    attention: Tensor, values: Tensor | None, positions: Tensor | None,
+    cu_seqlens: Tensor | None, starts: Tensor | None, limits: None,
+    k: int, num_prefix_tokens: int, max_seqlen: int, tokens: int,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Define `select_tokens` in plain torch for known counts: packed values, positions and cu_seqlens.
 
     `starts` (B + 1,) int32 are the cumulative lengths of the `tokens` that stay, or None if k candidates of each image
@@ -254,7 +247,7 @@ def _importance(attention, stride_head, stride_patch, n, candidates, H: tl.const
 
 @jit
 def _ordered(importance, is_candidate):
-    """int32 keys [BN] in the order of the floats. No candidate gets the least integer, which is below all keys."""
+    """int32 keys [BN] in the order of the floats. Where there is no candidate, the key is the least integer."""
     bits = importance.to(tl.int32, bitcast=True)
     return tl.where(is_candidate, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
 
@@ -294,22 +287,13 @@ def _origin(cu_seqlens, image, rows, PACKED: tl.constexpr):
 
 @jit
 def _count_kernel(
-    counts,
-    limits,
-    attention,
-    cu_seqlens,
-    rows,
-    prefix,
-    mass: tl.float64,
-    stride_image,
-    stride_head,
-    stride_patch,
-    H: tl.constexpr,
-    PACKED: tl.constexpr,
-    BITS: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """counts[1 + b] = P + the least n >= 1 such that the n greatest importances of image b sum to mass * total.
+    counts, limits,
+    attention, cu_seqlens,
+    rows, prefix, mass: tl.float64,
+    stride_image, stride_head, stride_patch,
+    H: tl.constexpr, PACKED: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """counts[1 + b] = P + the least n >= 1 such that the n greatest importances of image b hold the mass.
 
     Defined in `count_mass_reference`. limits[b] = (key of the least importance that stays, how many of the candidates
     with this importance stay), for `_select_kernel`. One program an image. Reads attention once (B H N elements) and
@@ -344,39 +328,15 @@ def _count_kernel(
 
 @jit
 def _select_kernel(
-    packed,
-    packed_positions,
-    packed_starts,
-    slots,
-    attention,
-    values,
-    positions,
-    cu_seqlens,
-    starts,
-    limits,
-    rows,
-    prefix,
-    channels,
-    k,
-    stride_image,
-    stride_head,
-    stride_patch,
-    values_stride_image,
-    values_stride_row,
-    positions_stride_image,
-    positions_stride_row,
-    slots_stride_image,
-    H: tl.constexpr,
-    PACKED: tl.constexpr,
-    STARTS: tl.constexpr,
-    LIMITS: tl.constexpr,
-    VALUES: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    UNIT: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
+    packed, packed_positions, packed_starts, slots,
+    attention, values, positions, cu_seqlens, starts, limits,
+    rows, prefix, channels, k,
+    stride_image, stride_head, stride_patch, values_stride_image, values_stride_row,
+    positions_stride_image, positions_stride_row, slots_stride_image,
+    H: tl.constexpr, PACKED: tl.constexpr, STARTS: tl.constexpr, LIMITS: tl.constexpr,
+    VALUES: tl.constexpr, POSITIONS: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """packed[slots[n]] = values[n] for the prefix tokens and the k most important candidates n of each image, in order;
     slots[n] = -1 for the others. Defined in `select_reference`.
 
@@ -446,15 +406,10 @@ def _select_kernel(
 @jit
 def _select_backward_kernel(
     grad,
-    packed_grad,
-    slots,
-    rows,
-    channels,
-    grad_stride_row,
-    UNIT: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
+    packed_grad, slots,
+    rows, channels, grad_stride_row,
+    UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     """grad[n] = packed_grad[slots[n]], and 0 where slots[n] is -1: the gradient of `select_reference`.
 
     One program takes BR rows and BC channels. Channels and the stride count accesses of UNIT elements. Reads the
@@ -534,17 +489,10 @@ def _fake_count_mass(attention, cu_seqlens, mass, num_prefix_tokens, max_seqlen)
 
 
 def launch_select(
-    attention: Tensor,
-    values: Tensor | None,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    starts: Tensor | None,
-    limits: Tensor | None,
-    k: int,
-    num_prefix_tokens: int,
-    max_seqlen: int,
-    tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    attention: Tensor, values: Tensor | None, positions: Tensor | None,
+    cu_seqlens: Tensor | None, starts: Tensor | None, limits: Tensor | None,
+    k: int, num_prefix_tokens: int, max_seqlen: int, tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Do what `select_reference` does, with the `limits` of `launch_count_mass` if there are any.
 
     Also returns the slots, (B, P + N) or (T,) int32: the packed row that each token of the input went to, or -1.

@@ -108,13 +108,15 @@ class DeviceWork(TorchDispatchMode):
 
     def __init__(self, module):
         super().__init__()
-        self.launches, self.operators = 0, []
+        self.launches, self.operators, self._launching = 0, [], False
         self._patch = mock.patch.object(module, "launch", self._launch)
         self._original = module.launch
 
     def _launch(self, *args, **arguments):
         self.launches += 1
+        self._launching = True  # the interpreter calls operators to run a kernel
         self._original(*args, **arguments)
+        self._launching = False
 
     def __enter__(self):
         self._patch.start()
@@ -126,6 +128,6 @@ class DeviceWork(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._overloadpacket.__name__
-        if function.namespace != "smi_fast" and name not in self.IDLE:
+        if function.namespace != "smi_fast" and name not in self.IDLE and not self._launching:
             self.operators.append(name)
         return function(*args, **(kwargs or {}))
