@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,10 +63,39 @@ def triton_status() -> str:
     return f"Triton {triton.__version__} is in use on {torch.cuda.get_device_name()}."
 
 
-def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
-    """Run a kernel on the device of its first tensor, which need not be the current one."""
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **constants)
+class Launch(NamedTuple):
+    """One launch of a kernel: its grid, and its arguments, constants and options by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+_recording: list[Launch] | None = None
+
+
+def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
+    """Run a kernel on the device of the first tensor among its arguments, which need not be the current device."""
+    if _recording is not None:
+        _recording.append(Launch(kernel, grid, arguments))
+        return
+    first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+    with torch.cuda.device_of(first):
+        kernel.run(grid=grid, warmup=False, **arguments)  # as kernel[grid](**arguments), with one copy of them fewer
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches of this process instead of running them, to see or to compile them.
+
+    No kernel runs, so tensors may be on the device "meta" and results are not written.
+    """
+    global _recording
+    before, _recording = _recording, []
+    try:
+        yield _recording
+    finally:
+        _recording = before
 
 
 def cdiv(a: int, b: int) -> int:
