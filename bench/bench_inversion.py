@@ -18,10 +18,11 @@ import timm
 import torch
 from duel import OURS, check
 from plain_loop import PlainLoop, backward_flops, forward_flops
+from smi_fast.kernels.rows import uniform_lengths
 from torch import Tensor, nn
 
 from smi_fast import Inverter, StoppingSchedule, accelerate
-from smi_fast.packed import PackedTokens, uniform_cu_seqlens
+from smi_fast.packed import PackedTokens
 
 # 196 -> 137 -> 95 -> 66 -> 46 patches, within the iterations not timed. The published loop measures attention in one
 # iteration and prunes in the next; where two stoppings are neighbours it skips the first of them without a word.
@@ -144,7 +145,7 @@ def compare_plain(model: nn.Module, plain: PlainLoop, case: Stage, device: torch
     """Raise AssertionError unless both compute the same logits, and the same gradient to the patches."""
     keep = torch.rand(case.batch, 196, device=device).argsort(1)[:, : case.kept]
     patches = torch.randn(case.batch * case.kept, 768, device=device, requires_grad=True)
-    positions, cu_seqlens = keep.flatten().int(), uniform_cu_seqlens(*keep.shape, device)
+    positions, cu_seqlens = keep.flatten().int(), uniform_lengths(*keep.shape, device)
     fast = accelerate(model.requires_grad_(False), dtype=case.dtype)
     results = (
         fast.forward_patches(PackedTokens(patches, positions, cu_seqlens, case.kept)).float(),

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from smi_fast.kernels.patches import inverse_reference, patches_reference
 from smi_fast.kernels.pixels import patch_sites, pixel_step_reference
+from smi_fast.kernels.rows import uniform_lengths
 from torch import Tensor, nn
 
 from smi_fast.inversion.graphs import Replayed, has_graphs, side_stream
-from smi_fast.packed import uniform_cu_seqlens
 
 
 class PlainLoop:
@@ -67,7 +67,7 @@ class PlainLoop:
         """
         model, device = self.model, images.device
         grid_size, patch_size = model.patch_embed.grid_size, model.patch_embed.patch_size
-        positions, cu_seqlens = keep.flatten().int(), uniform_cu_seqlens(*keep.shape, device)
+        positions, cu_seqlens = keep.flatten().int(), uniform_lengths(*keep.shape, device)
         sites, pair = patch_sites(positions, cu_seqlens, grid_size), (images, images.clone())
         moments = images.new_zeros(2, len(positions), images[0].numel() // (grid_size[0] * grid_size[1]))
         steps, view = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(3, dtype=torch.int32, device=device)

@@ -20,18 +20,17 @@ from typing import Any
 
 import torch
 from duel import captured, stopwatch
-from smi_fast.kernels import compile as compiling
+from launches import launches
+from resources import usages
 from smi_fast.kernels import dispatch
 from smi_fast.kernels.attention import launch_attention, launch_attention_backward
 from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
 from smi_fast.kernels.dispatch import choice_of, override
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
 from smi_fast.kernels.pixels import launch_pixel_step, patch_sites
+from smi_fast.kernels.rows import uniform_lengths
 from smi_fast.kernels.selection import launch_select, launch_select_backward
 
-from smi_fast.packed import uniform_cu_seqlens
-
-ARCHS = tuple(compiling.MULTIPROCESSORS)
 DTYPES = {"half": torch.bfloat16, "float32": torch.float32}
 KINDS = [
     {"dtype": dtype, "head_dim": head_dim} for dtype in DTYPES for head_dim in (64, 32, 128, 16)
@@ -175,19 +174,18 @@ def is_small(row: Row) -> bool:
 
 
 def occupancies(arch: str, operation: str, rows: list[Row], processes: int | None) -> list[float]:
-    """Of the plainest case of each row, the least of its kernels' occupancies; 0 where one has a fault."""
-    plainest = [compiling.launches(operation, row, plainest=True) for row in rows]
-    results = iter(compiling.usages([(launch, arch) for launches in plainest for launch in launches], processes))
-    uses = [[next(results) for _ in launches] for launches in plainest]
+    """The least occupancy among the kernels of each row in its plainest case; 0 where one of them has a fault."""
+    plainest = [launches(operation, row, plainest=True) for row in rows]
+    results = iter(usages([(launch, arch) for case in plainest for launch in case], processes))
+    uses = [[next(results) for _ in case] for case in plainest]
     return [0.0 if any(use.faults() for use in row) else min(use.occupancy for use in row) for row in uses]
 
 
 def faulty(arch: str, operation: str, rows: list[Row], processes: int | None) -> list[bool]:
-    """Whether any kernel that a row can launch, in any case, has a fault."""
-    launches = [compiling.launches(operation, row) for row in rows]
-    results = iter(compiling.usages([(launch, arch) for row in launches for launch in row], processes))
-    uses = [[next(results) for _ in row] for row in launches]
-    return [any(use.faults() for use in row) for row in uses]
+    """Whether any kernel that a row can launch has a fault, in any case."""
+    cases = [launches(operation, row) for row in rows]
+    results = iter(usages([(launch, arch) for row in cases for launch in row], processes))
+    return [any(use.faults() for use in [next(results) for _ in row]) for row in cases]
 
 
 def merged(rows: list[Row]) -> list[Row]:
@@ -250,7 +248,7 @@ def seconds_on_gpu(operation: str, row: Row) -> float:
 def attention_call(operation: str, row: Row, size: int, device: torch.device) -> Callable[[], object]:
     head_dim = row["head_dim"]
     qkv = torch.randn(BATCH * size, 3, HEADS, head_dim, device=device, dtype=DTYPES[row["dtype"]])
-    problem = uniform_cu_seqlens(BATCH, size, device), size, head_dim**-0.5
+    problem = uniform_lengths(BATCH, size, device), size, head_dim**-0.5
     q, kv = qkv[::size, 0].contiguous(), qkv[:, 1:].contiguous()
     if operation == "attention_forward":
         return partial(launch_attention, qkv, *problem, True)
@@ -282,7 +280,7 @@ def patches_call(operation: str, patch: tuple[int, int, int], device: torch.devi
     images = torch.randn(BATCH, channels, 14 * ph, 14 * pw, device=device)
     positions = torch.rand(BATCH, 196, device=device).argsort(1)[:, :95].sort(1).values.flatten().int()
     view = torch.tensor([ph // 3, -pw, 1], device=device, dtype=torch.int32)
-    cu_seqlens = uniform_cu_seqlens(BATCH, 95, device)
+    cu_seqlens = uniform_lengths(BATCH, 95, device)
     call = partial(launch_gather_patches, images, positions, cu_seqlens, view, ph, pw, torch.bfloat16)
     if operation == "gather_patches":
         return call
@@ -297,7 +295,7 @@ def pixels_call(patch: tuple[int, int, int], device: torch.device) -> Callable[[
     images = torch.randn(BATCH, channels, 14 * ph, 14 * pw, device=device)
     positions = torch.rand(BATCH, 196, device=device).argsort(1)[:, :95].sort(1).values.flatten().int()
     view = torch.tensor([ph // 3, -pw, 1], device=device, dtype=torch.int32)
-    cu_seqlens = uniform_cu_seqlens(BATCH, 95, device)
+    cu_seqlens = uniform_lengths(BATCH, 95, device)
     grad, _, inverse = launch_gather_patches(images, positions, cu_seqlens, view, ph, pw, torch.bfloat16)
     moments = torch.zeros(2, *grad.shape, device=device)
     steps, highest = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(channels, device=device)
