@@ -17,7 +17,7 @@ from .tiles import dot, load_row, load_rows, locate, scores_of_row, scores_of_ti
 MAX_HEAD_DIM = 128
 MAX_SEQLEN = 4096
 LOG2_E = math.log2(math.e)
-KEPT_ROW_BYTES = 512  # of a softmax row: up to this long, a CPU keeps the softmax for the backward pass
+KEPT_ROW_BYTES = 512  # On a CPU, softmax rows of up to this many bytes are kept for the backward pass.
 
 
 def attention(
@@ -29,23 +29,23 @@ def attention(
     return_class_attention: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v within each of B sequences laid end to end.
+    """Compute softmax(scale * q k^T) v (Vaswani et al. 2017, equation 1) within each of B sequences laid end to end.
 
     Args:
-        qkv: (T, 3, H, D) float32, bfloat16 or float16 (plain torch: float64 too), D a multiple of 8 up to 128: the
-            output of the qkv projection, viewed. Its gradient has the same layout.
-        cu_seqlens: (B + 1,) int32 cumulative lengths: sequence b is `qkv[cu_seqlens[b]:cu_seqlens[b + 1]]`.
-        max_seqlen: length of the longest sequence, up to 4096.
-        scale: of the scores; D ** -0.5 by default.
+        qkv: (T, 3, H, D), the output of the qkv projection, viewed. Its dtype is float32, bfloat16 or float16, and in
+            plain torch it may be float64. D is a multiple of 8 up to 128. The gradient has the same layout.
+        cu_seqlens: (B + 1,) int32, cumulative lengths. Sequence b is `qkv[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+        max_seqlen: the length of the longest sequence, up to 4096.
+        scale: the factor of the scores; D ** -0.5 by default.
         return_class_attention: also return how much the first token of each sequence attends to every token.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        out (T, H, D), contiguous; and on request class_attention (H, T) float32, each head's softmax row of the first
-        token, which sums to 1 in each sequence and carries no gradient.
+        out (T, H, D), contiguous, of the dtype of qkv. With `return_class_attention` also class_attention (H, T)
+        float32: each head's softmax row of the first token, which sums to 1 in each sequence and carries no gradient.
 
     Raises:
-        ValueError: a shape, dtype, device or size outside of the above.
+        ValueError: a shape, dtype, device or size is none of the above.
     """
     _check_attention(qkv, cu_seqlens, max_seqlen)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
@@ -84,14 +84,14 @@ def _check_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
 
 
 def attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """What `attention` means, in plain torch: (T, 3, H, D) -> (T, H, D)."""
+    """Define `attention` in plain torch: (T, 3, H, D) -> (T, H, D)."""
     batch, tokens, mask = len(cu_seqlens) - 1, len(qkv), None
     if tokens == 0:
         return qkv[:, 0] * 1  # a new tensor, and a gradient of zeros
     ragged = tokens != batch * max_seqlen
     if ragged:
         slots, mask = padding(cu_seqlens, max_seqlen, tokens)
-        mask = mask[:, None, None]  # (B, 1, 1, N), over the keys
+        mask = mask[:, None, None]  # (B, 1, 1, N): which keys there are
         qkv = qkv.new_zeros(batch * max_seqlen, *qkv.shape[1:]).index_copy(0, slots, qkv)
     q, k, v = qkv.unflatten(0, (batch, max_seqlen)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(0, 1)
@@ -99,6 +99,7 @@ def attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale:
 
 
 def _suits_kept_softmax(qkv: Tensor, batch: int, max_seqlen: int) -> bool:
+    """Whether `_KeptSoftmax` saves enough time over torch's fused form to be worth the memory that it keeps."""
     return (
         qkv.device.type == "cpu"
         and qkv.dtype in (torch.float32, torch.bfloat16)
@@ -108,8 +109,10 @@ def _suits_kept_softmax(qkv: Tensor, batch: int, max_seqlen: int) -> bool:
 
 
 class _KeptSoftmax(torch.autograd.Function):
-    """Attention of equally long, short sequences as batched products, which a CPU runs faster than torch's fused form
-    (in bfloat16 three times). Scores and softmax are float32, as they are there."""
+    """Attention of equally long, short sequences as batched products, with the softmax kept for the backward pass.
+
+    A CPU runs this faster than torch's fused form, in bfloat16 three times as fast. Scores and softmax are float32 in
+    both."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, batch: int, scale: float) -> Tensor:
@@ -121,7 +124,7 @@ class _KeptSoftmax(torch.autograd.Function):
         p = scores.softmax(-1).to(qkv.dtype)  # (B * H, N, N)
         ctx.save_for_backward(packed, p)
         ctx.batch, ctx.scale = batch, scale
-        # Contiguous before it is flattened: torch.compile (2.11) gives wrong gradients the other way round.
+        # This has to be contiguous before it is flattened: torch.compile (2.11) gives wrong gradients otherwise.
         return torch.bmm(p, v).unflatten(0, (batch, heads)).transpose(1, 2).contiguous().flatten(0, 1)
 
     @staticmethod
@@ -138,7 +141,7 @@ class _KeptSoftmax(torch.autograd.Function):
 
 @torch.no_grad()
 def class_attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """The class attention in plain torch: (T, 3, H, D) -> (H, T) float32."""
+    """Define the class attention in plain torch: (T, 3, H, D) -> (H, T) float32."""
     batch, tokens = len(cu_seqlens) - 1, len(qkv)
     if tokens == 0:
         return qkv.new_zeros(qkv.shape[2], 0, dtype=torch.float32)
@@ -277,10 +280,10 @@ def _blocks_forward_kernel(
 
 @jit
 def _store_class_row(row, qkv, length, width, scale_log2, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
-    """Store the softmax row of a sequence's first token, whose length is not known when this is compiled.
+    """Store the softmax row of a sequence's first token, which is as long as the sequence.
 
-    The scores are summed in another order here than by the products of tiles, and where they are large the two differ.
-    So the row is normalised by its own maximum and total, and waits as scores in the output until both are known.
+    The scores are summed in another order here than by the products of tiles, and large scores then differ. So the row
+    is normalised by its own maximum and total. Its scores wait in the output until both are known.
     """
     query = load_row(qkv, D, BD)  # [BD]
     highest, total = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
@@ -316,11 +319,11 @@ def _tile_backward_kernel(
     BD: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """With p = softmax(scale q k^T), do = grad_out and dp = do v^T:
-    dv = p^T do, ds = scale p (dp - rowsum(p dp)), dq = ds k, dk = ds^T q (FlashAttention: Dao et al. 2022, appendix B),
-    of one head and a sequence of up to BN tokens.
+    """dv = p^T do, dq = ds k and dk = ds^T q of one head and a sequence of up to BN tokens, where
+    p = softmax(scale q k^T), do = grad_out, dp = do v^T and ds = scale p (dp - rowsum(p dp))
+    (FlashAttention: Dao et al. 2022, appendix B.2).
 
-    All of it is in one tile: p is computed again, and nothing of the forward pass is needed but its input. For a
+    Everything fits one tile, so p is computed again and the forward pass has to keep nothing but its input. For a
     sequence of N tokens, a program reads q, k, v and grad_out once and writes dq, dk and dv once, 7 N D elements in
     all. It computes 10 N^2 D operations.
     """
@@ -364,15 +367,16 @@ def _rows_backward_kernel(
     BN: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr,
 ):
-    """The gradients of `_tile_backward_kernel` for a sequence of up to BM tokens, with rowsum(p dp) = rowsum(out do)
-    (FlashAttention: Dao et al. 2022, algorithm 4, with all rows of queries at once).
+    """The gradients of `_tile_backward_kernel` for a sequence of up to BM tokens, with rowsum(out do) for rowsum(p dp),
+    which is the same (FlashAttention: Dao et al. 2022, algorithm 4, with all queries at once).
 
-    The rows stay while the keys pass in blocks of BN, so dk and dv of a block are complete when it has passed, and dq
-    is complete at the end: no atomics, no second kernel. For a sequence of N tokens, a program reads q, k, v, out and
-    grad_out once and writes dq, dk and dv once, 8 N D elements in all. It computes 10 N^2 D operations.
+    The queries stay in registers while the keys pass in blocks of BN. So dk and dv of a block are complete when it has
+    passed, and dq is complete at the end, without atomics and without a second kernel. For a sequence of N tokens, a
+    program reads q, k, v, out and grad_out once and writes dq, dk and dv once, 8 N D elements in all. It computes
+    10 N^2 D operations.
     """
     start, length, head = locate(cu_seqlens, heads)
-    m = tl.arange(0, BM)  # [BM], all rows
+    m = tl.arange(0, BM)  # [BM], all queries
     if length > 0:
         width = heads * D
         qkv += start * 3 * width + head * D
@@ -422,8 +426,9 @@ def _blocks_dq_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dq = scale (p (do v^T - delta)) k of BM queries, with do = grad_out and delta = rowsum(out do), while keys and
-    values pass in blocks of BN (FlashAttention-2: Dao 2023, algorithm 2; dq apart from dk and dv, so without atomics).
+    """dq = scale (p (do v^T - delta)) k of BM queries, where p = softmax(scale q k^T), do = grad_out and
+    delta = rowsum(out do), with keys and values in blocks of BN (FlashAttention-2: Dao 2023, algorithm 2, but dq in a
+    kernel of its own, which needs no atomics).
 
     All programs together read q, out and grad_out and write dq once, 4 T H D elements, read k and v once for each block
     of queries, and leave delta (H, T) for `_blocks_dkv_kernel`. They compute 6 N^2 D operations for each head and
@@ -471,8 +476,9 @@ def _blocks_dkv_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dv = p^T do and dk = scale (p (do v^T - delta))^T q of BN keys, with do = grad_out and delta = rowsum(out do),
-    while queries pass in blocks of BM (FlashAttention-2: Dao 2023, algorithm 2). A row of its tiles is a key.
+    """dv = p^T do and dk = scale (p (do v^T - delta))^T q of BN keys, where p = softmax(scale q k^T), do = grad_out and
+    delta = rowsum(out do), with queries in blocks of BM (FlashAttention-2: Dao 2023, algorithm 2). A row of the score
+    tiles is a key here.
 
     All programs together read k and v and write dk and dv once, 4 T H D elements, and read q and grad_out once for each
     block of keys. They compute 8 N^2 D operations for each head and sequence of N tokens.
@@ -602,7 +608,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     kept = (out, statistics) if needs_statistics(qkv, ctx.max_seqlen) else (None, None)
     ctx.save_for_backward(qkv, *kept, cu_seqlens)
     ctx.mark_non_differentiable(row, statistics)
-    ctx.set_materialize_grads(False)  # or zeros are written for each of them
+    ctx.set_materialize_grads(False)  # Otherwise zeros would be written for each of them.
 
 
 @first_order

@@ -1,4 +1,4 @@
-"""Attention of one query a sequence, as the last block of a classifier needs it for its class token."""
+"""Attention with one query for each sequence, as the last block of a classifier needs it for its class token."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ def class_attention(
     return_attention: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v with one query for each of B sequences laid end to end.
+    """Compute softmax(scale * q k^T) v (Vaswani et al. 2017, equation 1) with one query for each of B sequences, whose
+    keys and values are laid end to end.
 
     Args:
-        q: (B, H, D) the queries, float32, bfloat16 or float16 (plain torch: float64 too), D a multiple of 8 up to 128.
-        kv: (T, 2, H, D) keys and values of all tokens, of the dtype of q. Its gradient has the same layout.
-        cu_seqlens: (B + 1,) int32 cumulative lengths: sequence b is `kv[cu_seqlens[b]:cu_seqlens[b + 1]]`.
-        max_seqlen: length of the longest sequence, up to 4096.
-        scale: of the scores; D ** -0.5 by default.
+        q: (B, H, D), the queries. Their dtype is float32, bfloat16 or float16, and in plain torch it may be float64. D
+            is a multiple of 8 up to 128.
+        kv: (T, 2, H, D), the keys and values of all tokens, of the dtype of q. The gradient has the same layout.
+        cu_seqlens: (B + 1,) int32, cumulative lengths. Sequence b is `kv[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+        max_seqlen: the length of the longest sequence, up to 4096.
+        scale: the factor of the scores; D ** -0.5 by default.
         return_attention: also return how much each query attends to every token of its sequence.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        out (B, H, D), zero where a sequence is empty; and on request attention (H, T) float32, each head's softmax row,
-        which sums to 1 in each sequence and carries no gradient.
+        out (B, H, D), of the dtype of q and zero where a sequence is empty. With `return_attention` also attention
+        (H, T) float32: each head's softmax row, which sums to 1 in each sequence and carries no gradient.
 
     Raises:
-        ValueError: a shape, dtype, device or size outside of the above.
+        ValueError: a shape, dtype, device or size is none of the above.
     """
     _check_class_attention(q, kv, cu_seqlens, max_seqlen)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -80,7 +82,7 @@ def _check_class_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen
 def class_attention_reference(
     q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What `class_attention` means, in plain torch, with softmax in float32: out (B, H, D) and attention (H, T)."""
+    """Define `class_attention` in plain torch, with the softmax in float32: out (B, H, D) and attention (H, T)."""
     (batch, heads, _), tokens = q.shape, len(kv)
     if tokens == 0:
         return q * 0, q.new_zeros(heads, 0, dtype=torch.float32)
@@ -92,7 +94,7 @@ def class_attention_reference(
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bhd,bnhd->hbn", q.to(exact), k.to(exact)) * scale
     if ragged:
-        # The scores of an empty sequence must not all be -inf; what comes of them is zeroed.
+        # The scores of an empty sequence must not all be -inf, or its softmax would be NaN. Its values are all zero.
         scores = scores.masked_fill(~mask & mask.any(1, keepdim=True), -torch.inf)
     attention = scores.softmax(-1)  # (H, B, N)
     out = torch.einsum("hbn,bnhd->bhd", attention.to(v.dtype), v)
@@ -178,8 +180,8 @@ def _class_backward_kernel(
     BD: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """With p = softmax(scale q k^T), do = grad_out and dp = do v^T of one query:
-    ds = scale p (dp - sum(p dp)), dq = ds k, dk = ds^T q, dv = p^T do (FlashAttention: Dao et al. 2022, appendix B).
+    """dv = p^T do, dq = ds k and dk = ds^T q of one query, where p = softmax(scale q k^T), do = grad_out, dp = do v^T
+    and ds = scale p (dp - sum(p dp)) (FlashAttention: Dao et al. 2022, appendix B.2).
 
     All programs together read k and v twice, from cache the second time, and write dk and dv once: 4 T H D elements.
     They compute 14 N D operations for each head and sequence of N tokens. FlashAttention takes sum(p dp) from the
@@ -278,7 +280,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     _, attention, statistics = output
     ctx.save_for_backward(q, kv, statistics, cu_seqlens)
     ctx.mark_non_differentiable(attention, statistics)
-    ctx.set_materialize_grads(False)  # or zeros are written for each of them
+    ctx.set_materialize_grads(False)  # Otherwise zeros would be written for each of them.
 
 
 @first_order
