@@ -14,14 +14,14 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # a machine without Triton: the kernels stay plain functions that nothing launches
+except ImportError:  # Without Triton the kernels stay plain functions, which nothing launches.
     triton = tl = None
 
     def jit(function):
         return function
 
 
-# Triton decides once, when a kernel is defined, between compiling it and interpreting it on the CPU.
+# Triton decides when a kernel is defined whether it will be compiled or interpreted on the CPU.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from .interpreter import repair
@@ -30,14 +30,14 @@ if INTERPRETED:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs, "triton" or "torch".
+    """The backend that an operation runs on, "triton" or "torch".
 
     Args:
-        backend: "auto" takes Triton on a CUDA device where it can be imported, and plain torch elsewhere.
+        backend: "auto" chooses Triton on a CUDA device if it can be imported, and plain torch otherwise.
         device: where the tensors of the operation are.
 
     Raises:
-        ValueError: an unknown name, or "triton" where it cannot run.
+        ValueError: the name is unknown, or it is "triton" and Triton cannot run there.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'backend {backend!r} is none of "auto", "triton" and "torch"')
@@ -54,7 +54,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def triton_status() -> str:
-    """A sentence that says why backend "auto" does or does not take Triton on this machine."""
+    """A sentence that says whether backend "auto" uses Triton on this machine, and why."""
     if triton is None:
         return "Triton is not in use: the package triton cannot be imported."
     if not torch.cuda.is_available():
@@ -88,7 +88,7 @@ def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
 def recording() -> Iterator[list[Launch]]:
     """Collect the launches of this process instead of running them, to see or to compile them.
 
-    No kernel runs, so tensors may be on the device "meta" and results are not written.
+    Since no kernel runs, tensors may be on the device "meta", and what would be written stays unwritten.
     """
     global _recording
     before, _recording = _recording, []
