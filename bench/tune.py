@@ -298,7 +298,7 @@ def pixels_call(patch: tuple[int, int, int], device: torch.device) -> Callable[[
     cu_seqlens = uniform_lengths(BATCH, 95, device)
     grad, _, inverse = launch_gather_patches(images, positions, cu_seqlens, view, ph, pw, torch.bfloat16)
     moments = torch.zeros(2, *grad.shape, device=device)
-    steps, highest = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(channels, device=device)
+    steps, highest = torch.zeros(BATCH, dtype=torch.int64, device=device), torch.ones(channels, device=device)
     return partial(
         launch_pixel_step, images.clone(), *moments, steps, images, grad, patch_sites(positions, cu_seqlens, (14, 14)),
         -highest, highest, inverse, view, ph, pw, 0.25, 0.5, 0.99, 1e-8, 1e-4, 0.0,

@@ -75,7 +75,13 @@ _recording: list[Launch] | None = None
 
 
 def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
-    """Run a kernel on the device of the first tensor among its arguments, which need not be the current device."""
+    """Run a kernel on the device of the first tensor among its arguments, which need not be the current device.
+
+    Args:
+        kernel: a function that `jit` made.
+        grid: the number of programs along up to three axes.
+        arguments: the kernel's arguments by name, and Triton's options such as num_warps.
+    """
     if _recording is not None:
         _recording.append(Launch(kernel, grid, arguments))
         return

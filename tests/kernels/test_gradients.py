@@ -1,4 +1,4 @@
-"""Gradients of gradients are right or an error, and what surrounds first-order gradients works."""
+"""Gradients of gradients are either right or refused, and first-order gradients work under checkpointing."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def cut_out(images, backend):
 
 def select(values, backend):
     attention = torch.arange(10.0, device=values.device).view(2, 5).sin() + 2
-    return select_tokens(attention, values, k=3, num_prefix_tokens=1, backend=backend).values
+    return select_tokens(attention, values, k=3, num_prefix_tokens=1, backend=backend)[0]
 
 
 SHAPES = {attend: (10, 3, 2, 8), attend_once: (10, 3, 2, 8), cut_out: (2, 3, 8, 8), select: (2, 6, 4)}
@@ -45,7 +45,7 @@ SHAPES = {attend: (10, 3, 2, 8), attend_once: (10, 3, 2, 8), cut_out: (2, 3, 8, 
     [(attend, "torch"), *((operation, "triton") for operation in SHAPES), (total_variation, None)],
 )
 def test_second_order_gradients_are_refused(operation, backend, inputs, device, seed):
-    """Also where the incoming gradient does not depend on the inputs, as of a linear loss."""
+    """Also if the incoming gradient does not depend on the inputs, as for a linear loss."""
     x = torch.randn(SHAPES.get(operation, (2, 3, 8, 8)), device=device, requires_grad=True)
     y = operation(x, backend)
     with pytest.raises(RuntimeError, match="timm's own model"):
@@ -86,7 +86,7 @@ def vit() -> nn.Module:
 
 @BOTH
 def test_a_frozen_model_refuses_a_hessian_vector_product(backend, seed):
-    """Whose attention contributes what no path through the incoming gradient does."""
+    """Part of it would come from attention itself, and no path through the incoming gradient leads there."""
     fast = smi_fast.accelerate(vit(), backend=backend, dtype=torch.float32)
     images = torch.randn(2, 3, 32, 32, requires_grad=True)
     logits = fast(images)
@@ -121,7 +121,7 @@ def test_checkpointing_changes_no_gradient(operation, reentrant, backend, device
 
 
 class Undefined(torch.autograd.Function):
-    """The identity, whose gradient is undefined."""
+    """The identity, with an undefined gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -135,7 +135,7 @@ class Undefined(torch.autograd.Function):
 @BOTH
 @pytest.mark.parametrize("operation", SHAPES)
 def test_an_undefined_gradient_passes(operation, backend, device, seed):
-    """As that of a branch that a function of the user's cuts off."""
+    """A user's function can make one, by cutting off a branch."""
     x = torch.randn(SHAPES[operation], device=device, requires_grad=True)
     (Undefined.apply(operation(x, backend)).sum() + 3 * x.sum()).backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, 3))

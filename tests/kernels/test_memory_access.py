@@ -1,9 +1,10 @@
-"""Where the selection and patch kernels read and write: in 16 bytes at a time, within bounds, beyond 2^31 elements."""
+"""Memory access of the selection and patch kernels: 16 bytes at a time, within bounds, and beyond 2^31 elements."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from smi_fast.kernels.dispatch import choose
 
 triton = pytest.importorskip("triton")
 
+BENCH = str(Path(__file__).parents[2] / "bench")
 WIDTHS = """
 import json, re, subprocess, tempfile
 import torch, triton
-from smi_fast.kernels.compile import CUOBJDUMP, recorded, target
+from launches import recorded
+from resources import CUOBJDUMP, source, target
 from smi_fast.kernels.patches import *
 from smi_fast.kernels.selection import *
 
@@ -29,15 +32,15 @@ def integers(*shape):
 
 def show(name, launch):
     for arch in ("sm_80", "sm_90"):
-        source, options = launch.source(arch)
-        compiled = triton.compile(source, target=target(arch), options=options)
+        kernel, options = source(launch, arch)
+        compiled = triton.compile(kernel, target=target(arch), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
             code = subprocess.check_output([CUOBJDUMP, "-sass", cubin.name], text=True)
-        # LDG.E.128 and the like; what has no width is of 32 bits.
-        count = lambda access: len(re.findall(rf"\\b{access}\\.E(?:\\.\\w+)*\\.128\\b", code))
-        print(json.dumps([name, arch, count("LDG"), count("STG")]), flush=True)
+        # LDG.E.128 and the like are accesses of 16 bytes.
+        wide = lambda access: bool(re.search(rf"\\b{access}\\.E(?:\\.\\w+)*\\.128\\b", code))
+        print(json.dumps([name, arch, wide("LDG"), wide("STG")]), flush=True)
 
 if __name__ == "__main__":
     for channels, dtype in ((384, torch.bfloat16), (200, torch.bfloat16), (36, torch.float32), (36, torch.bfloat16)):
@@ -61,30 +64,21 @@ def _tiles(operation, size):
     return choose(operation, torch.device("cpu"), size)[1]
 
 
-def test_values_and_pixels_move_16_bytes_at_a_time():
+def test_rows_move_16_bytes_at_a_time_where_they_allow_it():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [BENCH, environment.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, "-c", WIDTHS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        name, _arch, loads, stores = json.loads(line)
-        if name.startswith("patches"):
-            tile = _tiles("gather_patches", 768)
-            elements = tile["BT"] * tile["BE"] // (32 * tile["num_warps"])  # of a block, in a thread
-            out = 2 if "bfloat16" in name else 4
-            read, written = (out, 4) if "gradient" in name else (4, out)
-            expected = elements * read // 16, elements * written // 16
-            if "view" in name:  # shifted pixels lie at any address: only patches, packed, have wide accesses
-                expected = (expected[0], 0) if "gradient" in name else (0, expected[1])
-            # Blocks may be unrolled.
-            assert (loads, stores) in [(expected[0] * n, expected[1] * n) for n in (1, 3)], line
-        elif name.endswith("36 torch.bfloat16"):
-            assert (loads, stores) == (0, 0), line  # rows of 72 bytes: this would tell narrow accesses from wide ones
-        else:
-            operation, size = ("select_tokens_backward", 48) if "backward" in name else ("select_tokens", 196)
-            tile = _tiles(operation, size)
-            accesses = tile["BR"] * tile["BC"] // (32 * tile["num_warps"])
-            assert (loads, stores) == (accesses, accesses), line
-    assert len(done.stdout.splitlines()) == 2 * (4 * 3 + 2 * 2 * 2)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * (4 * 3 + 2 * 2 * 2)
+    for line in lines:
+        name, _arch, *wide = json.loads(line)  # whether there are wide loads, wide stores
+        expected = [True, True]
+        if "view" in name:  # shifted pixels lie at any address: only patches, which are packed, have wide accesses
+            expected = [True, False] if "gradient" in name else [False, True]
+        elif name.endswith("36 torch.bfloat16"):  # rows of 72 bytes
+            expected = [False, False]
+        assert wide == expected, line
 
 
 CANARY, MARGIN = 77, 4096
@@ -92,7 +86,7 @@ CANARY, MARGIN = 77, 4096
 
 @pytest.fixture
 def canaries(monkeypatch):
-    """What the launchers allocate is poisoned and lies between margins that they must leave alone."""
+    """Let the launchers allocate poisoned memory between margins, which they must leave alone."""
     buffers = []
 
     def between_margins(tensor):
@@ -128,7 +122,7 @@ def canaries(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [1, 8, 33, 40, 200])
 @pytest.mark.parametrize("candidates", [1, 31, 32, 33, 70])
-def test_selection_writes_all_of_its_results_and_nothing_beside(candidates, channels, dtype, canaries, device, seed):
+def test_selection_writes_its_results_and_nothing_else(candidates, channels, dtype, canaries, device, seed):
     lengths = torch.randint(3, 3 + candidates, (3,)).tolist()
     cu_seqlens, tokens = cu_seqlens_of(lengths, device), sum(lengths)
     attention = torch.rand(2, tokens, device=device)
@@ -153,7 +147,7 @@ def test_selection_writes_all_of_its_results_and_nothing_beside(candidates, chan
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("view", [None, (3, -5, 1), [(0, 0, 0), (40, 7, 1)]], ids=str)
 @pytest.mark.parametrize("patch", [(16, 16), (14, 14), (3, 5)], ids=str)
-def test_patches_write_all_of_their_results_and_nothing_beside(patch, view, dtype, canaries, device, seed):
+def test_patches_write_their_results_and_nothing_else(patch, view, dtype, canaries, device, seed):
     images = torch.randn(2, 3, 3 * patch[0], 4 * patch[1], device=device)
     lengths = [5, 12]
     positions = torch.cat([torch.randperm(12)[:n] for n in lengths]).int().to(device)
@@ -166,8 +160,8 @@ def test_patches_write_all_of_their_results_and_nothing_beside(patch, view, dtyp
 
 @pytest.fixture
 def only_the_last_program(monkeypatch):
-    """Launches run the last program of their grid alone, so that of a huge tensor only the last rows are touched: the
-    memory of the others is reserved, and never there."""
+    """Let a launch run only the last program of its grid. Then only the last rows of a huge tensor are touched, and the
+    memory of the others is reserved but never used."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     def launch(kernel, grid, *args, **constants):
@@ -180,13 +174,13 @@ def only_the_last_program(monkeypatch):
 
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks at what the interpreter runs")
-BATCH, ROWS, KEPT, CHANNELS = 2**14, 197, 181, 768  # of each image's tokens; 2.3e9 elements and more
-LAST = 5  # rows of an image in the last of its blocks of 32
+BATCH, ROWS, KEPT, CHANNELS = 2**14, 197, 181, 768  # 197 tokens an image, of which 181 stay: 2.3e9 elements and more
+LAST = 5  # rows in the last of an image's blocks of 32
 
 
 @interpreted
 @pytest.mark.parametrize("packed", [False, True])
-def test_selection_addresses_more_than_2_to_the_31_elements(packed, only_the_last_program, seed):
+def test_selection_beyond_2_to_the_31_elements(packed, only_the_last_program, seed):
     values = torch.empty(BATCH, ROWS, CHANNELS, dtype=torch.bfloat16)
     values[-1] = torch.randn(ROWS, CHANNELS)
     attention = torch.rand(BATCH, 1, ROWS)
@@ -205,7 +199,7 @@ def test_selection_addresses_more_than_2_to_the_31_elements(packed, only_the_las
 
 
 @interpreted
-def test_counting_addresses_more_than_2_to_the_31_elements(only_the_last_program, seed):
+def test_counting_beyond_2_to_the_31_elements(only_the_last_program, seed):
     attention = torch.empty(2**24, 1, 196, dtype=torch.bfloat16)
     attention[-1] = torch.rand(196)
     counts, limits = selection.launch_count_mass(attention, None, 0.7, 0, 196)
@@ -215,7 +209,7 @@ def test_counting_addresses_more_than_2_to_the_31_elements(only_the_last_program
 
 
 @interpreted
-def test_the_gradient_of_a_selection_addresses_more_than_2_to_the_31_elements(only_the_last_program, seed):
+def test_selection_gradient_beyond_2_to_the_31_elements(only_the_last_program, seed):
     grad = torch.empty(BATCH * KEPT, CHANNELS, dtype=torch.bfloat16)
     grad[-(ROWS // 2) :] = torch.randn(ROWS // 2, CHANNELS)
     slots = torch.empty(BATCH, ROWS, dtype=torch.int32)
@@ -232,7 +226,7 @@ def test_the_gradient_of_a_selection_addresses_more_than_2_to_the_31_elements(on
 
 @interpreted
 @pytest.mark.parametrize("view", [None, (11, -29, 1)], ids=str)
-def test_patches_address_more_than_2_to_the_31_elements(view, only_the_last_program, seed):
+def test_patches_beyond_2_to_the_31_elements(view, only_the_last_program, seed):
     images = torch.empty(BATCH, 3, 224, 224, dtype=torch.bfloat16)
     images[-1] = torch.randn(3, 224, 224)
     view = None if view is None else torch.tensor(view)
@@ -263,7 +257,7 @@ def test_patches_address_more_than_2_to_the_31_elements(view, only_the_last_prog
 
 @pytest.fixture
 def apart(tmp_path):
-    """A strided tensor in a file without contents, which takes no more room than what is touched of it."""
+    """Make strided tensors in files without contents, of which only the touched parts take memory."""
 
     def make(number, shape, strides, dtype):
         size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
@@ -274,7 +268,7 @@ def apart(tmp_path):
 
 
 @interpreted
-def test_selection_addresses_candidates_rows_and_heads_that_lie_far_apart(apart, seed):
+def test_selection_with_large_strides(apart, seed):
     attention = apart(0, (1, 4, 3), (1, 2**30 + 1, 2**30 + 5), torch.bfloat16)
     values = apart(1, (1, 4, 5), (1, 2**30 + 16, 1), torch.bfloat16)
     positions = apart(2, (1, 3), (1, 2**30 + 3), torch.int32)
@@ -289,7 +283,7 @@ def test_selection_addresses_candidates_rows_and_heads_that_lie_far_apart(apart,
 
 @interpreted
 @pytest.mark.parametrize("view", [None, (1, -2, 1)], ids=str)
-def test_patches_address_channels_rows_and_columns_that_lie_far_apart(view, apart, seed):
+def test_patches_with_large_strides(view, apart, seed):
     images = apart(0, (1, 3, 8, 8), (1, 2**30 + 1, 2**30 + 3, 2**30 + 5), torch.bfloat16)
     images.copy_(torch.randn(images.shape))
     view = None if view is None else torch.tensor(view)

@@ -1,21 +1,20 @@
-"""Patches of jittered and mirrored images: against rolling, mirroring and unfolding them, on both backends."""
+"""Patches seen through a view, compared with rolling, mirroring and unfolding whole images, on both backends."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import cu_seqlens_of, poisoned_memory
+from kernel_cases import DeviceWork, cu_seqlens_of, poisoned_memory
 from smi_fast.kernels import gather_patches, view_cells
 from smi_fast.kernels import patches as patches_module
 from smi_fast.kernels.patches import gather_patches_backward_op, gather_patches_op
-from test_selection_kernel import Operators
 
 BACKENDS = ["torch", "triton"]
 
 
 def nearest_cell(position, dy, dx, flip, grid, patch):
-    """Where the centre of a patch goes, in Python's integers: half a patch is rounded up."""
+    """The cell to which the centre of a patch goes, in Python's integers; half a patch is rounded up."""
     (rows, columns), (ph, pw) = grid, patch
     row = (position // columns + (2 * dy + ph) // (2 * ph)) % rows
     column = (position % columns + (2 * dx + pw) // (2 * pw)) % columns
@@ -23,7 +22,7 @@ def nearest_cell(position, dy, dx, flip, grid, patch):
 
 
 def viewed_patches(images, positions, lengths, views, patch):
-    """The patches from images that are really rolled, mirrored and unfolded; and their cells."""
+    """Patches cut out of images that are rolled, mirrored and unfolded as a whole, and their cells."""
     grid = images.shape[2] // patch[0], images.shape[3] // patch[1]
     cells, patches = [], []
     for image, (dy, dx, flip), own in zip(images, views, positions.split(lengths), strict=True):
@@ -36,7 +35,7 @@ def viewed_patches(images, positions, lengths, views, patch):
 
 
 def assert_matches_unfold(batch, channels, grid, patch, views, lengths, backend, dtype=torch.float32, device="cpu"):
-    """Patches, cells and the gradient agree exactly; `views` None is the plain view, a tuple one for all."""
+    """Patches, cells and the gradient agree exactly. `views` is None, one view for all images, or a list of views."""
     images = torch.randn(batch, channels, grid[0] * patch[0], grid[1] * patch[1], device=device, requires_grad=True)
     positions = torch.cat([torch.randperm(grid[0] * grid[1])[:n] for n in lengths]).int().to(device)
     view = None if views is None else torch.tensor(views, device=device)
@@ -63,7 +62,7 @@ single_views = st.tuples(offsets, offsets, st.integers(0, 1))
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_patches_and_gradient_are_those_of_rolling_mirroring_and_unfolding(backend, data):
+def test_patches_and_gradients_equal_unfolding(backend, data):
     batch, channels = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     grid = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     patch = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
@@ -75,13 +74,13 @@ def test_patches_and_gradient_are_those_of_rolling_mirroring_and_unfolding(backe
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("views", [None, (11, -29, 1), [(0, 0, 0), (5, 40, 1)]], ids=str)
-def test_patches_larger_than_a_block_in_every_dtype(views, dtype, backend, device, seed):
+def test_large_patches_in_every_dtype(views, dtype, backend, device, seed):
     assert_matches_unfold(2, 5, (3, 2), (16, 16), views, [4, 2], backend, dtype, device)
 
 
 @settings(max_examples=100, deadline=None)
 @given(view=st.tuples(st.integers(-(2**40), 2**40), offsets, st.integers(0, 1)), data=st.data())
-def test_the_map_of_patches_to_cells_is_one_to_one_and_nearest(view, data):
+def test_cells_are_nearest_and_one_to_one(view, data):
     grid = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     patch = data.draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
     positions = torch.arange(grid[0] * grid[1])
@@ -90,7 +89,7 @@ def test_the_map_of_patches_to_cells_is_one_to_one_and_nearest(view, data):
     assert cells.tolist() == [nearest_cell(p, *view, grid, patch) for p in positions.tolist()]
 
 
-def test_view_cells_broadcasts_views_over_positions():
+def test_view_cells_broadcasts():
     positions, views = torch.arange(12, dtype=torch.int32), torch.tensor([[0, 0, 0], [8, -9, 1], [3, 4, 0]])
     cells = view_cells(positions, views[:, None], (3, 4), (8, 8))
     assert cells.shape == (3, 12)
@@ -100,7 +99,7 @@ def test_view_cells_broadcasts_views_over_positions():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strides_of_images_and_of_the_gradient_do_not_matter(backend, device, seed):
+def test_strides_do_not_matter(backend, device, seed):
     plain = torch.randn(2, 3, 8, 8, device=device)
     positions, cu_seqlens = torch.tensor([3, 0, 1], dtype=torch.int32, device=device), cu_seqlens_of([2, 1], device)
     grad_out = torch.randn(48, 3, device=device).mT
@@ -116,7 +115,7 @@ def test_strides_of_images_and_of_the_gradient_do_not_matter(backend, device, se
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [0, 2])
-def test_no_patches_give_empty_results_and_a_gradient_of_zeros(batch, backend, device):
+def test_no_patches_give_empty_results(batch, backend, device):
     images = torch.randn(batch, 3, 8, 8, device=device, requires_grad=True)
     empty = torch.empty(0, dtype=torch.int32, device=device)
     patches, cells = gather_patches(images, empty, cu_seqlens_of([0] * batch, device), patch_size=4, backend=backend)
@@ -127,30 +126,21 @@ def test_no_patches_give_empty_results_and_a_gradient_of_zeros(batch, backend, d
 
 
 @pytest.mark.parametrize("view", [None, [(3, -5, 1), (0, 9, 0)]], ids=str)
-def test_patches_take_one_launch_and_their_gradient_another(view, device, monkeypatch):
+def test_patches_take_one_launch_and_gradients_another(view, device):
     images = torch.randn(2, 3, 12, 12, device=device, requires_grad=True)
     positions, cu_seqlens = torch.tensor([3, 0, 1], dtype=torch.int32, device=device), cu_seqlens_of([2, 1], device)
     view = None if view is None else torch.tensor(view, device=device)
-    launched = []
-
-    def launch(kernel, *args, **constants):
-        launched.append(kernel.__name__)
-        original(kernel, *args, **constants)
-
-    original = patches_module.launch
-    monkeypatch.setattr(patches_module, "launch", launch)
-    with Operators() as operators:
+    with DeviceWork(patches_module) as work:
         patches, _ = gather_patches(images, positions, cu_seqlens, view, patch_size=4, backend="triton")
-    assert launched == ["_gather_kernel"]
+    assert (work.launches, work.operators) == (1, [])
     weight = torch.ones_like(patches)
-    with operators:
+    with DeviceWork(patches_module) as work:
         torch.autograd.grad(patches, images, weight)
-    assert launched == ["_gather_kernel", "_gather_backward_kernel"]
-    assert operators.computing == []
+    assert (work.launches, work.operators) == (1, [])
 
 
 @pytest.mark.parametrize("view", [None, (3, -5, 1)], ids=str)
-def test_repeated_patches_and_gradients_have_the_same_bits(view, device, seed):
+def test_repeats_have_the_same_bits(view, device, seed):
     images = torch.randn(2, 3, 28, 42, device=device, requires_grad=True)
     positions, cu_seqlens = torch.randperm(6, dtype=torch.int32, device=device), cu_seqlens_of([2, 4], device)
     view = None if view is None else torch.tensor(view, device=device)
@@ -164,7 +154,7 @@ def test_repeated_patches_and_gradients_have_the_same_bits(view, device, seed):
             assert torch.equal(first, again)
 
 
-def test_definition_passes_gradcheck_in_float64(seed):
+def test_definition_passes_gradcheck(seed):
     images = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     positions, cu_seqlens = torch.tensor([2, 1], dtype=torch.int32), cu_seqlens_of([2])
     for view in (None, torch.tensor([1, -1, 1])):
@@ -186,7 +176,7 @@ def test_operators_pass_opcheck(device, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_without_graph_breaks_to_the_same_numbers(backend, device, seed):
+def test_compiles_to_the_same_numbers(backend, device, seed):
     images = torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
     positions, cu_seqlens = torch.tensor([2, 1, 3], dtype=torch.int32, device=device), cu_seqlens_of([1, 2], device)
     view = torch.tensor([1, -1, 1], device=device)
@@ -233,7 +223,7 @@ def test_bad_arguments_are_named(changes, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("views", [None, (11, -29, 1), "each"], ids=str)
 @pytest.mark.parametrize("patch", [(16, 16), (14, 14), (8, 32), (32, 4)], ids=str)
-def test_gpu_patches_and_gradient_are_those_of_unfolding(patch, views, dtype, device, seed):
+def test_gpu_patches_and_gradients_equal_unfolding(patch, views, dtype, device, seed):
     if views == "each":
         views = [
             tuple(v) for v in torch.cat([torch.randint(-300, 300, (9, 2)), torch.randint(0, 2, (9, 1))], 1).tolist()
@@ -243,7 +233,7 @@ def test_gpu_patches_and_gradient_are_those_of_unfolding(patch, views, dtype, de
 
 
 @pytest.mark.cuda
-def test_a_replayed_cuda_graph_sees_the_view_that_device_memory_holds(device, seed):
+def test_replayed_cuda_graphs_read_the_view(device, seed):
     images = torch.randn(3, 3, 48, 64, device=device, requires_grad=True)
     positions = torch.cat([torch.randperm(12)[:n] for n in (5, 12, 1)]).int().to(device)
     cu_seqlens, view = cu_seqlens_of([5, 12, 1], device), torch.zeros(3, 3, dtype=torch.int32, device=device)
