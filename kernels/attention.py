@@ -159,9 +159,9 @@ def class_attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, 
 
 
 @jit
-def _softmax_statistics(highests, shares, m, length):
-    """The highest score and 1 / sum of the softmax rows m [BM] of a sequence, both 0 past its end."""
-    return tl.load(highests + m, mask=m < length, other=0.0), tl.load(shares + m, mask=m < length, other=0.0)
+def _softmax_statistics(highests, shares, row, inside):
+    """The highest score and 1 / sum of the softmax rows at an index [BM]. Both are 0 where `inside` [BM] is False."""
+    return tl.load(highests + row, mask=inside, other=0.0), tl.load(shares + row, mask=inside, other=0.0)
 
 
 @jit
@@ -332,7 +332,6 @@ def _tile_backward_kernel(
     if length > 0:
         width = heads * D
         qkv += start * 3 * width + head * D
-        grad += start * 3 * width + head * D
         q = load_rows(qkv, n, length, 3 * width, D, BD)  # [BN, BD]
         k = load_rows(qkv + width, n, length, 3 * width, D, BD)  # [BN, BD]
         v = load_rows(qkv + 2 * width, n, length, 3 * width, D, BD)  # [BN, BD]
@@ -340,6 +339,7 @@ def _tile_backward_kernel(
         scores = scores_of_tile(q, k, n, length, scale_log2)  # [BN, BN]
         p = tl.exp2(scores - tl.max(scores, 1)[:, None])  # [BN, BN]
         p *= (1 / tl.sum(p, 1))[:, None]
+        grad += start * 3 * width + head * D
         dv = dot(tl.trans(p.to(do.dtype)), do)  # [BN, BD]
         store_rows(grad + 2 * width, dv, n, length, 3 * width, D, BD)
         dp = dot(do, tl.trans(v))  # [BN, BN]
@@ -385,8 +385,8 @@ def _rows_backward_kernel(
         do = load_rows(grad_out + start * width + head * D, m, length, width, D, BD)  # [BM, BD]
         o = load_rows(out + start * width + head * D, m, length, width, D, BD)  # [BM, BD]
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
-        row = head * tokens + start  # index of the sequence's first token in the (H, T) statistics
-        highest, share = _softmax_statistics(highests + row, shares + row, m, length)  # [BM] each
+        row = head * tokens + start + m  # [BM], index into the (H, T) statistics
+        highest, share = _softmax_statistics(highests, shares, row, m < length)  # [BM] each
         dq = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
         for first_n in range(0, length, BN):
             n = first_n + tl.arange(0, BN)  # [BN]
@@ -444,10 +444,10 @@ def _blocks_dq_kernel(
         q = load_rows(qkv, m, length, 3 * width, D, BD)  # [BM, BD]
         do = load_rows(grad_out + start * width + head * D, m, length, width, D, BD)  # [BM, BD]
         o = load_rows(out + start * width + head * D, m, length, width, D, BD)  # [BM, BD]
-        row = head * tokens + start  # index of the sequence's first token in the (H, T) statistics and delta
+        row = head * tokens + start + m  # [BM], index into the (H, T) statistics and delta
         row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
-        tl.store(delta + row + m, row_delta, mask=m < length)
-        highest, share = _softmax_statistics(highests + row, shares + row, m, length)  # [BM] each
+        tl.store(delta + row, row_delta, mask=m < length)
+        highest, share = _softmax_statistics(highests, shares, row, m < length)  # [BM] each
         dq = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
         for first_n in range(0, length, BN):
             n = first_n + tl.arange(0, BN)  # [BN]
@@ -502,7 +502,7 @@ def _blocks_dkv_kernel(
             q = load_rows(qkv, m, length, 3 * width, D, BD)  # [BM, BD]
             do = load_rows(grad_out, m, length, width, D, BD)  # [BM, BD]
             # Past the end a share is 0, and so is p.
-            highest, share = _softmax_statistics(highests + row, shares + row, m, length)  # [BM] each
+            highest, share = _softmax_statistics(highests + row, shares + row, m, m < length)  # [BM] each
             row_delta = tl.load(delta + row + m, mask=m < length, other=0.0)  # [BM]
             scores = dot(k, tl.trans(q)) * scale_log2  # [BN, BM]
             p = tl.exp2(scores - highest[None, :]) * share[None, :]  # [BN, BM]
