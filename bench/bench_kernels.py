@@ -1,13 +1,12 @@
-"""Kernels against what PyTorch and others offer for the same operation.
+"""Benchmarks of the kernels against what PyTorch and others offer for the same operations.
 
-A group's inputs are drawn once. Peers that know no lengths see a ragged batch padded to its longest sequence, under a
-mask; the padding in and the comparison out of it are not timed, nor is the making of masks and document tables, which
-favours them. Every contestant reads the qkv tensor that a projection leaves, packed or padded, and hands back its
-gradient in the same layout.
+A group's inputs are drawn once. Peers that do not know lengths get a ragged batch padded to its longest sequence, with
+a mask. Padding, unpadding, masks and document tables are made outside of what is timed, which favours the peers. Every
+contestant reads the qkv tensor that a projection leaves, packed or padded, and returns its gradient in that layout.
 
-What runs under torch.compile is compiled with sizes that are not known (the selection: with a batch size that is not),
-so that a run takes minutes. A graph break is an error there, and so is a shape too many, either of which would else run
-eagerly under the name of compiled code.
+Contestants under torch.compile are compiled for unknown sizes (the selection for an unknown batch size), so that a run
+takes only minutes. A graph break is an error there, and so are too many shapes, because both would run eagerly under
+the name of compiled code.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from smi_fast import kernels
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 GPU_ONLY = "compared on a GPU only"
-SHORTEST, LONGEST = 24, 197  # of a ragged mix
+SHORTEST, LONGEST = 24, 197  # tokens in the sequences of a ragged mix
 torch._dynamo.config.recompile_limit = 64
 
 
@@ -40,13 +39,13 @@ def compiled(function: Callable, dynamic: bool = False) -> Callable:
 
 
 def drawn_lengths(batch: int) -> list[int]:
-    """The ragged mix of this batch size: the same lengths in every run."""
+    """The lengths of the ragged mix for a batch size, which are the same in every run."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(SHORTEST, LONGEST + 1, (batch,), generator=generator).tolist()
 
 
 class Sequences:
-    """Where the tokens of B sequences lie: packed (T, ...), and padded (B, N, ...) for peers that know no lengths."""
+    """Where the tokens of B sequences lie: packed (T, ...), or padded (B, N, ...) for peers without lengths."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device):
         self.batch, self.longest, self.tokens = len(lengths), max(lengths), sum(lengths)
@@ -55,25 +54,25 @@ class Sequences:
         self.ragged = self.tokens != self.batch * self.longest
 
     def padded(self, packed: Tensor) -> Tensor:
-        """(T, ...) -> (B, N, ...); of equal lengths the same memory."""
+        """Pad (T, ...) to (B, N, ...). Equal lengths share the memory."""
         if self.ragged:
             zeros = packed.new_zeros(self.batch * self.longest, *packed.shape[1:])
             packed = zeros.index_copy_(0, self.slots, packed)
         return packed.unflatten(0, (self.batch, self.longest))
 
     def packed(self, padded: Tensor) -> Tensor:
-        """(B, N, ...) -> (T, ...)"""
+        """Remove the padding of (B, N, ...), which leaves (T, ...)."""
         return padded.flatten(0, 1)[self.slots]
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """What is added to scores of the keys of padded sequences: (B, N), 0 or -inf."""
+        """A mask (B, N) that is added to the scores: 0 for keys, -inf for padding. None if all lengths are equal."""
         zeros = torch.zeros(self.batch, self.longest, device=self.taken.device, dtype=dtype)
         return zeros.masked_fill_(~self.taken, -torch.inf) if self.ragged else None
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sequences of equal length, or where `tokens` is None a ragged mix, as the qkv projection of a ViT leaves them."""
+    """Sequences as the qkv projection of a ViT leaves them, each of `tokens` tokens. If that is None, a ragged mix."""
 
     batch: int
     tokens: int | None
@@ -97,9 +96,11 @@ class Tokens:
         return torch.randn(*shape, self.heads, self.head_dim, device=device, dtype=self.dtype)
 
     def facts(self, rows: int, products: int, queries: int = 0, attention: bool = False) -> dict[str, float]:
-        """The group's numbers, and its floor: `rows` of H D values a token have to move, and of one query a sequence
-        `queries` more, and the float32 `attention` of one token; each of the `products` is N^2 D multiplications and
-        additions a head and sequence of N tokens, of one query N D."""
+        """The numbers of the group, and its floor.
+
+        For each token `rows` rows of H D values have to move, and for each query of `class_attention` `queries` rows.
+        With `attention`, H float32 values move for each token too. Each of the `products` has N^2 D multiplications and
+        additions for a head and sequence of N tokens, or N D for one query."""
         tokens, width = sum(self.lengths), self.heads * self.head_dim
         scores = tokens if queries else sum(length**2 for length in self.lengths)
         moved = (rows * tokens + queries * self.batch) * width * self.dtype.itemsize
@@ -350,8 +351,8 @@ def test_attention_with_class_row_forward_backward(case, device, enter):
 
 
 def distinct_attention(batch: int, heads: int, patches: int, device: torch.device) -> Tensor:
-    """(H, B, N) float32 whose means over the heads are all different in an image, and exact, so that what stays hangs
-    neither on how a contestant rounds nor on how it breaks ties."""
+    """Attention in float32 whose means over the heads are exact and all different within an image. So the selection
+    depends neither on how a contestant rounds nor on how it breaks ties."""
     importance = 64 * (1 + torch.rand(batch, patches, device=device).argsort(1))
     apart = torch.arange(1 - heads, heads, 2, device=device)[:, None, None]  # (H, 1, 1), their sum is 0
     return (importance + apart * torch.randint(0, 4, (batch, patches), device=device)) / 2**14
@@ -359,8 +360,8 @@ def distinct_attention(batch: int, heads: int, patches: int, device: torch.devic
 
 @dataclass(frozen=True)
 class Candidates:
-    """Patches to choose from, of a ViT of that width with heads of 64; where `patches` is None a ragged mix. `kept` of
-    them stay, or where that is None those that hold MASS."""
+    """Patches to choose from, in a ViT of a width with heads of 64. If `patches` is None, they are a ragged mix. `kept`
+    of them stay, or if that is None as many as hold MASS."""
 
     batch: int
     patches: int | None
@@ -380,12 +381,12 @@ class Candidates:
 
     @property
     def lengths(self) -> list[int]:
-        """With the class token."""
+        """The lengths of the sequences, with their class tokens."""
         return drawn_lengths(self.batch) if self.patches is None else [1 + self.patches] * self.batch
 
     def facts(self) -> dict[str, float]:
-        """The attention is read, and the tokens that stay are read and written, with their int32 positions. How many
-        stay by mass is known to nobody before, so that no floor is given."""
+        """The numbers of the group, and its floor: the attention is read, and the tokens that stay are read and written
+        with their int32 positions. There is no floor for a selection by mass, whose size is not known before."""
         facts = {"length": sum(self.lengths) / self.batch - 1, "ragged": self.patches is None}
         if self.kept is None:
             return facts
@@ -400,7 +401,7 @@ WIDTHS, BATCHES = (192, 384, 768), (32, 128, 512)
 
 
 def top_k(attention: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(B, H, N) and (B, 1 + N, C) -> the tokens (B, 1 + K, C) that stay, and which they are, in plain torch."""
+    """Select in plain torch: from (B, H, N) and (B, 1 + N, C), the tokens (B, 1 + K, C) that stay and their indices."""
     kept = attention.mean(1).topk(k, dim=1).indices.sort(dim=1).values
     rows = F.pad(kept + 1, (1, 0))
     return values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1])), kept
@@ -420,8 +421,8 @@ def test_selection(case, device, enter):
         values = torch.randn(case.batch, 1 + case.patches, case.width, device=device, dtype=case.dtype)
 
         def ours():
-            kept = kernels.select_tokens(attention, values, k=case.kept, num_prefix_tokens=1)
-            return kept.values.view(case.batch, 1 + case.kept, -1), kept.positions.view(case.batch, -1)[:, 1:]
+            kept, positions, *_ = kernels.select_tokens(attention, values, k=case.kept, num_prefix_tokens=1)
+            return kept.view(case.batch, 1 + case.kept, -1), positions.view(case.batch, -1)[:, 1:]
 
         fused: Callable | str = GPU_ONLY
         if device.type == "cuda":
@@ -434,8 +435,8 @@ def test_selection(case, device, enter):
 
 
 def top_mass(attention: Tensor, values: Tensor, slots: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """(H, T) and (T, C), class tokens first in each sequence -> the packed tokens that stay and their rows, in plain
-    torch. The `places` (B, N) of padded sequences are zero; token t takes place slots[t]."""
+    """Select by mass in plain torch: from (H, T) and (T, C), the packed tokens that stay and their rows. Class tokens
+    come first in each sequence. `places` (B, N) is zero, and token t takes the place slots[t] in it."""
     importance = places.flatten().index_copy(0, slots, attention.mean(0)).view_as(places)[:, 1:]
     highest, order = importance.sort(1, descending=True)
     before = highest.double().cumsum(1) - highest
@@ -463,11 +464,11 @@ def test_selection_by_mass(case, device, enter):
         places = torch.zeros(sequences.batch, sequences.longest, device=device)
 
         def ours():
-            kept = kernels.select_tokens(
+            kept, positions, *_ = kernels.select_tokens(
                 attention, values, mass=MASS, num_prefix_tokens=1,
                 cu_seqlens=sequences.cu_seqlens, max_seqlen=sequences.longest,
             )  # fmt: skip
-            return kept.values, kept.positions
+            return kept, positions
 
         def comparable(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             image = torch.bucketize(rows, first, right=True) - 1

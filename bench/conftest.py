@@ -1,9 +1,9 @@
-"""Options, and how contestants that were timed in turn become entries of pytest-benchmark.
+"""Options of the benchmarks, and how contestants that were timed in turn become entries of pytest-benchmark.
 
-A test marked `contest` is a group: its function returns the contestants, set up once from shared inputs. The group runs
-once for each case: the first of its entries that pytest reaches times all contestants in turn (see duel.py), the others
-find their times there. Each entry then plays its own recorded seconds back to pytest-benchmark, through a clock
-that stands still but for them, so that the statistics, the table and the JSON of pytest-benchmark hold exactly the
+A test marked `contest` is a group. Its function returns the contestants, which are set up once from shared inputs. The
+group runs once for each case: the first of its entries that pytest reaches times all contestants in turn (see duel.py),
+and the others find their times there. Each entry then plays its own recorded seconds back to pytest-benchmark, through
+a clock that moves by nothing else. So the statistics, the table and the JSON of pytest-benchmark hold exactly the
 rounds that were measured side by side.
 """
 
@@ -22,10 +22,10 @@ def pytest_addoption(parser):
     group = parser.getgroup("smi-fast")
     group.addoption("--smi-checkout", type=Path, help="the authors' published code, a work tree of Egg-Hu/SMI")
     group.addoption("--tome-checkout", type=Path, help="a work tree of facebookresearch/ToMe")
-    group.addoption("--bench-device", choices=("cpu", "cuda"), help="where to run; the GPU if there is one")
-    group.addoption("--threads", type=int, help="CPU threads; as torch chooses")
-    group.addoption("--stop-after", type=float, help="seconds after which no further group begins, so that what was "
-                    "measured is written in time")  # fmt: skip
+    group.addoption("--bench-device", choices=("cpu", "cuda"), help="where to run; by default the GPU if there is one")
+    group.addoption("--threads", type=int, help="CPU threads; by default as many as torch chooses")
+    group.addoption("--stop-after", type=float, help="seconds after which no further group begins, so that results "
+                    "are written in time")  # fmt: skip
 
 
 def pytest_configure(config):
@@ -34,7 +34,7 @@ def pytest_configure(config):
         torch.set_num_threads(config.option.threads)
     if config.option.bench_device is None:
         config.option.bench_device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = False  # else convolutions, and they alone, would not compute in float32
+    torch.backends.cudnn.allow_tf32 = False  # otherwise only convolutions would not compute in float32
 
 
 def pytest_generate_tests(metafunc):
@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    for name in ("node", "release"):  # of the host, which tell nobody anything
+    for name in ("node", "release"):  # names of the host, which mean nothing to others
         machine_info.pop(name, None)
     machine_info["threads"] = torch.get_num_threads()
     machine_info["torch"] = torch.__version__
@@ -62,7 +62,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 class RecordedClock:
-    """A clock that moves by nothing but recorded seconds."""
+    """A clock that is moved by recorded seconds only."""
 
     seconds = 0.0
 
@@ -97,16 +97,17 @@ def begun() -> float:
 
 @pytest.fixture(scope="session")
 def duels() -> dict[str, dict[str, Outcome] | Exception]:
-    """The outcomes of the groups that have run, by name, or the error that one ended in."""
+    """For each group that has run, its outcomes by contestant, or the error that ended it."""
     return {}
 
 
 @pytest.fixture
 def enter(request, benchmark, begun, duels, case, contestant, device) -> Callable:
-    """Record this contestant's rounds: `enter(title, contestants, facts, **duel's arguments)`, where `contestants` is
-    called once a group and makes the rounds of all of them, and `facts` are numbers of the group that report.py reads:
-    the `length` of a sequence, whether lengths are `ragged`, and of the floor the `floor_bytes` that must move and the
-    `floor_flops` that must be computed."""
+    """A function `enter(title, contestants, facts, **arguments of duel)` that records this contestant's rounds.
+
+    `contestants` is called once for each group and makes the rounds of all. `facts` are numbers of the group that
+    report.py reads: the `length` of a sequence, whether lengths are `ragged`, and for the floor the `floor_bytes` that
+    must move and the `floor_flops` that must be computed."""
 
     def enter(title: str, contestants: Callable[[], dict], facts: dict[str, float] | None = None, **options) -> None:
         group = f"{title}: {case}"
@@ -118,7 +119,7 @@ def enter(request, benchmark, begun, duels, case, contestant, device) -> Callabl
             torch.manual_seed(0)
             try:
                 duels[group] = duel(contestants(), device=device, **options)
-            except Exception as error:  # of the first contestant, which leaves nothing to compare with
+            except Exception as error:  # the first contestant's, without which there is nothing to compare with
                 duels[group] = error
         outcomes = duels[group]
         if isinstance(outcomes, Exception):

@@ -1,4 +1,4 @@
-"""Contestants timed in turn, so that what disturbs the machine disturbs all of them alike."""
+"""Times contestants in turn, so that whatever disturbs the machine disturbs all of them alike."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from smi_fast.inversion.graphs import capture, side_stream
 
 OURS = "smi-fast"
-SECONDS = {"cpu": 2.0, "cuda": 0.15}  # of a group's rounds
-ROUNDS = {"cpu": (7, 200), "cuda": (11, 31)}  # at least and at most, of each contestant
+SECONDS = {"cpu": 2.0, "cuda": 0.15}  # for all rounds of a group
+ROUNDS = {"cpu": (7, 200), "cuda": (11, 31)}  # the least and the most that each contestant has
 Call = Callable[[], object]
 Measure = Callable[[Call], Sequence[float]]
 Outputs = tuple[Tensor, ...]
@@ -24,8 +24,8 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Round:
-    """One round of a contestant, and what makes its outputs comparable with the first contestant's, which is not timed:
-    taking the padding out, say."""
+    """One round of a contestant. `comparable` makes its outputs comparable with the first contestant's, by taking the
+    padding out, say. It is not timed."""
 
     call: Call
     comparable: Callable[..., Outputs] = lambda *outputs: outputs
@@ -33,11 +33,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one contestant did: seconds of every round, and the most bytes of tensors that one round held at once.
+    """What was measured of one contestant: the seconds of every round, and the most bytes that tensors held at once.
 
-    `peak_bytes` is None where that was not measured. `graph` says whether a round was the replay of a CUDA graph; None
-    where that was not tried. `absent` says why a contestant did not run, and `wrong` what it computed wrongly; it then
-    has no times.
+    `peak_bytes` is None if it was not measured. `graph` says whether a round was the replay of a CUDA graph. It is None
+    if that was not tried. A contestant without times says in `absent` why it did not run, or in `wrong` what it
+    computed wrongly.
     """
 
     seconds: tuple[float, ...] = ()
@@ -67,21 +67,23 @@ def duel(
     kernels of a few microseconds would otherwise wait for the host that launches them.
 
     Args:
-        contestants: name -> one round of it, or a sentence that says why it cannot run here. A peer (not the first)
-            whose first round raises is absent with that message.
-        tolerance: what a round returns (a tensor, or a tuple of tensors) may differ from what the first contestant
-            returns by at most this, relative to the largest value; None: nothing is compared.
-        rounds: how many to time of each; None: what SECONDS are enough for, within ROUNDS.
-        memory: measure the peak too, in one more round of each.
-        measure: runs a round and returns its seconds, one or several; None: a stopwatch for the device, on graphs.
+        contestants: for each name one round of it, or a sentence that says why it cannot run here. If the first round
+            of any but the first contestant raises, that contestant is absent with the error's message.
+        device: where the contestants compute.
+        tolerance: a round returns a tensor or a tuple of tensors. They may differ from those of the first contestant by
+            at most this, relative to the largest value. None compares nothing.
+        rounds: how many are timed of each. None takes as many as SECONDS allow, within ROUNDS.
+        memory: whether to measure the peak too, in one more round of each.
+        measure: runs a round and returns its seconds, one or several. None is a stopwatch for the device, and on a GPU
+            rounds become graphs.
 
     Raises:
-        AssertionError: the first contestant's replay computes something else than its round.
+        AssertionError: the replay of the first contestant computes something else than its round.
     """
     capture = device.type == "cuda" and measure is None
     measure = measure or stopwatch(device)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the graphs of the last group held
+        torch.cuda.empty_cache()  # frees what the graphs of the last group held
     outcomes: dict[str, Outcome] = {}
     running: dict[str, Call] = {}
     reference = None
@@ -154,12 +156,18 @@ def _detached(output: object) -> Outputs:
 
 
 def captured(call: Call) -> Callable[[], Outputs] | None:
-    """One round as a CUDA graph: a function that replays it and returns the outputs, which lie where each replay writes
-    them; None where the round cannot be captured, because it waits for the device, say. What `call` reads has to stay
-    where it is."""
+    """Capture one round as a CUDA graph.
+
+    Args:
+        call: the round. What it reads has to stay where it is in memory.
+
+    Returns:
+        A function that replays the graph and returns the outputs, which every replay overwrites. None if the round
+        cannot be captured, because it waits for the device, say.
+    """
     outputs: list[Outputs] = []
     with side_stream(torch.device("cuda", torch.cuda.current_device())):
-        call()  # so that libraries set up what they keep for each stream
+        call()  # lets libraries set up what they keep for each stream
         try:
             graph = capture(lambda: outputs.append(_detached(call())), torch.cuda.graph_pool_handle())
         except RuntimeError:
@@ -173,8 +181,10 @@ def captured(call: Call) -> Callable[[], Outputs] | None:
 
 
 def stopwatch(device: torch.device) -> Measure:
-    """Seconds of one call. CUDA: of the device, between two events behind a write that leaves nothing in its L2 cache
-    and gives the host a start, as Triton's own benchmarks do."""
+    """A function that measures the seconds of one call.
+
+    On CUDA it measures the device's time between two events. Before them it writes so much memory that nothing useful
+    is left in the L2 cache and the host gets ahead of the device, as Triton's own benchmarks do."""
 
     def on_host(call: Call) -> list[float]:
         started = time.perf_counter()
@@ -199,8 +209,8 @@ def stopwatch(device: torch.device) -> Measure:
 
 
 def ceilings(device: torch.device, *, copied: int = 2**32, side: int = 8192) -> dict[str, float]:
-    """What the device reaches at best: bytes a second, read and written, of a large copy, and floating-point operations
-    a second of a large bfloat16 matrix product."""
+    """The best that the device reaches: the bytes a second that a large copy reads and writes, and the floating-point
+    operations a second of a large bfloat16 matrix product."""
     measure = stopwatch(device)
     source = torch.randint(0, 127, (copied,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -213,7 +223,7 @@ def ceilings(device: torch.device, *, copied: int = 2**32, side: int = 8192) -> 
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most bytes that tensors made during one call hold at once; what lay there before does not count."""
+    """The most bytes that the tensors of one call hold at once. Tensors that were there before do not count."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -234,8 +244,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 @contextmanager
 def without_gc():
-    """No garbage collection in the middle of a round. What is young is collected before; all of it would take longer
-    than many a group of kernels."""
+    """Let no garbage be collected in the middle of a round. Only young objects are collected before, because a full
+    collection would take longer than many groups of kernels."""
     enabled = gc.isenabled()
     gc.collect(1)
     gc.disable()

@@ -1,9 +1,9 @@
-"""All that has to be seen on a GPU, in eight minutes: python bench/gpu_check.py [--out DIR] [--smi-checkout PATH]
+"""Check in eight minutes all that needs a GPU: python bench/gpu_check.py [--out DIR] [--smi-checkout PATH]
 
-The tests that need a GPU, the kernels under compute-sanitizer, bench/tune.py, the benchmarks of the kernels and of the
-loop, and their report. What there was no time for is missing there; `make bench` measures all of it. Each step has a
-time limit of its own; one that runs over is ended, and the next begins. What the steps print is in gpu-check.log,
-beside the results.
+This runs the tests that need a GPU, the kernels under compute-sanitizer, bench/tune.py, the benchmarks of the kernels
+and of the loop, and their report. Groups that there was no time for are missing in the report; `make bench` measures
+all of them. Each step has a time limit of its own. If it runs over, it is ended and the next one begins. The output of
+the steps goes to gpu-check.log, beside the results.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ import torch
 from report import as_text
 
 ROOT = Path(__file__).resolve().parent.parent
-# Small kernels in every form: forward and backward, equal, ragged and empty sequences, tensors with strides.
+# These tests run small kernels in every form: forward and backward, on equal, ragged and empty sequences, and on
+# tensors with strides.
 SMALL = "triton and (ragged_and_empty or strides or neither_read)"
 
 
 class Step(NamedTuple):
-    """A command that may take that many seconds; `needs` is a program or file without which it cannot run."""
+    """A command that may take up to `limit` seconds. `needs` is a program or a file without which it cannot run."""
 
     name: str
     command: list[str]
@@ -50,7 +51,7 @@ class Result(NamedTuple):
 
 
 def run(step: Step, log: IO[str]) -> Result:
-    """Run a step, its output going to the log. It passed if it ended in time with exit status 0."""
+    """Run a step and write its output to the log. It has passed if it ends in time with exit status 0."""
     print(f"\n== {step.name}: {' '.join(step.command)}", file=log, flush=True)
     if isinstance(step.needs, Path) and not step.needs.exists():
         return Result(step.name, f"not run: no {step.needs.name}")
@@ -76,7 +77,7 @@ def _with_root() -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the step and whatever it started, which are a process group of their own."""
+    """End the step and every process that it started. They are a process group of their own."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -91,7 +92,7 @@ def run_all(steps: Iterable[Step], log: IO[str]) -> list[Result]:
 
 
 def steps(out: Path, gpu: str, smi_checkout: Path | None = None) -> list[Step]:
-    """What is run, in order. The limits add up to eight minutes at most."""
+    """The steps in their order. Their limits add up to eight minutes at most."""
     name = "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split())
     python, results, loop = sys.executable, out / f"{name}.json", out / f"{name}-loop.json"
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -102,7 +103,7 @@ def steps(out: Path, gpu: str, smi_checkout: Path | None = None) -> list[Step]:
         command = f"compute-sanitizer --tool {tool} --error-exitcode 1 --target-processes application-only".split()
         return Step(
             f"compute-sanitizer {tool}", [*command, *tests, *kernel_tests, "-k", SMALL], limit, "compute-sanitizer",
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that it sees the end of each tensor, not of the cache
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # lets it see where each tensor ends
         )  # fmt: skip
 
     def benchmarks(name: str, files: list[str], results: Path, limit: float, *options: str) -> Step:

@@ -70,7 +70,8 @@ class PlainLoop:
         positions, cu_seqlens = keep.flatten().int(), uniform_lengths(*keep.shape, device)
         sites, pair = patch_sites(positions, cu_seqlens, grid_size), (images, images.clone())
         moments = images.new_zeros(2, len(positions), images[0].numel() // (grid_size[0] * grid_size[1]))
-        steps, view = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(3, dtype=torch.int32, device=device)
+        steps = torch.zeros(len(keep), dtype=torch.int64, device=device)
+        view = torch.zeros(3, dtype=torch.int32, device=device)
 
         def iterate(number: int) -> None:
             view.copy_(torch.stack((steps[0] * 7 % 57 - 28, steps[0] * 5 % 57 - 28, steps[0] % 2)))  # all offsets

@@ -42,8 +42,8 @@ def median(entry: dict) -> float:
 
 
 def floor(entry: dict, results: dict) -> float | None:
-    """The seconds below which the GPU cannot do it: the bytes that must move at the bandwidth of a large copy, or the
-    operations at the rate of a large matrix product, whichever takes longer. None where either is unknown."""
+    """The least seconds that the GPU can take: the bytes that must move at the bandwidth of a large copy, or the
+    operations at the rate of a large matrix product, whichever takes longer. None if either is unknown."""
     ceilings, facts = results["machine_info"].get("ceilings"), entry["extra_info"]
     if ceilings is None or "floor_bytes" not in facts:
         return None
@@ -52,7 +52,7 @@ def floor(entry: dict, results: dict) -> float | None:
 
 
 def tables(results: dict) -> dict[str, list[tuple[str, ...]]]:
-    """A table a group: the head, and a row a contestant. Ratios are to smi-fast and, where known, to the floor."""
+    """A table for each group: the head, then a row for each contestant. Ratios are to smi-fast and to a known floor."""
     return {group: _table(entries, results) for group, entries in groups_of(results).items()}
 
 
@@ -78,7 +78,7 @@ def _mebibytes(count: int | None) -> str:
 
 
 class Target(NamedTuple):
-    """A figure to reach in every group of a title to which it applies.
+    """A figure that every group of a title should reach, where it applies.
 
     `ratio` takes the group's entries and smi-fast's floor and returns what is compared with `limit`, None where a group
     has no such figure; `least` tells a ratio that has to be at least the limit from one that may be at most that.
@@ -121,7 +121,7 @@ def _of_memory(entries: Entries, _: float | None) -> float | None:
 
 
 def _of_operations(entries: Entries, _: float | None) -> float | None:
-    """The gain over a dense forward pass, as a share of what fewer operations promise."""
+    """The gain over a dense forward pass, as a share of the gain in operations."""
     name, facts = "timm dense, torch.compile", entries[OURS]["extra_info"]
     promised = facts["dense_flops"] / facts["floor_flops"]
     return median(entries[name]) / median(entries[OURS]) / promised if name in entries else None
@@ -165,8 +165,8 @@ TARGETS = [
 
 
 def targets(results: dict) -> list[tuple[str, ...]]:
-    """The figures to reach on an NVIDIA H200: a head, and for each of them its limit, the worst and the median ratio,
-    in how many groups it was reached, where it was worst, and whether it is met."""
+    """A table of the figures to reach on an NVIDIA H200: a head, then a row for each figure. A row has its limit, the
+    worst and the median ratio, in how many groups it was reached, where it was worst, and whether it is met."""
     rows = [("figure", "kernel", "limit", "worst", "median", "reached in", "worst at", "met")]
     groups = groups_of(results)
     for target in TARGETS:
@@ -194,7 +194,7 @@ def targets(results: dict) -> list[tuple[str, ...]]:
 
 
 class Figure(NamedTuple):
-    """A picture: panels in rows and columns by what two of the facts say, time against `axis` in each."""
+    """A picture: two of the facts give its rows and columns of panels, and each panel shows time against `axis`."""
 
     file: str
     titles: list[str]
@@ -220,7 +220,7 @@ BEYOND = 40  # times smi-fast: a contestant that is slower all along would flatt
 
 
 def plots(results: dict, directory: Path) -> list[Path]:
-    """Draw each of FIGURES that something was measured for, as a PNG in the directory; returns the files.
+    """Draw each of FIGURES that has measurements, as a PNG in the directory. Returns the files.
 
     A line is a contestant at equal lengths; a hollow mark is a ragged mix, at its mean length.
     """
@@ -284,7 +284,7 @@ def _draw(figure: Figure, groups: list[Entries], results: dict, path: Path) -> N
 
 
 def _draw_panel(axis, groups: list[Entries], results: dict) -> dict[str, object]:
-    """Draw the lines of a panel; returns a handle for each name."""
+    """Draw the lines of a panel. Returns a handle for each name."""
     series: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
     for entries in groups:
         length, ragged = entries[OURS]["extra_info"]["length"], _ragged(entries)
@@ -321,7 +321,7 @@ def _numerically(text: str) -> tuple[float, str]:
 
 
 def machine(results: dict) -> str:
-    """One line: where, with what and when it was measured."""
+    """A line that says where, with what and when the results were measured."""
     info = results["machine_info"]
     threads = "1 thread" if info["threads"] == 1 else f"{info['threads']} threads"
     where = [info["gpu"]] if info.get("gpu") else []
@@ -333,7 +333,7 @@ def machine(results: dict) -> str:
 
 
 def measured_ceilings(results: dict) -> str:
-    """A line that says what the floors are reckoned with; empty where there are none."""
+    """A line that gives the ceilings from which floors are computed. Empty if there are none."""
     ceilings = results["machine_info"].get("ceilings")
     if ceilings is None:
         return ""
@@ -342,7 +342,7 @@ def measured_ceilings(results: dict) -> str:
 
 
 def as_text(rows: list[tuple[str, ...]], *, left: tuple[int, ...] = (0,)) -> str:
-    """Lines of cells, those of the columns `left` aligned to the left, the others to the right."""
+    """A table as lines of text. Columns in `left` are aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) if n in left else cell.rjust(width) for n, (cell, width) in enumerate(pairs))
@@ -358,7 +358,7 @@ def as_markdown(rows: list[tuple[str, ...]]) -> str:
 
 
 def report(results: dict, *, markdown: bool = False, with_targets: bool = False) -> str:
-    """All tables, under a line that names the machine. A ratio above 1 is a contestant slower than smi-fast."""
+    """All tables, under a line that names the machine. A ratio above 1 means a contestant slower than smi-fast."""
     title, table = ("### {}", as_markdown) if markdown else ("{}", as_text)
     parts = [line for line in (machine(results), measured_ceilings(results)) if line]
     if with_targets:

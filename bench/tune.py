@@ -1,9 +1,9 @@
 """Write the dispatch table, kernels/dispatch.json: python bench/tune.py [--arch sm_90,...] [--processes N]
 
-On a GPU, its own architecture: every candidate that compiles without a fault is timed, and the fastest is entered, what
-is used most first and as long as --seconds last. For the architectures named with --arch no GPU is needed: the
-candidates are compiled, and of those without a fault the one is entered that a count of operations and bytes puts
-first. What is neither measured nor named keeps the rows that it has.
+On a GPU, this times every candidate that compiles without a fault and enters the fastest one for the GPU's own
+architecture. It begins with what is used most and ends after --seconds. For the architectures named with --arch no GPU
+is needed: the candidates are compiled, and of those without a fault the one is entered that a count of operations and
+bytes ranks first. All other rows stay as they are.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from typing import Any
 
 import torch
 from duel import captured, stopwatch
-from smi_fast.kernels import compile as compiling
+from launches import launches
+from resources import usages
 from smi_fast.kernels import dispatch
 from smi_fast.kernels.attention import launch_attention, launch_attention_backward
 from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
 from smi_fast.kernels.dispatch import choice_of, override
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
 from smi_fast.kernels.pixels import launch_pixel_step, patch_sites
+from smi_fast.kernels.rows import uniform_lengths
 from smi_fast.kernels.selection import launch_select, launch_select_backward
 
-from smi_fast.packed import uniform_cu_seqlens
-
-ARCHS = tuple(compiling.MULTIPROCESSORS)
 DTYPES = {"half": torch.bfloat16, "float32": torch.float32}
 KINDS = [
     {"dtype": dtype, "head_dim": head_dim} for dtype in DTYPES for head_dim in (64, 32, 128, 16)
 ]  # most used first
-# What a row goes up to, and what stands for it. Tokens: a 224 x 224 image thinned in four steps, and 577 of 384 x 384.
+# The sizes that rows go up to, each with the size that is measured for it. Tokens are those of a 224 x 224 image that
+# is thinned in four steps, and 577 of a 384 x 384 image.
 TOKENS = {16: 16, 32: 32, 64: 47, 80: 67, 96: 96, 128: 128, 160: 138, 208: 197, 256: 256, 4096: 577}
 CANDIDATES = {32: 32, 64: 64, 128: 95, 256: 196, 512: 324, 1024: 576, 2048: 1369, 4096: 4096}
-ACCESSES = {2**31 - 1: 48}  # of 16 bytes in a row of channels
+ACCESSES = {2**31 - 1: 48}  # how many accesses of 16 bytes a row of channels takes
 PATCHES = {192: (3, 8, 8), 256: (1, 16, 16), 640: (3, 14, 14), 768: (3, 16, 16), 2**31 - 1: (3, 32, 32)}
 PIXELS = {2**31 - 1: (3, 16, 16)}
 OPERATIONS = {
@@ -62,8 +62,8 @@ Table = dict[str, dict[str, Any]]
 
 
 def candidates(operation: str, purpose: Row) -> Iterator[Row]:
-    """Forms of an operation, and constants, worth trying for what a row is for; where `estimate` is silent, the first
-    is what counting instructions favours."""
+    """The forms and constants of an operation that are worth trying for a row. The first one has the fewest
+    instructions, which decides where `estimate` does not rank them."""
     size, half = purpose["up_to"], purpose.get("dtype") == "half"
     holding = max(16, 1 << (size - 1).bit_length())  # the least tile that holds a sequence
     if operation == "select_tokens":
@@ -98,7 +98,7 @@ def candidates(operation: str, purpose: Row) -> Iterator[Row]:
         if holding <= BN <= 128:
             yield from ({"form": "tile", "BN": BN, "num_warps": warps} for warps in (2, 4, 8))
     if half and holding <= 64:
-        return  # more programs or steps than one can only lose there
+        return  # several programs or steps would only be slower here
     shapes = ((16, 16), (32, 32), (64, 32), (64, 64), (128, 32), (128, 64)) if half else ((16, 16), (32, 32), (64, 32))
     blocks = [
         {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
@@ -119,12 +119,12 @@ def candidates(operation: str, purpose: Row) -> Iterator[Row]:
 
 
 def estimate(operation: str, row: Row, occupancy: float) -> float:
-    """Microseconds that a multiprocessor might take for one head and sequence, to rank candidates without a GPU; 0 for
-    what is no attention.
+    """Estimate how many microseconds a multiprocessor takes for one head and sequence, to rank candidates without a
+    GPU. The estimate is 0 for operations other than attention.
 
-    A sum of: operations that the tiles make of it, at a rate that 16 resident warps reach and fewer in proportion to
-    the root of their number; bytes at an H200's bandwidth; 1 us for each step of a program, which waits for what it
-    loads, shared by the programs that are resident; and 2 us a launch, shared by all heads and sequences.
+    It is the sum of four terms. The operations that the tiles compute run at a rate that 16 resident warps reach, and
+    that falls with the root of their number. Bytes move at an H200's bandwidth. Each step of a program waits 1 us for
+    what it loads, and resident programs share this time. Each launch takes 2 us, which all heads and sequences share.
     """
     if operation not in ATTENTION:
         return 0.0
@@ -149,7 +149,7 @@ def estimate(operation: str, row: Row, occupancy: float) -> float:
 
 
 def rows_to_fill(operation: str, kind: Row) -> list[tuple[Row, list[Row]]]:
-    """What each row of an operation is for, and its candidates."""
+    """The purpose of each row of an operation, with the candidates for it."""
     result = []
     for size in OPERATIONS[operation]:
         purpose = {"up_to": size, **kind}
@@ -175,23 +175,22 @@ def is_small(row: Row) -> bool:
 
 
 def occupancies(arch: str, operation: str, rows: list[Row], processes: int | None) -> list[float]:
-    """Of the plainest case of each row, the least of its kernels' occupancies; 0 where one has a fault."""
-    plainest = [compiling.launches(operation, row, plainest=True) for row in rows]
-    results = iter(compiling.usages([(launch, arch) for launches in plainest for launch in launches], processes))
-    uses = [[next(results) for _ in launches] for launches in plainest]
+    """The least occupancy among the kernels of each row in its plainest case; 0 where one of them has a fault."""
+    plainest = [launches(operation, row, plainest=True) for row in rows]
+    results = iter(usages([(launch, arch) for case in plainest for launch in case], processes))
+    uses = [[next(results) for _ in case] for case in plainest]
     return [0.0 if any(use.faults() for use in row) else min(use.occupancy for use in row) for row in uses]
 
 
 def faulty(arch: str, operation: str, rows: list[Row], processes: int | None) -> list[bool]:
-    """Whether any kernel that a row can launch, in any case, has a fault."""
-    launches = [compiling.launches(operation, row) for row in rows]
-    results = iter(compiling.usages([(launch, arch) for row in launches for launch in row], processes))
-    uses = [[next(results) for _ in row] for row in launches]
-    return [any(use.faults() for use in row) for row in uses]
+    """Whether any kernel that a row can launch has a fault, in any case."""
+    cases = [launches(operation, row) for row in rows]
+    results = iter(usages([(launch, arch) for row in cases for launch in row], processes))
+    return [any(use.faults() for use in [next(results) for _ in row]) for row in cases]
 
 
 def merged(rows: list[Row]) -> list[Row]:
-    """Rows in ascending order of what they go up to; neighbours that choose the same become one."""
+    """Merge neighbours that choose the same, in rows that ascend by the size that they go up to."""
     result: list[Row] = []
     for row in rows:
         if result and {**result[-1], "up_to": 0} == {**row, "up_to": 0}:
@@ -202,16 +201,22 @@ def merged(rows: list[Row]) -> list[Row]:
 
 
 def compiled_as(row: Row) -> str:
-    """What of a row its machine code depends on."""
+    """A key for the parts of a row that its machine code depends on."""
     return str({**row, "up_to": 0})
 
 
 def best(arch: str, operation: str, kind: Row, processes: int | None, seconds: Callable | None) -> list[Row]:
-    """The rows of an operation for a dtype and head dim: of the candidates without a fault, the fastest by `seconds`
-    (operation, row), or where there is no GPU the first by `estimate`.
+    """The best rows of an operation for a dtype and head dim.
+
+    Args:
+        arch: the architecture to compile for.
+        kind: the dtype and head dim.
+        processes: how many compile at a time; None: one for each CPU.
+        seconds: measures (operation, row). Without it, `estimate` ranks the candidates.
 
     Raises:
-        RuntimeError: no candidate is without a fault."""
+        RuntimeError: every candidate for a row has a fault.
+    """
     wanted = rows_to_fill(operation, kind)
     distinct = {compiled_as(row): row for _, rows in wanted for row in rows}
     known = dict(zip(distinct, occupancies(arch, operation, list(distinct.values()), processes), strict=True))
@@ -231,7 +236,7 @@ def best(arch: str, operation: str, kind: Row, processes: int | None, seconds: C
 
 
 def seconds_on_gpu(operation: str, row: Row) -> float:
-    """What an operation takes with the forms and constants of a row: the median of replays of a CUDA graph."""
+    """How long an operation takes with the form and constants of a row: the median of replays of a CUDA graph."""
     device = torch.device("cuda")
     representative = OPERATIONS[operation][row["up_to"]]
     with override({operation: choice_of(row)}):
@@ -250,7 +255,7 @@ def seconds_on_gpu(operation: str, row: Row) -> float:
 def attention_call(operation: str, row: Row, size: int, device: torch.device) -> Callable[[], object]:
     head_dim = row["head_dim"]
     qkv = torch.randn(BATCH * size, 3, HEADS, head_dim, device=device, dtype=DTYPES[row["dtype"]])
-    problem = uniform_cu_seqlens(BATCH, size, device), size, head_dim**-0.5
+    problem = uniform_lengths(BATCH, size, device), size, head_dim**-0.5
     q, kv = qkv[::size, 0].contiguous(), qkv[:, 1:].contiguous()
     if operation == "attention_forward":
         return partial(launch_attention, qkv, *problem, True)
@@ -282,7 +287,7 @@ def patches_call(operation: str, patch: tuple[int, int, int], device: torch.devi
     images = torch.randn(BATCH, channels, 14 * ph, 14 * pw, device=device)
     positions = torch.rand(BATCH, 196, device=device).argsort(1)[:, :95].sort(1).values.flatten().int()
     view = torch.tensor([ph // 3, -pw, 1], device=device, dtype=torch.int32)
-    cu_seqlens = uniform_cu_seqlens(BATCH, 95, device)
+    cu_seqlens = uniform_lengths(BATCH, 95, device)
     call = partial(launch_gather_patches, images, positions, cu_seqlens, view, ph, pw, torch.bfloat16)
     if operation == "gather_patches":
         return call
@@ -292,15 +297,15 @@ def patches_call(operation: str, patch: tuple[int, int, int], device: torch.devi
 
 
 def pixels_call(patch: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
-    """A whole step, of both kernels."""
+    """A whole step, which launches both kernels."""
     channels, ph, pw = patch
     images = torch.randn(BATCH, channels, 14 * ph, 14 * pw, device=device)
     positions = torch.rand(BATCH, 196, device=device).argsort(1)[:, :95].sort(1).values.flatten().int()
     view = torch.tensor([ph // 3, -pw, 1], device=device, dtype=torch.int32)
-    cu_seqlens = uniform_cu_seqlens(BATCH, 95, device)
+    cu_seqlens = uniform_lengths(BATCH, 95, device)
     grad, _, inverse = launch_gather_patches(images, positions, cu_seqlens, view, ph, pw, torch.bfloat16)
     moments = torch.zeros(2, *grad.shape, device=device)
-    steps, highest = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(channels, device=device)
+    steps, highest = torch.zeros(BATCH, dtype=torch.int64, device=device), torch.ones(channels, device=device)
     return partial(
         launch_pixel_step, images.clone(), *moments, steps, images, grad, patch_sites(positions, cu_seqlens, (14, 14)),
         -highest, highest, inverse, view, ph, pw, 0.25, 0.5, 0.99, 1e-8, 1e-4, 0.0,
@@ -308,7 +313,7 @@ def pixels_call(patch: tuple[int, int, int], device: torch.device) -> Callable[[
 
 
 def enter(table: Table, arch: str, operation: str, rows: list[Row]) -> None:
-    """Put rows in the place of those for the same dtype and head dim, and write the table."""
+    """Replace the rows for the same dtype and head dim by these, and write the table."""
     kind = {name: rows[0].get(name) for name in ("dtype", "head_dim")}
     others = [row for row in table[arch].get(operation, []) if {name: row.get(name) for name in kind} != kind]
     table[arch][operation] = sorted(
@@ -318,7 +323,7 @@ def enter(table: Table, arch: str, operation: str, rows: list[Row]) -> None:
 
 
 def in_order() -> Iterator[tuple[str, list[str], Row]]:
-    """What belongs together: a name, operations, and the dtype and head dim; what is used most comes first."""
+    """The groups in which rows are tuned, the most used first: a name, the operations, and the dtype and head dim."""
     yield "selection and patches", [name for name in OPERATIONS if name not in ATTENTION], {}
     for kind in KINDS:
         yield f"attention in {kind['dtype']}, head dim {kind['head_dim']}", ATTENTION, kind
@@ -327,8 +332,8 @@ def in_order() -> Iterator[tuple[str, list[str], Row]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", help="derive the rows of these architectures from the compiler report")
-    parser.add_argument("--processes", type=int, help="to compile in; one a CPU")
-    parser.add_argument("--seconds", type=float, default=45, help="after which nothing further is measured")
+    parser.add_argument("--processes", type=int, help="how many compile at a time; one for each CPU")
+    parser.add_argument("--seconds", type=float, default=45, help="after this time no further group is measured")
     arguments = parser.parse_args()
     if not arguments.arch and not torch.cuda.is_available():
         parser.error("without a GPU, name the architectures to derive rows for: --arch sm_80,sm_90")
@@ -352,7 +357,7 @@ def main() -> None:
 
 
 def as_json(table: Table) -> str:
-    """A row a line."""
+    """The table as text, with one line for each row."""
     text = json.dumps(table, indent=1)
     return re.sub(r"\{\s+\"up_to\"[^{}]*(\{[^{}]*\}[^{}]*)*\}", lambda row: re.sub(r"\s+", " ", row[0]), text) + "\n"
 

@@ -3,8 +3,8 @@
 python cmake/compile_kernels.py --out build/generated --archs 80,90 --dtypes bfloat16,float32 --head-dims 64 \
     --heads 1,3 --patches 3x224x224/16x16 --max-seqlen 577
 
-Writes cubins/*.cubin, cubins.s, which includes their bytes, and table.inc, rows of C++: which of them runs for which
-arguments, as the dispatch table says.
+Writes the machine code cubins/*.cubin, the assembly cubins.s, which includes its bytes, and table.inc, whose rows of
+C++ say which of them runs for which arguments. Those are the choices of the dispatch table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,21 +26,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import triton
 from smi_fast.kernels.attention import MAX_HEAD_DIM, MAX_SEQLEN, launch_attention, launch_attention_backward
+from smi_fast.kernels.backend import Launch, recording
 from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
-from smi_fast.kernels.compile import Launch, recorded, target
-from smi_fast.kernels.dispatch import choice_of, nearest, override, padded_head_dim, table
+from smi_fast.kernels.dispatch import choice_of, nearest, override, padded_head_dim, rows_of
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
 from smi_fast.kernels.selection import launch_count_mass, launch_select, launch_select_backward
-from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import mangle_type
 
 DTYPES = ("float32", "bfloat16", "float16")  # in the order of smi_fast_dtype
-# Pointers that the library wants aligned to 16 bytes, so that accesses can be as wide; others as their elements are.
+# The pointers that the library requires to be aligned to 16 bytes, so that accesses can be that wide. All others are
+# aligned as their elements are.
 ALIGNED = {
     "out", "qkv", "q", "kv", "grad", "grad_q", "grad_kv", "grad_out", "packed", "values", "packed_grad", "images",
     "patches", "patch_grad",
 }  # fmt: skip
-# Strides that are the same in every call of the library; all other integers are parameters without any assumption.
+# The strides that are the same in every call of the library. Nothing is assumed of the other integers.
 FIXED = {
     "stride_patch", "stride_y", "stride_x", "stride_channel", "positions_stride_image", "positions_stride_row",
     "slots_stride_image", "stride_image",
@@ -50,7 +52,7 @@ BITS = {"p": 64, "i": 32, "f": 32, "d": 64}
 
 
 class Options(NamedTuple):
-    """What is built: see CMakeLists.txt."""
+    """What the library is built for: see CMakeLists.txt."""
 
     dtypes: list[str]
     head_dims: list[int]
@@ -60,7 +62,8 @@ class Options(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A kernel for one purpose: an operation, what it is found by, and sizes up to `up_to`; a program takes `block`."""
+    """A kernel for one purpose: an operation, the key by which the library finds it, and sizes up to `up_to`. One
+    program covers `block` elements."""
 
     operation: str
     key: tuple[int, ...]
@@ -70,7 +73,7 @@ class Variant(NamedTuple):
 
 
 class Cubin(NamedTuple):
-    """A compiled kernel; `parameters` is a letter for each."""
+    """A compiled kernel. `parameters` has a letter for each parameter."""
 
     function: str
     parameters: str
@@ -88,15 +91,21 @@ def integers(*shape: int) -> torch.Tensor:
 
 
 def rows_up_to(arch: int, operation: str, most: int, **kind) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """The rows that the dispatch table chooses from for sizes up to `most`: the least size, `up_to`, and the row."""
-    rows = [row for row in table()[nearest(*divmod(arch, 10))][operation] if kind.items() <= row.items()]
+    """The rows from which the dispatch table chooses for sizes up to `most`: the least size, `up_to`, and the row."""
     least = 0
-    for row in sorted(rows, key=lambda row: row["up_to"]):
+    for row in rows_of(operation, nearest(*divmod(arch, 10)), **kind):
         yield least, row["up_to"], row
         least = row["up_to"] + 1
         if least > most:
             return
     raise ValueError(f"the dispatch table has no row for {operation} on sm_{arch}, size {most}, {kind}")
+
+
+def launched(operation: str, row: dict[str, Any], function: Callable, *args) -> list[Launch]:
+    """The launches of `function(*args)` where the dispatch table chooses this row for an operation."""
+    with override({operation: choice_of(row)}), recording() as launches:
+        function(*args)
+    return launches
 
 
 def attention_variants(arch: int, options: Options) -> Iterator[Variant]:
@@ -112,16 +121,14 @@ def attention_variants(arch: int, options: Options) -> Iterator[Variant]:
             for _, up_to, choice in rows_up_to(arch, "attention_forward", options.max_seqlen, **kind):
                 for flags in range(4):
                     backward = "blocks" if flags & 2 else "tile"  # which decides whether statistics are stored
-                    choices = {"attention_forward": choice_of(choice), "attention_backward": (backward, {})}
-                    with override(choices):
-                        call = launch_attention, qkv, cu_seqlens, up_to, 0.125, bool(flags & 1)
-                        (launch,) = recorded(*call)
+                    inputs = qkv, cu_seqlens, up_to, 0.125, bool(flags & 1)
+                    with override({"attention_backward": (backward, {})}):
+                        (launch,) = launched("attention_forward", choice, launch_attention, *inputs)
                     block = choice["BM"] if choice["form"] == "blocks" else 0
                     yield Variant("attention_forward", (*key, flags), up_to, (block, 0), launch)
             for _, up_to, choice in rows_up_to(arch, "attention_backward", options.max_seqlen, **kind):
-                with override({"attention_backward": choice_of(choice)}):
-                    inputs = out, qkv, out, empty(2, 3, 8), cu_seqlens, up_to, 0.125
-                    launches = recorded(launch_attention_backward, *inputs)
+                inputs = out, qkv, out, empty(2, 3, 8), cu_seqlens, up_to, 0.125
+                launches = launched("attention_backward", choice, launch_attention_backward, *inputs)
                 blocks = (choice["dq"]["BM"], choice["dkv"]["BN"]) if choice["form"] == "blocks" else (0,)
                 for operation, block, launch in zip(
                     ("attention_backward", "attention_backward_dkv"), blocks, launches, strict=False
@@ -131,13 +138,12 @@ def attention_variants(arch: int, options: Options) -> Iterator[Variant]:
             for least, up_to, choice in rows_up_to(arch, "class_attention_forward", options.max_seqlen, **kind):
                 # The kernel differs between sequences of one block and longer ones.
                 for size in {min(choice["BN"], up_to), up_to} - set(range(least)):
-                    with override({"class_attention_forward": choice_of(choice)}):
-                        (launch,) = recorded(launch_class_attention, q, kv, cu_seqlens, size, 0.125)
+                    inputs = q, kv, cu_seqlens, size, 0.125
+                    (launch,) = launched("class_attention_forward", choice, launch_class_attention, *inputs)
                     yield Variant("class_attention_forward", key, size, (0, 0), launch)
             for _, up_to, choice in rows_up_to(arch, "class_attention_backward", options.max_seqlen, **kind):
-                with override({"class_attention_backward": choice_of(choice)}):
-                    inputs = q, q, kv, empty(8, 3, 2), cu_seqlens, up_to, 0.125
-                    (launch,) = recorded(launch_class_attention_backward, *inputs)
+                inputs = q, q, kv, empty(8, 3, 2), cu_seqlens, up_to, 0.125
+                (launch,) = launched("class_attention_backward", choice, launch_class_attention_backward, *inputs)
                 yield Variant("class_attention_backward", key, up_to, (0, 0), launch)
 
 
@@ -146,17 +152,15 @@ def selection_variants(arch: int, options: Options) -> Iterator[Variant]:
     values, positions, starts = empty(8, 64, dtype=torch.int32), integers(8), integers(9)
     for _, up_to, choice in rows_up_to(arch, "select_tokens", options.max_seqlen):
         for heads in options.heads:
-            with override({"select_tokens": choice_of(choice)}):
-                for flags, kept_starts in enumerate((None, starts)):
-                    inputs = empty(heads, 8), values, positions, starts, kept_starts, None, 1, 1, 1 + up_to, 8
-                    (launch,) = recorded(launch_select, *inputs)
-                    yield Variant("select", (heads, flags), up_to, (choice["BR"], 0), launch)
-                inputs = empty(heads, 8), starts, 0.9, 1, 1 + up_to
-                (launch,) = recorded(launch_count_mass, *inputs)
-                yield Variant("count_mass", (heads,), up_to, (0, 0), launch)
+            for flags, kept_starts in enumerate((None, starts)):
+                inputs = empty(heads, 8), values, positions, starts, kept_starts, None, 1, 1, 1 + up_to, 8
+                (launch,) = launched("select_tokens", choice, launch_select, *inputs)
+                yield Variant("select", (heads, flags), up_to, (choice["BR"], 0), launch)
+            inputs = empty(heads, 8), starts, 0.9, 1, 1 + up_to
+            (launch,) = launched("select_tokens", choice, launch_count_mass, *inputs)
+            yield Variant("count_mass", (heads,), up_to, (0, 0), launch)
     for _, up_to, choice in rows_up_to(arch, "select_tokens_backward", 2**31 - 1):
-        with override({"select_tokens_backward": choice_of(choice)}):
-            (launch,) = recorded(launch_select_backward, values, positions)
+        (launch,) = launched("select_tokens_backward", choice, launch_select_backward, values, positions)
         yield Variant("select_backward", (), up_to, (choice["BR"], choice["BC"]), launch)  # BC counts units of 16 bytes
 
 
@@ -167,31 +171,28 @@ def patch_variants(arch: int, options: Options) -> Iterator[Variant]:
             for flags, view in enumerate((None, integers(3))):
                 case = dtype | flags << 2, *key
                 *_, (_, _, choice) = rows_up_to(arch, "gather_patches", elements)
-                with override({"gather_patches": choice_of(choice)}):
-                    inputs = empty(8, channels, height, width), integers(8), integers(9), view, ph, pw
-                    (launch,) = recorded(launch_gather_patches, *inputs, getattr(torch, name))
+                inputs = empty(8, channels, height, width), integers(8), integers(9), view, ph, pw, getattr(torch, name)
+                (launch,) = launched("gather_patches", choice, launch_gather_patches, *inputs)
                 yield Variant("gather_patches", case, 2**31 - 1, (choice["BT"], 0), launch)
                 *_, (_, _, choice) = rows_up_to(arch, "gather_patches_backward", elements)
                 grad, inverse = empty(8, elements, dtype=getattr(torch, name)), integers(8, height // ph, width // pw)
-                with override({"gather_patches_backward": choice_of(choice)}):
-                    inputs = grad, inverse, view, channels, ph, pw, torch.float32
-                    (launch,) = recorded(launch_gather_patches_backward, *inputs)
+                inputs = grad, inverse, view, channels, ph, pw, torch.float32
+                (launch,) = launched("gather_patches_backward", choice, launch_gather_patches_backward, *inputs)
                 yield Variant("gather_patches_backward", case, 2**31 - 1, (choice["BT"], 0), launch)
 
 
 def source(launch: Launch) -> tuple[ASTSource, str]:
     """A kernel as any call of the library may launch it, and a letter for each of its parameters.
 
-    Triton specialises a kernel to the arguments at hand: to integers that are 1 or multiples of 16, and to pointers
-    that are. Here nothing is assumed but what the library checks."""
-    arguments = {**dict(zip(launch.kernel.arg_names, launch.args, strict=False)), **launch.kwargs}
+    Triton specialises a kernel to arguments that are 1 or multiples of 16. Nothing is assumed here but what the library
+    checks."""
     signature, constants, attributes, letters = {}, {}, {}, ""
     for index, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, arguments[parameter.name]
+        name, value = parameter.name, launch.arguments[parameter.name]
         if parameter.is_constexpr or (name in FIXED and isinstance(value, int)):
             signature[name], constants[name] = "constexpr", value
             continue
-        if value is None:  # a parameter all the same, so that all variants of a kernel have the same
+        if value is None:  # still a parameter, so that all variants of a kernel have the same ones
             signature[name] = "*i32"
         elif isinstance(value, torch.Tensor):
             signature[name] = mangle_type(value)
@@ -203,20 +204,31 @@ def source(launch: Launch) -> tuple[ASTSource, str]:
     return ASTSource(launch.kernel, signature, constants, attributes), letters
 
 
+def options_of(launch: Launch) -> dict[str, Any]:
+    """The arguments of a launch that are no parameters of the kernel, such as num_warps."""
+    return {name: value for name, value in launch.arguments.items() if name not in launch.kernel.arg_names}
+
+
 def compiled(launch: Launch, arch: int) -> Cubin:
+    """Compile a kernel for an architecture.
+
+    Raises:
+        RuntimeError: the library would not know how to launch what Triton made.
+    """
     kernel, letters = source(launch)
-    _, options = launch.source(f"sm_{arch}")
-    result = triton.compile(kernel, target=target(f"sm_{arch}"), options=options)
+    target = GPUTarget("cuda", arch, 32)
+    options = make_backend(target).parse_options(options_of(launch)).__dict__
+    result = triton.compile(kernel, target=target, options=options)
     metadata = result.metadata
     entry = re.search(r"\.entry \w+\((.*?)\)", result.asm["ptx"], re.DOTALL)[1]
     bits = [int(width) for width in re.findall(r"\.param \.[a-z](\d+)", entry)]
     scratch = metadata.global_scratch_size or metadata.profile_scratch_size
     if bits != [BITS[letter] for letter in letters + "pp"] or scratch:
         raise RuntimeError(
-            f"{launch.name} has parameters of {bits} bits, not {letters} and two unused scratch pointers"
+            f"{metadata.name} has parameters of {bits} bits, not {letters} and two unused scratch pointers"
         )
     if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.launch_pdl:
-        raise RuntimeError(f"{launch.name} needs a launch that the library does not know")
+        raise RuntimeError(f"{metadata.name} needs a launch that the library does not know")
     return Cubin(metadata.name, letters, 32 * metadata.num_warps, metadata.shared, result.asm["cubin"])
 
 
@@ -230,8 +242,8 @@ def _compiled(index: int) -> Cubin:
 
 
 def all_compiled(jobs: list[tuple[Launch, int]], processes: int | None) -> tuple[list[int], list[Cubin]]:
-    """For each job its kernel's number among the distinct ones; and those."""
-    keys = [(source(launch)[0].hash(), str(launch.kwargs), arch) for launch, arch in jobs]
+    """The distinct kernels of the jobs, compiled, and before them for each job the number of its kernel."""
+    keys = [(source(launch)[0].hash(), str(options_of(launch)), arch) for launch, arch in jobs]
     distinct = dict(zip(keys, jobs, strict=True))
     context = multiprocessing.get_context("fork")  # the launches are handed over as they lie in memory
     with ProcessPoolExecutor(processes, context, _receive, (list(distinct.values()),)) as pool:
@@ -241,7 +253,7 @@ def all_compiled(jobs: list[tuple[Launch, int]], processes: int | None) -> tuple
 
 
 def write(out: Path, archs: list[int], variants: list[Variant], numbers: list[int], cubins: list[Cubin]) -> None:
-    """Row i of the table is `variants[i]`, for `archs[i]`: it runs the cubin `numbers[i]`."""
+    """Write all files. Row i of the table is `variants[i]` for `archs[i]`, which runs the cubin `numbers[i]`."""
     (out / "cubins").mkdir(parents=True, exist_ok=True)
     assembly = ['.section .rodata, "a", @progbits']
     for number, cubin in enumerate(cubins):
@@ -272,7 +284,7 @@ def write(out: Path, archs: list[int], variants: list[Variant], numbers: list[in
 
 
 def patch_geometry(text: str) -> tuple[int, ...]:
-    """3x224x224/16x16 -> (3, 224, 224, 16, 16)."""
+    """Parse channels, height and width of images and of patches: 3x224x224/16x16 is (3, 224, 224, 16, 16)."""
     if not re.fullmatch(r"\d+x\d+x\d+/\d+x\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not such as 3x224x224/16x16")
     channels, height, width, ph, pw = map(int, re.split("[x/]", text))
@@ -281,7 +293,9 @@ def patch_geometry(text: str) -> tuple[int, ...]:
     return channels, height, width, ph, pw
 
 
-def several(kind, least: int = -(2**31), most: int = 2**31 - 1):
+def several(kind: Callable, least: int = -(2**31), most: int = 2**31 - 1) -> Callable[[str], list]:
+    """A parser of lists separated by commas, of what `kind` parses; integers are from `least` to `most`."""
+
     def parse(text: str) -> list:
         values = [kind(part) for part in text.split(",") if part]
         for value in values:
@@ -310,10 +324,10 @@ def main() -> None:
     parser.add_argument("--archs", type=several(int, 80), required=True, help="compute capabilities, such as 80,90")
     parser.add_argument("--dtypes", type=several(dtype_name), required=True)
     parser.add_argument("--head-dims", type=several(head_dim), required=True)
-    parser.add_argument("--heads", type=several(int, 1), required=True, help="of the attention that selection averages")
+    parser.add_argument("--heads", type=several(int, 1), required=True, help="heads that a selection averages")
     parser.add_argument("--patches", type=several(patch_geometry), required=True, help="such as 3x224x224/16x16")
     parser.add_argument("--max-seqlen", type=int, choices=range(2, MAX_SEQLEN + 1), required=True, metavar="N")
-    parser.add_argument("--processes", type=int, help="to compile in; one a CPU")
+    parser.add_argument("--processes", type=int, help="how many compile at a time; one for each CPU")
     arguments = parser.parse_args()
 
     options = Options(*(getattr(arguments, name) for name in Options._fields))

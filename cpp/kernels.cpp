@@ -40,7 +40,7 @@ enum class Kernel {
     gather_backward,
 };
 
-// A letter for each parameter: pointer, int32_t, float, double. The table asserts that the kernels have just these.
+// A letter for each parameter of a kernel: pointer, int32_t, float or double. table.inc asserts that they are right.
 constexpr std::string_view parameters(Kernel kernel) {
     switch (kernel) {
         case Kernel::tile_forward:
@@ -80,14 +80,14 @@ struct Row {
 #include "table.inc"
 
 constexpr int SHARED_BYTES_WITHOUT_ASKING = 48 * 1024;
-constexpr int FIRST_ARCH_WITHOUT_SUCCESSORS = 90;  // from here on Triton's cubins run on their own capability alone
-constexpr double LEAST_MASS = 0x1p-60;  // as in selection.py: any smaller share means the same
+constexpr int FIRST_ARCH_WITHOUT_SUCCESSORS = 90;  // from here on a cubin of Triton's runs on its own capability only
+constexpr double LEAST_MASS = 0x1p-60;  // as in selection.py, where any smaller share means the same
 constexpr const int32_t *NO_LIMITS = nullptr;
 constexpr double LOG2_E = 1.44269504088896340736;
 
 std::mutex loading;
 std::atomic<cudaKernel_t> loaded[std::size(CUBINS)];
-std::atomic<uint64_t> prepared[std::size(CUBINS)];  // a bit for each of the first 64 devices
+std::atomic<uint64_t> prepared[std::size(CUBINS)];  // one bit for each of the first 64 devices
 
 int failure(cudaError_t error) {
     switch (error) {
@@ -155,7 +155,7 @@ struct Found {
     const Cubin &cubin() const { return CUBINS[row->cubin]; }
 };
 
-// The kernel for an operation, what its rows are found by, and a size.
+// Find the kernel for an operation, the key of its rows, and a size.
 int find(Operation operation, std::initializer_list<int> key, int size, Found *found) {
     const auto fits = [&](const Row &row) {
         return row.operation == operation && size <= row.up_to && std::equal(key.begin(), key.end(), row.key);
@@ -180,7 +180,7 @@ int launch(const Found &found, cudaStream_t stream, int64_t x, int64_t y, Argume
     constexpr char letters[] = {letter<Arguments>()...};
     static_assert(std::string_view(letters, sizeof...(Arguments)) == parameters(kernel));
     if (x > INT32_MAX || y > UINT16_MAX) return SMI_FAST_INVALID_ARGUMENT;
-    void *no_scratch = nullptr;  // Triton's kernels end with two pointers to scratch memory; none of these has any
+    void *no_scratch = nullptr;  // Triton's kernels end with two pointers to scratch memory, which none of these uses
     void *pointers[] = {&arguments..., &no_scratch, &no_scratch};
     const Cubin &cubin = found.cubin();
     const dim3 grid(static_cast<unsigned>(x), static_cast<unsigned>(y)), threads(cubin.threads);
@@ -197,7 +197,7 @@ int check_present(std::initializer_list<const void *> pointers) {
     return present ? SMI_FAST_OK : SMI_FAST_NULL_POINTER;
 }
 
-// Of what is accessed 16 bytes at a time; null is aligned.
+// Check pointers to memory that is accessed 16 bytes at a time. A null pointer counts as aligned.
 int check_aligned(std::initializer_list<const void *> pointers) {
     const auto aligned = [](const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
     return std::all_of(pointers.begin(), pointers.end(), aligned) ? SMI_FAST_OK : SMI_FAST_MISALIGNED_POINTER;
@@ -232,7 +232,7 @@ int smi_fast_load() {
     for (const Row &row : ROWS) {
         if (row.arch != arch) continue;
         cudaKernel_t kernel;
-        cudaFuncAttributes attributes;  // asking for them moves the code to the device, which is otherwise put off
+        cudaFuncAttributes attributes;  // asking for them moves the code to the device now and not at the first launch
         if (int status = load(row.cubin, device, &kernel)) return status;
         if (auto error = cudaFuncGetAttributes(&attributes, kernel)) return failure(error);
     }

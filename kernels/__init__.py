@@ -1,4 +1,7 @@
-"""Kernels: each operation defined in plain torch and implemented in Triton. Knows nothing of timm, inversion, files."""
+"""Operations on packed tokens and patches, each defined in plain torch and implemented in Triton.
+
+Nothing here knows of timm, of inversion or of files.
+"""
 
 from .attention import MAX_HEAD_DIM, attention
 from .backend import resolve_backend, triton_status

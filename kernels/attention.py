@@ -12,11 +12,12 @@ from .backend import cdiv, jit, launch, resolve_backend, tl
 from .dispatch import attention_has_form, choose_attention, padded_head_dim
 from .gradients import first_order
 from .rows import gather_rows, padding
+from .tiles import dot, load_row, load_rows, locate, scores_of_row, scores_of_tile, store_rows
 
 MAX_HEAD_DIM = 128
 MAX_SEQLEN = 4096
 LOG2_E = math.log2(math.e)
-KEPT_ROW_BYTES = 512  # of a softmax row: up to this long, a CPU keeps the softmax for the backward pass
+KEPT_ROW_BYTES = 512  # On a CPU, softmax rows of up to this many bytes are kept for the backward pass.
 
 
 def attention(
@@ -28,23 +29,23 @@ def attention(
     return_class_attention: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v within each of B sequences laid end to end.
+    """Compute softmax(scale * q k^T) v (Vaswani et al. 2017, equation 1) within each of B sequences laid end to end.
 
     Args:
-        qkv: (T, 3, H, D) float32, bfloat16 or float16 (plain torch: float64 too), D a multiple of 8 up to 128: the
-            output of the qkv projection, viewed. Its gradient has the same layout.
-        cu_seqlens: (B + 1,) int32 cumulative lengths: sequence b is `qkv[cu_seqlens[b]:cu_seqlens[b + 1]]`.
-        max_seqlen: length of the longest sequence, up to 4096.
-        scale: of the scores; D ** -0.5 by default.
+        qkv: (T, 3, H, D), the output of the qkv projection, viewed. Its dtype is float32, bfloat16 or float16, and in
+            plain torch it may be float64. D is a multiple of 8 up to 128. The gradient has the same layout.
+        cu_seqlens: (B + 1,) int32, cumulative lengths. Sequence b is `qkv[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+        max_seqlen: the length of the longest sequence, up to 4096.
+        scale: the factor of the scores; D ** -0.5 by default.
         return_class_attention: also return how much the first token of each sequence attends to every token.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        out (T, H, D), contiguous; and on request class_attention (H, T) float32, each head's softmax row of the first
-        token, which sums to 1 in each sequence and carries no gradient.
+        out (T, H, D), contiguous, of the dtype of qkv. With `return_class_attention` also class_attention (H, T)
+        float32: each head's softmax row of the first token, which sums to 1 in each sequence and carries no gradient.
 
     Raises:
-        ValueError: a shape, dtype, device or size outside of the above.
+        ValueError: a shape, dtype, device or size is none of the above.
     """
     _check_attention(qkv, cu_seqlens, max_seqlen)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
@@ -83,14 +84,14 @@ def _check_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
 
 
 def attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """What `attention` means, in plain torch: (T, 3, H, D) -> (T, H, D)."""
+    """Define `attention` in plain torch: (T, 3, H, D) -> (T, H, D)."""
     batch, tokens, mask = len(cu_seqlens) - 1, len(qkv), None
     if tokens == 0:
         return qkv[:, 0] * 1  # a new tensor, and a gradient of zeros
     ragged = tokens != batch * max_seqlen
     if ragged:
         slots, mask = padding(cu_seqlens, max_seqlen, tokens)
-        mask = mask[:, None, None]  # (B, 1, 1, N), over the keys
+        mask = mask[:, None, None]  # (B, 1, 1, N): which keys there are
         qkv = qkv.new_zeros(batch * max_seqlen, *qkv.shape[1:]).index_copy(0, slots, qkv)
     q, k, v = qkv.unflatten(0, (batch, max_seqlen)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(0, 1)
@@ -98,6 +99,7 @@ def attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale:
 
 
 def _suits_kept_softmax(qkv: Tensor, batch: int, max_seqlen: int) -> bool:
+    """Whether `_KeptSoftmax` saves enough time over torch's fused form to be worth the memory that it keeps."""
     return (
         qkv.device.type == "cpu"
         and qkv.dtype in (torch.float32, torch.bfloat16)
@@ -107,8 +109,10 @@ def _suits_kept_softmax(qkv: Tensor, batch: int, max_seqlen: int) -> bool:
 
 
 class _KeptSoftmax(torch.autograd.Function):
-    """Attention of equally long, short sequences as batched products, which a CPU runs faster than torch's fused form
-    (in bfloat16 three times). Scores and softmax are float32, as they are there."""
+    """Attention of equally long, short sequences as batched products, with the softmax kept for the backward pass.
+
+    A CPU runs this faster than torch's fused form, in bfloat16 three times as fast. Scores and softmax are float32 in
+    both."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, batch: int, scale: float) -> Tensor:
@@ -120,7 +124,7 @@ class _KeptSoftmax(torch.autograd.Function):
         p = scores.softmax(-1).to(qkv.dtype)  # (B * H, N, N)
         ctx.save_for_backward(packed, p)
         ctx.batch, ctx.scale = batch, scale
-        # Contiguous before it is flattened: torch.compile (2.11) gives wrong gradients the other way round.
+        # This has to be contiguous before it is flattened: torch.compile (2.11) gives wrong gradients otherwise.
         return torch.bmm(p, v).unflatten(0, (batch, heads)).transpose(1, 2).contiguous().flatten(0, 1)
 
     @staticmethod
@@ -137,7 +141,7 @@ class _KeptSoftmax(torch.autograd.Function):
 
 @torch.no_grad()
 def class_attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """The class attention in plain torch: (T, 3, H, D) -> (H, T) float32."""
+    """Define the class attention in plain torch: (T, 3, H, D) -> (H, T) float32."""
     batch, tokens = len(cu_seqlens) - 1, len(qkv)
     if tokens == 0:
         return qkv.new_zeros(qkv.shape[2], 0, dtype=torch.float32)
@@ -155,24 +159,19 @@ def class_attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, 
 
 
 @jit
-def _dot(a, b):
-    """a b, summed in float32 and never in TF32."""
-    return tl.dot(a, b, input_precision="ieee")
+def _softmax_statistics(highests, shares, row, inside):
+    """The highest score and 1 / sum of the softmax rows at an index [BM]. Both are 0 where `inside` [BM] is False."""
+    return tl.load(highests + row, mask=inside, other=0.0), tl.load(shares + row, mask=inside, other=0.0)
 
 
 @jit
-def _locate(cu_seqlens, heads):
-    """Where this program's sequence starts, how long it is, and the program's head."""
-    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    return start, tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start.to(tl.int32), head.to(tl.int64)
+def _probabilities(q, k, n, length, highest, share, scale_log2):
+    """The softmax [BM, BN] of queries [BM, BD] over the keys n [BN, BD], again from the statistics of its rows [BM].
 
-
-@jit
-def _tile(rows, length, stride, D: tl.constexpr, BD: tl.constexpr):
-    """Offsets and mask [BR, BD] of rows [BR] of a sequence; an offset within 4096 tokens fits 32 bits."""
-    d = tl.arange(0, BD)  # [BD]
-    return rows[:, None] * stride + d[None, :], (rows[:, None] < length) & (d[None, :] < D)
+    Past the end of the keys k is zero, but a score of 0 can lie so far above the highest that p would be infinite.
+    """
+    scores = dot(q, tl.trans(k)) * scale_log2  # [BM, BN]
+    return tl.where(n[None, :] < length, tl.exp2(scores - highest[:, None]) * share[:, None], 0.0)
 
 
 @jit
@@ -192,32 +191,34 @@ def _tile_forward_kernel(
     STATISTICS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """A sequence of up to BN tokens: reads q, k and v once and writes out once (4 N D elements a head and sequence of N
-    tokens) and, with CLASS, N floats; 4 N^2 D operations."""
-    start, length, head = _locate(cu_seqlens, heads)
+    """out = softmax(scale q k^T) v (Vaswani et al. 2017, equation 1) of one head and a sequence of up to BN tokens.
+
+    All keys are in one tile, so the softmax needs no running maximum. For a sequence of N tokens, a program reads q, k
+    and v once and writes out once, 4 N D elements in all, and with CLASS it writes N floats. It computes 4 N^2 D
+    operations.
+    """
+    start, length, head = locate(cu_seqlens, heads)
     n = tl.arange(0, BN)  # [BN]
     if length > 0:
         width = heads * D
-        offsets, mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
         qkv += start * 3 * width + head * D
-        q = tl.load(qkv + offsets, mask=mask, other=0.0)  # [BN, BD]
-        k = tl.load(qkv + width + offsets, mask=mask, other=0.0)  # [BN, BD]
-        v = tl.load(qkv + 2 * width + offsets, mask=mask, other=0.0)  # [BN, BD]
-        scores = tl.where(n[None, :] < length, _dot(q, tl.trans(k)) * scale_log2, float("-inf"))  # [BN, BN]
+        q = load_rows(qkv, n, length, 3 * width, D, BD)  # [BN, BD]
+        k = load_rows(qkv + width, n, length, 3 * width, D, BD)  # [BN, BD]
+        v = load_rows(qkv + 2 * width, n, length, 3 * width, D, BD)  # [BN, BD]
+        scores = scores_of_tile(q, k, n, length, scale_log2)  # [BN, BN]
         highest = tl.max(scores, 1)  # [BN]
         p = tl.exp2(scores - highest[:, None])  # [BN, BN]
         share = 1 / tl.sum(p, 1)  # [BN]
-        row = head * tokens + start + n  # [BN], of what is (H, T)
+        row = head * tokens + start + n  # [BN], index into the (H, T) statistics and class attention
         if STATISTICS:
             tl.store(highests + row, highest, mask=n < length)
             tl.store(shares + row, share, mask=n < length)
         if CLASS:
-            # Stored from where it lies: to sum it out of the tile would cost a reduction over all warps.
+            # The tile stores its first row under a mask. Summing the row out would cost a reduction over all warps.
             class_row = class_attention + row[None, :] + tl.zeros([BN, 1], tl.int32)  # [BN, BN]
             tl.store(class_row, p * share[:, None], mask=(n[:, None] == 0) & (n[None, :] < length))
-        acc = _dot(p.to(v.dtype), v) * share[:, None]  # [BN, BD]
-        offsets, mask = _tile(n, length, width, D, BD)
-        tl.store(out + start * width + head * D + offsets, acc.to(out.dtype.element_ty), mask=mask)
+        acc = dot(p.to(v.dtype), v) * share[:, None]  # [BN, BD]
+        store_rows(out + start * width + head * D, acc, n, length, width, D, BD)
 
 
 @jit
@@ -238,63 +239,71 @@ def _blocks_forward_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Reads q and writes out once (2 T H D elements), reads k and v once a block of BM queries; 4 N^2 D operations a
-    head and sequence of N tokens. The statistics of a row are its highest score, times log2(e), and 1 / its sum: their
-    logsumexp in one float would cost the backward pass a rounding error that plain torch does not make."""
-    start, length, head = _locate(cu_seqlens, heads)
+    """out = softmax(scale q k^T) v of BM queries, with keys and values in blocks of BN under a running maximum
+    (FlashAttention-2: Dao 2023, algorithm 1).
+
+    All programs together read q and write out once, 2 T H D elements, and read k and v once for each block of queries.
+    They compute 4 N^2 D operations for each head and sequence of N tokens. The statistics of a softmax row are its
+    highest score, times log2(e), and 1 / its sum. FlashAttention keeps their logsumexp in one float, which would cost
+    the backward pass a rounding error that plain torch does not make.
+    """
+    start, length, head = locate(cu_seqlens, heads)
     first_m = tl.program_id(1) * BM
     m = first_m + tl.arange(0, BM)  # [BM]
     if first_m < length:
         width = heads * D
         qkv += start * 3 * width + head * D
-        offsets, mask = _tile(m, length, 3 * width, D, BD)  # [BM, BD]
-        q = tl.load(qkv + offsets, mask=mask, other=0.0)  # [BM, BD]
+        q = load_rows(qkv, m, length, 3 * width, D, BD)  # [BM, BD]
         highest = tl.full([BM], float("-inf"), tl.float32)  # [BM]
         total = tl.zeros([BM], tl.float32)  # [BM]
         acc = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
         for first_n in range(0, length, BN):
             n = first_n + tl.arange(0, BN)  # [BN]
-            n_offsets, n_mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
-            k = tl.load(qkv + width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
-            v = tl.load(qkv + 2 * width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
-            scores = tl.where(n[None, :] < length, _dot(q, tl.trans(k)) * scale_log2, float("-inf"))  # [BM, BN]
+            k = load_rows(qkv + width, n, length, 3 * width, D, BD)  # [BN, BD]
+            v = load_rows(qkv + 2 * width, n, length, 3 * width, D, BD)  # [BN, BD]
+            scores = scores_of_tile(q, k, n, length, scale_log2)  # [BM, BN]
             new_highest = tl.maximum(highest, tl.max(scores, 1))
             p = tl.exp2(scores - new_highest[:, None])  # [BM, BN]
             shrink = tl.exp2(highest - new_highest)  # [BM]
             total = total * shrink + tl.sum(p, 1)
-            acc = acc * shrink[:, None] + _dot(p.to(v.dtype), v)
+            acc = acc * shrink[:, None] + dot(p.to(v.dtype), v)
             highest = new_highest
         share = 1 / total  # [BM]
-        offsets, mask = _tile(m, length, width, D, BD)
-        tl.store(out + start * width + head * D + offsets, (acc * share[:, None]).to(out.dtype.element_ty), mask=mask)
-        row = head * tokens + start  # of what is (H, T)
+        store_rows(out + start * width + head * D, acc * share[:, None], m, length, width, D, BD)
+        row = head * tokens + start  # index of the sequence's first token in the (H, T) statistics and class attention
         if STATISTICS:
             tl.store(highests + row + m, highest, mask=m < length)
             tl.store(shares + row + m, share, mask=m < length)
         if CLASS and first_m == 0:
-            # Scores are summed here in another order than by the tile's products, and large ones differ: the row is
-            # normalised by the maximum and the total of these, which wait in the output until both are known.
-            d = tl.arange(0, BD)  # [BD]
-            query = tl.load(qkv + d, mask=d < D, other=0.0).to(tl.float32)  # [BD]
-            class_highest, class_total = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
-            for first_n in range(0, length, BN):
-                n = first_n + tl.arange(0, BN)  # [BN]
-                n_offsets, n_mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
-                k = tl.load(qkv + width + n_offsets, mask=n_mask, other=0.0).to(tl.float32)  # [BN, BD]
-                scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
-                tl.store(class_attention + row + n, scores, mask=n < length)
-                class_highest = tl.maximum(class_highest, tl.max(scores, 0))
-            tl.debug_barrier()  # all scores are stored before a thread loads one
-            for first_n in range(0, length, BN):
-                n = first_n + tl.arange(0, BN)  # [BN]
-                scores = tl.load(class_attention + row + n, mask=n < length, other=float("-inf"))  # [BN]
-                class_total += tl.sum(tl.exp2(scores - class_highest), 0)
-            class_share = 1 / class_total
-            for first_n in range(0, length, BN):
-                n = first_n + tl.arange(0, BN)  # [BN]
-                scores = tl.load(class_attention + row + n, mask=n < length, other=float("-inf"))  # [BN]
-                tl.debug_barrier()  # and loaded by all threads before one overwrites it
-                tl.store(class_attention + row + n, tl.exp2(scores - class_highest) * class_share, mask=n < length)
+            _store_class_row(class_attention + row, qkv, length, width, scale_log2, D, BD, BN)
+
+
+@jit
+def _store_class_row(row, qkv, length, width, scale_log2, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    """Store the softmax row of a sequence's first token, which is as long as the sequence.
+
+    The scores are summed in another order here than by the products of tiles, and large scores then differ. So the row
+    is normalised by its own maximum and total. Its scores wait in the output until both are known.
+    """
+    query = load_row(qkv, D, BD)  # [BD]
+    highest, total = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
+    for first_n in range(0, length, BN):
+        n = first_n + tl.arange(0, BN)  # [BN]
+        k = load_rows(qkv + width, n, length, 3 * width, D, BD).to(tl.float32)  # [BN, BD]
+        scores = scores_of_row(query, k, n, length, scale_log2)  # [BN]
+        tl.store(row + n, scores, mask=n < length)
+        highest = tl.maximum(highest, tl.max(scores, 0))
+    tl.debug_barrier()  # No thread may load a score before all are stored.
+    for first_n in range(0, length, BN):
+        n = first_n + tl.arange(0, BN)  # [BN]
+        scores = tl.load(row + n, mask=n < length, other=float("-inf"))  # [BN]
+        total += tl.sum(tl.exp2(scores - highest), 0)
+    share = 1 / total
+    for first_n in range(0, length, BN):
+        n = first_n + tl.arange(0, BN)  # [BN]
+        scores = tl.load(row + n, mask=n < length, other=float("-inf"))  # [BN]
+        tl.debug_barrier()  # No thread may overwrite a score before all have loaded theirs.
+        tl.store(row + n, tl.exp2(scores - highest) * share, mask=n < length)
 
 
 @jit
@@ -310,32 +319,33 @@ def _tile_backward_kernel(
     BD: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """A sequence of up to BN tokens: reads q, k, v and grad_out once and writes dq, dk and dv once (7 N D elements a
-    head and sequence of N tokens); 10 N^2 D operations. Nothing of the forward pass is needed but its input."""
-    start, length, head = _locate(cu_seqlens, heads)
+    """dv = p^T do, dq = ds k and dk = ds^T q of one head and a sequence of up to BN tokens, where
+    p = softmax(scale q k^T), do = grad_out, dp = do v^T and ds = scale p (dp - rowsum(p dp))
+    (FlashAttention: Dao et al. 2022, appendix B.2).
+
+    Everything fits one tile, so p is computed again and the forward pass has to keep nothing but its input. For a
+    sequence of N tokens, a program reads q, k, v and grad_out once and writes dq, dk and dv once, 7 N D elements in
+    all. It computes 10 N^2 D operations.
+    """
+    start, length, head = locate(cu_seqlens, heads)
     n = tl.arange(0, BN)  # [BN]
     if length > 0:
         width = heads * D
-        offsets, mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
-        out_offsets, _ = _tile(n, length, width, D, BD)  # [BN, BD]
-        base = start * 3 * width + head * D
-        qkv += base
-        q = tl.load(qkv + offsets, mask=mask, other=0.0)  # [BN, BD]
-        k = tl.load(qkv + width + offsets, mask=mask, other=0.0)  # [BN, BD]
-        v = tl.load(qkv + 2 * width + offsets, mask=mask, other=0.0)  # [BN, BD]
-        do = tl.load(grad_out + start * width + head * D + out_offsets, mask=mask, other=0.0)  # [BN, BD]
-        scores = tl.where(n[None, :] < length, _dot(q, tl.trans(k)) * scale_log2, float("-inf"))  # [BN, BN]
+        qkv += start * 3 * width + head * D
+        q = load_rows(qkv, n, length, 3 * width, D, BD)  # [BN, BD]
+        k = load_rows(qkv + width, n, length, 3 * width, D, BD)  # [BN, BD]
+        v = load_rows(qkv + 2 * width, n, length, 3 * width, D, BD)  # [BN, BD]
+        do = load_rows(grad_out + start * width + head * D, n, length, width, D, BD)  # [BN, BD]
+        scores = scores_of_tile(q, k, n, length, scale_log2)  # [BN, BN]
         p = tl.exp2(scores - tl.max(scores, 1)[:, None])  # [BN, BN]
         p *= (1 / tl.sum(p, 1))[:, None]
-        grad += base
-        dv = _dot(tl.trans(p.to(do.dtype)), do)  # [BN, BD]
-        tl.store(grad + 2 * width + offsets, dv.to(grad.dtype.element_ty), mask=mask)
-        dp = _dot(do, tl.trans(v))  # [BN, BN]
+        grad += start * 3 * width + head * D
+        dv = dot(tl.trans(p.to(do.dtype)), do)  # [BN, BD]
+        store_rows(grad + 2 * width, dv, n, length, 3 * width, D, BD)
+        dp = dot(do, tl.trans(v))  # [BN, BN]
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)  # [BN, BN]
-        dq = _dot(ds, k)  # [BN, BD]
-        tl.store(grad + offsets, dq.to(grad.dtype.element_ty), mask=mask)
-        dk = _dot(tl.trans(ds), q)  # [BN, BD]
-        tl.store(grad + width + offsets, dk.to(grad.dtype.element_ty), mask=mask)
+        store_rows(grad, dot(ds, k), n, length, 3 * width, D, BD)
+        store_rows(grad + width, dot(tl.trans(ds), q), n, length, 3 * width, D, BD)
 
 
 @jit
@@ -357,49 +367,45 @@ def _rows_backward_kernel(
     BN: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr,
 ):
-    """A sequence of up to BM tokens, whose rows stay while its keys pass in blocks of BN: reads q, k, v, out and
-    grad_out once and writes dq, dk and dv once (8 N D elements a head and sequence of N tokens); 10 N^2 D
-    operations."""
-    start, length, head = _locate(cu_seqlens, heads)
-    m = tl.arange(0, BM)  # [BM], all rows
+    """The gradients of `_tile_backward_kernel` for a sequence of up to BM tokens, with rowsum(out do) for rowsum(p dp),
+    which is the same (FlashAttention: Dao et al. 2022, algorithm 4, with all queries at once).
+
+    The queries stay in registers while the keys pass in blocks of BN. So dk and dv of a block are complete when it has
+    passed, and dq is complete at the end, without atomics and without a second kernel. For a sequence of N tokens, a
+    program reads q, k, v, out and grad_out once and writes dq, dk and dv once, 8 N D elements in all. It computes
+    10 N^2 D operations.
+    """
+    start, length, head = locate(cu_seqlens, heads)
+    m = tl.arange(0, BM)  # [BM], all queries
     if length > 0:
         width = heads * D
-        base = start * 3 * width + head * D
-        qkv += base
-        grad += base
-        offsets, mask = _tile(m, length, 3 * width, D, BD)  # [BM, BD]
-        q = tl.load(qkv + offsets, mask=mask, other=0.0)  # [BM, BD]
-        out_offsets, _ = _tile(m, length, width, D, BD)  # [BM, BD]
-        out_base = start * width + head * D
-        do = tl.load(grad_out + out_base + out_offsets, mask=mask, other=0.0)  # [BM, BD]
-        o = tl.load(out + out_base + out_offsets, mask=mask, other=0.0)  # [BM, BD]
+        qkv += start * 3 * width + head * D
+        grad += start * 3 * width + head * D
+        q = load_rows(qkv, m, length, 3 * width, D, BD)  # [BM, BD]
+        do = load_rows(grad_out + start * width + head * D, m, length, width, D, BD)  # [BM, BD]
+        o = load_rows(out + start * width + head * D, m, length, width, D, BD)  # [BM, BD]
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
-        row = head * tokens + start + m  # [BM]
-        highest = tl.load(highests + row, mask=m < length, other=0.0)  # [BM]
-        share = tl.load(shares + row, mask=m < length, other=0.0)  # [BM]
+        row = head * tokens + start + m  # [BM], index into the (H, T) statistics
+        highest, share = _softmax_statistics(highests, shares, row, m < length)  # [BM] each
         dq = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
         for first_n in range(0, length, BN):
             n = first_n + tl.arange(0, BN)  # [BN]
-            n_offsets, n_mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
-            k = tl.load(qkv + width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
-            v = tl.load(qkv + 2 * width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
-            scores = _dot(q, tl.trans(k)) * scale_log2  # [BM, BN]
-            # Behind the end k is zero, but the score 0 can lie so far above the highest that p would be infinite.
-            p = tl.where(n[None, :] < length, tl.exp2(scores - highest[:, None]) * share[:, None], 0.0)  # [BM, BN]
-            dp = _dot(do, tl.trans(v))  # [BM, BN]
+            k = load_rows(qkv + width, n, length, 3 * width, D, BD)  # [BN, BD]
+            v = load_rows(qkv + 2 * width, n, length, 3 * width, D, BD)  # [BN, BD]
+            p = _probabilities(q, k, n, length, highest, share, scale_log2)  # [BM, BN]
+            dp = dot(do, tl.trans(v))  # [BM, BN]
             ds = (p * (dp - delta[:, None]) * scale).to(q.dtype)  # [BM, BN]
-            dq += _dot(ds, k)
-            # Tensor cores of sm_90 want at least 64 rows: channels where keys are fewer.
+            dq += dot(ds, k)
+            # Tensor cores of sm_90 take 64 rows or more. Where a block has fewer keys, the channels become the rows.
             if CHANNELS_FIRST:
-                dv = tl.trans(_dot(tl.trans(do), p.to(do.dtype)))  # [BN, BD]
-                dk = tl.trans(_dot(tl.trans(q), ds))  # [BN, BD]
+                dv = tl.trans(dot(tl.trans(do), p.to(do.dtype)))  # [BN, BD]
+                dk = tl.trans(dot(tl.trans(q), ds))  # [BN, BD]
             else:
-                dv = _dot(tl.trans(p.to(do.dtype)), do)  # [BN, BD]
-                dk = _dot(tl.trans(ds), q)  # [BN, BD]
-            tl.store(grad + 2 * width + n_offsets, dv.to(grad.dtype.element_ty), mask=n_mask)
-            tl.store(grad + width + n_offsets, dk.to(grad.dtype.element_ty), mask=n_mask)
-        offsets, mask = _tile(m, length, 3 * width, D, BD)
-        tl.store(grad + offsets, dq.to(grad.dtype.element_ty), mask=mask)
+                dv = dot(tl.trans(p.to(do.dtype)), do)  # [BN, BD]
+                dk = dot(tl.trans(ds), q)  # [BN, BD]
+            store_rows(grad + 2 * width, dv, n, length, 3 * width, D, BD)
+            store_rows(grad + width, dk, n, length, 3 * width, D, BD)
+        store_rows(grad, dq, m, length, 3 * width, D, BD)
 
 
 @jit
@@ -421,38 +427,36 @@ def _blocks_dq_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Reads q, out and grad_out and writes dq once (4 T H D elements), reads k and v once a block of BM queries;
-    6 N^2 D operations a head and sequence of N tokens. Leaves delta (H, T), the sum over D of out and its gradient."""
-    start, length, head = _locate(cu_seqlens, heads)
+    """dq = scale (p (do v^T - delta)) k of BM queries, where p = softmax(scale q k^T), do = grad_out and
+    delta = rowsum(out do), with keys and values in blocks of BN (FlashAttention-2: Dao 2023, algorithm 2, but dq in a
+    kernel of its own, which needs no atomics).
+
+    All programs together read q, out and grad_out and write dq once, 4 T H D elements, read k and v once for each block
+    of queries, and leave delta (H, T) for `_blocks_dkv_kernel`. They compute 6 N^2 D operations for each head and
+    sequence of N tokens.
+    """
+    start, length, head = locate(cu_seqlens, heads)
     first_m = tl.program_id(1) * BM
     m = first_m + tl.arange(0, BM)  # [BM]
     if first_m < length:
         width = heads * D
-        base = start * 3 * width + head * D
-        qkv += base
-        offsets, mask = _tile(m, length, 3 * width, D, BD)  # [BM, BD]
-        q = tl.load(qkv + offsets, mask=mask, other=0.0)  # [BM, BD]
-        out_offsets, _ = _tile(m, length, width, D, BD)  # [BM, BD]
-        out_base = start * width + head * D
-        do = tl.load(grad_out + out_base + out_offsets, mask=mask, other=0.0)  # [BM, BD]
-        o = tl.load(out + out_base + out_offsets, mask=mask, other=0.0)  # [BM, BD]
-        row = head * tokens + start + m  # [BM]
+        qkv += start * 3 * width + head * D
+        q = load_rows(qkv, m, length, 3 * width, D, BD)  # [BM, BD]
+        do = load_rows(grad_out + start * width + head * D, m, length, width, D, BD)  # [BM, BD]
+        o = load_rows(out + start * width + head * D, m, length, width, D, BD)  # [BM, BD]
+        row = head * tokens + start + m  # [BM], index into the (H, T) statistics and delta
         row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BM]
         tl.store(delta + row, row_delta, mask=m < length)
-        highest = tl.load(highests + row, mask=m < length, other=0.0)  # [BM]
-        share = tl.load(shares + row, mask=m < length, other=0.0)  # [BM]
+        highest, share = _softmax_statistics(highests, shares, row, m < length)  # [BM] each
         dq = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
         for first_n in range(0, length, BN):
             n = first_n + tl.arange(0, BN)  # [BN]
-            n_offsets, n_mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
-            k = tl.load(qkv + width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
-            v = tl.load(qkv + 2 * width + n_offsets, mask=n_mask, other=0.0)  # [BN, BD]
-            scores = _dot(q, tl.trans(k)) * scale_log2  # [BM, BN]
-            # Behind the end k is zero, but the score 0 can lie so far above the highest that p would be infinite.
-            p = tl.where(n[None, :] < length, tl.exp2(scores - highest[:, None]) * share[:, None], 0.0)  # [BM, BN]
-            ds = p * (_dot(do, tl.trans(v)) - row_delta[:, None])  # [BM, BN]
-            dq += _dot(ds.to(k.dtype), k)
-        tl.store(grad + base + offsets, (dq * scale).to(grad.dtype.element_ty), mask=mask)
+            k = load_rows(qkv + width, n, length, 3 * width, D, BD)  # [BN, BD]
+            v = load_rows(qkv + 2 * width, n, length, 3 * width, D, BD)  # [BN, BD]
+            p = _probabilities(q, k, n, length, highest, share, scale_log2)  # [BM, BN]
+            ds = p * (dot(do, tl.trans(v)) - row_delta[:, None])  # [BM, BN]
+            dq += dot(ds.to(k.dtype), k)
+        store_rows(grad + start * 3 * width + head * D, dq * scale, m, length, 3 * width, D, BD)
 
 
 @jit
@@ -473,59 +477,65 @@ def _blocks_dkv_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Reads k and v and writes dk and dv once (4 T H D elements), reads q and grad_out once a block of BN keys; 8 N^2 D
-    operations a head and sequence of N tokens."""
-    start, length, head = _locate(cu_seqlens, heads)
+    """dv = p^T do and dk = scale (p (do v^T - delta))^T q of BN keys, where p = softmax(scale q k^T), do = grad_out and
+    delta = rowsum(out do), with queries in blocks of BM (FlashAttention-2: Dao 2023, algorithm 2). A row of the score
+    tiles is a key here.
+
+    All programs together read k and v and write dk and dv once, 4 T H D elements, and read q and grad_out once for each
+    block of keys. They compute 8 N^2 D operations for each head and sequence of N tokens.
+    """
+    start, length, head = locate(cu_seqlens, heads)
     first_n = tl.program_id(1) * BN
     n = first_n + tl.arange(0, BN)  # [BN]
     if first_n < length:
         width = heads * D
-        base = start * 3 * width + head * D
-        qkv += base
-        grad += base
+        qkv += start * 3 * width + head * D
+        grad += start * 3 * width + head * D
         grad_out += start * width + head * D
-        row = head * tokens + start  # of what is (H, T)
-        offsets, mask = _tile(n, length, 3 * width, D, BD)  # [BN, BD]
-        k = tl.load(qkv + width + offsets, mask=mask, other=0.0)  # [BN, BD]
-        v = tl.load(qkv + 2 * width + offsets, mask=mask, other=0.0)  # [BN, BD]
+        row = head * tokens + start  # index of the sequence's first token in the (H, T) statistics and delta
+        k = load_rows(qkv + width, n, length, 3 * width, D, BD)  # [BN, BD]
+        v = load_rows(qkv + 2 * width, n, length, 3 * width, D, BD)  # [BN, BD]
         dk = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
         dv = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
         for first_m in range(0, length, BM):
             m = first_m + tl.arange(0, BM)  # [BM]
-            m_offsets, m_mask = _tile(m, length, 3 * width, D, BD)  # [BM, BD]
-            q = tl.load(qkv + m_offsets, mask=m_mask, other=0.0)  # [BM, BD]
-            out_offsets, _ = _tile(m, length, width, D, BD)  # [BM, BD]
-            do = tl.load(grad_out + out_offsets, mask=m_mask, other=0.0)  # [BM, BD]
-            highest = tl.load(highests + row + m, mask=m < length, other=0.0)  # [BM]
-            share = tl.load(shares + row + m, mask=m < length, other=0.0)  # [BM]; with 0, p is 0 behind the end
+            q = load_rows(qkv, m, length, 3 * width, D, BD)  # [BM, BD]
+            do = load_rows(grad_out, m, length, width, D, BD)  # [BM, BD]
+            # Past the end a share is 0, and so is p.
+            highest, share = _softmax_statistics(highests + row, shares + row, m, m < length)  # [BM] each
             row_delta = tl.load(delta + row + m, mask=m < length, other=0.0)  # [BM]
-            scores = _dot(k, tl.trans(q)) * scale_log2  # [BN, BM]
+            scores = dot(k, tl.trans(q)) * scale_log2  # [BN, BM]
             p = tl.exp2(scores - highest[None, :]) * share[None, :]  # [BN, BM]
-            dv += _dot(p.to(do.dtype), do)
-            ds = p * (_dot(v, tl.trans(do)) - row_delta[None, :])  # [BN, BM]
-            dk += _dot(ds.to(q.dtype), q)
-        tl.store(grad + width + offsets, (dk * scale).to(grad.dtype.element_ty), mask=mask)
-        tl.store(grad + 2 * width + offsets, dv.to(grad.dtype.element_ty), mask=mask)
+            dv += dot(p.to(do.dtype), do)
+            ds = p * (dot(v, tl.trans(do)) - row_delta[None, :])  # [BN, BM]
+            dk += dot(ds.to(q.dtype), q)
+        store_rows(grad + width, dk * scale, n, length, 3 * width, D, BD)
+        store_rows(grad + 2 * width, dv, n, length, 3 * width, D, BD)
 
 
 def launch_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, with_class: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward pass in Triton: out (T, H, D), the class attention (H, T) where it is asked for and (H, 0) elsewhere,
-    and the statistics of the softmax, (2, H, T) where the backward pass needs them and (2, H, 0) elsewhere."""
+    """The forward pass in Triton.
+
+    Returns:
+        out (T, H, D); the class attention, (H, T) float32 if `with_class` and (H, 0) otherwise; and the statistics of
+        the softmax, (2, H, T) float32 if the backward pass needs them and (2, H, 0) otherwise.
+    """
     tokens, _, heads, head_dim = qkv.shape
     out, row, statistics = _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class)
     if tokens:
         form, tiles = choose_attention("attention_forward", qkv, max_seqlen)
-        tensors = out, row, *statistics, qkv.contiguous(), cu_seqlens
-        constants = {"D": head_dim, "BD": padded_head_dim(head_dim), "CLASS": with_class}
-        constants["STATISTICS"] = statistics.numel() > 0
         programs = (len(cu_seqlens) - 1) * heads
         if form == "tile":
             kernel, grid = _tile_forward_kernel, (programs,)
         else:
             kernel, grid = _blocks_forward_kernel, (programs, cdiv(max_seqlen, tiles["BM"]))
-        launch(kernel, grid, *tensors, scale * LOG2_E, tokens, heads, **constants, **tiles)
+        launch(
+            kernel, grid, out=out, class_attention=row, highests=statistics[0], shares=statistics[1],
+            qkv=qkv.contiguous(), cu_seqlens=cu_seqlens, scale_log2=scale * LOG2_E, tokens=tokens, heads=heads,
+            D=head_dim, BD=padded_head_dim(head_dim), CLASS=with_class, STATISTICS=statistics.numel() > 0, **tiles,
+        )  # fmt: skip
     return out, row, statistics
 
 
@@ -541,7 +551,7 @@ def _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class):
 
 
 def needs_statistics(qkv: Tensor, max_seqlen: int) -> bool:
-    """Whether the backward pass wants the softmax's statistics, and out: not where one tile holds a sequence."""
+    """Whether the backward pass reads out and the softmax's statistics. It does not where one tile holds a sequence."""
     return not attention_has_form("tile", "attention_backward", qkv, max_seqlen)
 
 
@@ -554,28 +564,32 @@ def launch_attention_backward(
     max_seqlen: int,
     scale: float,
 ) -> Tensor:
-    """The gradient (T, 3, H, D) of qkv: every element is written once, by one program. `out` and `statistics` are those
-    of the forward pass, or None where they are not needed."""
+    """The backward pass in Triton: the gradient (T, 3, H, D) of qkv, every element of which is written once.
+
+    Args:
+        grad_out: (T, H, D), the gradient of out.
+        out, statistics: what `launch_attention` returned, or None if the backward pass does not need them.
+    """
     tokens, _, heads, head_dim = qkv.shape
     grad = _fake_attention_backward(grad_out, qkv, out, statistics, cu_seqlens, max_seqlen, scale)
-    if tokens:
-        form, tiles = choose_attention("attention_backward", qkv, max_seqlen)
-        qkv, grad_out = qkv.contiguous(), grad_out.contiguous()
-        constants = {"D": head_dim, "BD": padded_head_dim(head_dim)}
-        scales, programs = (scale, scale * LOG2_E), (len(cu_seqlens) - 1) * heads
-        if form == "tile":
-            inputs = grad_out, qkv, cu_seqlens, *scales, heads
-            launch(_tile_backward_kernel, (programs,), grad, *inputs, **constants, **tiles)
-        elif form == "rows":
-            inputs = grad_out, qkv, out, *statistics, cu_seqlens, *scales, tokens, heads
-            launch(_rows_backward_kernel, (programs,), grad, *inputs, **constants, **tiles)
-        else:
-            delta = torch.empty_like(statistics[0])
-            inputs = *statistics, cu_seqlens, *scales, tokens, heads
-            grid = programs, cdiv(max_seqlen, tiles["dq"]["BM"])
-            launch(_blocks_dq_kernel, grid, grad, delta, grad_out, qkv, out, *inputs, **constants, **tiles["dq"])
-            grid = programs, cdiv(max_seqlen, tiles["dkv"]["BN"])
-            launch(_blocks_dkv_kernel, grid, grad, delta, grad_out, qkv, *inputs, **constants, **tiles["dkv"])
+    if not tokens:
+        return grad
+    form, tiles = choose_attention("attention_backward", qkv, max_seqlen)
+    programs = (len(cu_seqlens) - 1) * heads
+    shared = dict(
+        grad=grad, grad_out=grad_out.contiguous(), qkv=qkv.contiguous(), cu_seqlens=cu_seqlens,
+        scale=scale, scale_log2=scale * LOG2_E, heads=heads, D=head_dim, BD=padded_head_dim(head_dim),
+    )  # fmt: skip
+    if form == "tile":
+        launch(_tile_backward_kernel, (programs,), **shared, **tiles)
+        return grad
+    shared |= dict(highests=statistics[0], shares=statistics[1], tokens=tokens)
+    if form == "rows":
+        launch(_rows_backward_kernel, (programs,), out=out, **shared, **tiles)
+        return grad
+    dq, dkv, delta = tiles["dq"], tiles["dkv"], torch.empty_like(statistics[0])
+    launch(_blocks_dq_kernel, (programs, cdiv(max_seqlen, dq["BM"])), delta=delta, out=out, **shared, **dq)
+    launch(_blocks_dkv_kernel, (programs, cdiv(max_seqlen, dkv["BN"])), delta=delta, **shared, **dkv)
     return grad
 
 
@@ -595,7 +609,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     kept = (out, statistics) if needs_statistics(qkv, ctx.max_seqlen) else (None, None)
     ctx.save_for_backward(qkv, *kept, cu_seqlens)
     ctx.mark_non_differentiable(row, statistics)
-    ctx.set_materialize_grads(False)  # or zeros are written for each of them
+    ctx.set_materialize_grads(False)  # Otherwise zeros would be written for each of them.
 
 
 @first_order

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,14 +14,14 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # a machine without Triton: the kernels stay plain functions that nothing launches
+except ImportError:  # Without Triton the kernels stay plain functions, which nothing launches.
     triton = tl = None
 
     def jit(function):
         return function
 
 
-# Triton decides once, when a kernel is defined, between compiling it and interpreting it on the CPU.
+# Triton decides when a kernel is defined whether it will be compiled or interpreted on the CPU.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from .interpreter import repair
@@ -27,14 +30,14 @@ if INTERPRETED:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs, "triton" or "torch".
+    """The backend that an operation runs on, "triton" or "torch".
 
     Args:
-        backend: "auto" takes Triton on a CUDA device where it can be imported, and plain torch elsewhere.
+        backend: "auto" chooses Triton on a CUDA device if it can be imported, and plain torch otherwise.
         device: where the tensors of the operation are.
 
     Raises:
-        ValueError: an unknown name, or "triton" where it cannot run.
+        ValueError: the name is unknown, or it is "triton" and Triton cannot run there.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'backend {backend!r} is none of "auto", "triton" and "torch"')
@@ -51,7 +54,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def triton_status() -> str:
-    """A sentence that says why backend "auto" does or does not take Triton on this machine."""
+    """A sentence that says whether backend "auto" uses Triton on this machine, and why."""
     if triton is None:
         return "Triton is not in use: the package triton cannot be imported."
     if not torch.cuda.is_available():
@@ -60,17 +63,45 @@ def triton_status() -> str:
     return f"Triton {triton.__version__} is in use on {torch.cuda.get_device_name()}."
 
 
-def launch(kernel, grid: tuple[int, ...], *args, **arguments) -> None:
-    """Run a kernel on the device of its first tensor, which need not be the current device.
+class Launch(NamedTuple):
+    """One launch of a kernel: its grid, and its arguments, constants and options by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+_recording: list[Launch] | None = None
+
+
+def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
+    """Run a kernel on the device of the first tensor among its arguments, which need not be the current device.
 
     Args:
         kernel: a function that `jit` made.
         grid: the number of programs along up to three axes.
         arguments: the kernel's arguments by name, and Triton's options such as num_warps.
     """
-    first = next(value for value in (*args, *arguments.values()) if isinstance(value, torch.Tensor))
+    if _recording is not None:
+        _recording.append(Launch(kernel, grid, arguments))
+        return
+    first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     with torch.cuda.device_of(first):
-        kernel[grid](*args, **arguments)
+        kernel.run(grid=grid, warmup=False, **arguments)  # as kernel[grid](**arguments), with one copy of them fewer
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches of this process instead of running them, to see or to compile them.
+
+    Since no kernel runs, tensors may be on the device "meta", and what would be written stays unwritten.
+    """
+    global _recording
+    before, _recording = _recording, []
+    try:
+        yield _recording
+    finally:
+        _recording = before
 
 
 def cdiv(a: int, b: int) -> int:

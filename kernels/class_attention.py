@@ -1,4 +1,4 @@
-"""Attention of one query a sequence, as the last block of a classifier needs it for its class token."""
+"""Attention with one query for each sequence, as the last block of a classifier needs it for its class token."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from .backend import jit, launch, resolve_backend, tl
 from .dispatch import choose_attention, padded_head_dim
 from .gradients import first_order
 from .rows import gather_rows, padding
+from .tiles import load_row, load_rows, locate, scores_of_row, store_row, store_rows
 
 
 def class_attention(
@@ -22,23 +23,25 @@ def class_attention(
     return_attention: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T) v with one query for each of B sequences laid end to end.
+    """Compute softmax(scale * q k^T) v (Vaswani et al. 2017, equation 1) with one query for each of B sequences, whose
+    keys and values are laid end to end.
 
     Args:
-        q: (B, H, D) the queries, float32, bfloat16 or float16 (plain torch: float64 too), D a multiple of 8 up to 128.
-        kv: (T, 2, H, D) keys and values of all tokens, of the dtype of q. Its gradient has the same layout.
-        cu_seqlens: (B + 1,) int32 cumulative lengths: sequence b is `kv[cu_seqlens[b]:cu_seqlens[b + 1]]`.
-        max_seqlen: length of the longest sequence, up to 4096.
-        scale: of the scores; D ** -0.5 by default.
+        q: (B, H, D), the queries. Their dtype is float32, bfloat16 or float16, and in plain torch it may be float64. D
+            is a multiple of 8 up to 128.
+        kv: (T, 2, H, D), the keys and values of all tokens, of the dtype of q. The gradient has the same layout.
+        cu_seqlens: (B + 1,) int32, cumulative lengths. Sequence b is `kv[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+        max_seqlen: the length of the longest sequence, up to 4096.
+        scale: the factor of the scores; D ** -0.5 by default.
         return_attention: also return how much each query attends to every token of its sequence.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        out (B, H, D), zero where a sequence is empty; and on request attention (H, T) float32, each head's softmax row,
-        which sums to 1 in each sequence and carries no gradient.
+        out (B, H, D), of the dtype of q and zero where a sequence is empty. With `return_attention` also attention
+        (H, T) float32: each head's softmax row, which sums to 1 in each sequence and carries no gradient.
 
     Raises:
-        ValueError: a shape, dtype, device or size outside of the above.
+        ValueError: a shape, dtype, device or size is none of the above.
     """
     _check_class_attention(q, kv, cu_seqlens, max_seqlen)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -79,7 +82,7 @@ def _check_class_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen
 def class_attention_reference(
     q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What `class_attention` means, in plain torch, with softmax in float32: out (B, H, D) and attention (H, T)."""
+    """Define `class_attention` in plain torch, with the softmax in float32: out (B, H, D) and attention (H, T)."""
     (batch, heads, _), tokens = q.shape, len(kv)
     if tokens == 0:
         return q * 0, q.new_zeros(heads, 0, dtype=torch.float32)
@@ -91,21 +94,12 @@ def class_attention_reference(
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bhd,bnhd->hbn", q.to(exact), k.to(exact)) * scale
     if ragged:
-        # The scores of an empty sequence must not all be -inf; what comes of them is zeroed.
+        # The scores of an empty sequence must not all be -inf, or its softmax would be NaN. Its values are all zero.
         scores = scores.masked_fill(~mask & mask.any(1, keepdim=True), -torch.inf)
     attention = scores.softmax(-1)  # (H, B, N)
     out = torch.einsum("hbn,bnhd->bhd", attention.to(v.dtype), v)
     attention = attention.detach().flatten(1).float()
     return out, gather_rows(attention.T, slots).T if ragged else attention
-
-
-@jit
-def _rows(kv, n, length, heads, D: tl.constexpr, BD: tl.constexpr):
-    """Keys or values [BN, BD] of tokens n of a sequence, in float32; and their offsets and mask."""
-    d = tl.arange(0, BD)  # [BD]
-    offsets = n[:, None] * (2 * heads * D) + d[None, :]  # [BN, BD]
-    mask = (n[:, None] < length) & (d[None, :] < D)  # [BN, BD]
-    return tl.load(kv + offsets, mask=mask, other=0.0).to(tl.float32), offsets, mask
 
 
 @jit
@@ -124,47 +118,48 @@ def _class_forward_kernel(
     BN: tl.constexpr,
     SEVERAL: tl.constexpr,
 ):
-    """Reads k and v once (2 T H D elements; with SEVERAL blocks of BN tokens a sequence k again, from cache) and writes
-    H T floats; 4 N D operations a head and sequence of N tokens. The statistics are as those of attention."""
+    """out = softmax(scale q k^T) v of one query (Vaswani et al. 2017, equation 1), and the softmax row itself.
+
+    All programs together read k and v once, 2 T H D elements, and write H T floats. With SEVERAL, a sequence has more
+    than one block of BN tokens, and k is read twice, from cache the second time: first for the running maximum and
+    total (FlashAttention: Dao et al. 2022, algorithm 1), then for the row. They compute 4 N D operations for each head
+    and sequence of N tokens. The statistics of a softmax row are its highest score, times log2(e), and 1 / its sum.
+    """
+    start, length, head = locate(cu_seqlens, heads)
     program = tl.program_id(0).to(tl.int64)
-    sequence, head = program // heads, program % heads
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start.to(tl.int32)
-    d = tl.arange(0, BD)  # [BD]
-    query = tl.load(q + program * D + d, mask=d < D, other=0.0).to(tl.float32)  # [BD]
     kv += (start * 2 * heads + head) * D
     row = attention + head * tokens + start
+    query = load_row(q + program * D, D, BD)  # [BD]
     acc = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
     if SEVERAL:
         highest, total = tl.full([], -1e38, tl.float32), tl.full([], 0.0, tl.float32)
         for first in range(0, length, BN):
             n = first + tl.arange(0, BN)  # [BN]
-            k, _, _ = _rows(kv, n, length, heads, D, BD)
-            scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
+            k = load_rows(kv, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
+            scores = scores_of_row(query, k, n, length, scale_log2)  # [BN]
             new_highest = tl.maximum(highest, tl.max(scores, 0))
             total = total * tl.exp2(highest - new_highest) + tl.sum(tl.exp2(scores - new_highest), 0)
             highest = new_highest
         share = 1 / tl.maximum(total, 1e-30)
         for first in range(0, length, BN):
             n = first + tl.arange(0, BN)  # [BN]
-            k, _, _ = _rows(kv, n, length, heads, D, BD)
-            v, _, _ = _rows(kv + heads * D, n, length, heads, D, BD)
-            scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
-            p = tl.exp2(scores - highest) * share  # [BN]
+            k = load_rows(kv, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
+            v = load_rows(kv + heads * D, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
+            p = tl.exp2(scores_of_row(query, k, n, length, scale_log2) - highest) * share  # [BN]
             tl.store(row + n, p, mask=n < length)
             acc += p[:, None] * v
     else:
         n = tl.arange(0, BN)  # [BN]
-        k, _, _ = _rows(kv, n, length, heads, D, BD)
-        v, _, _ = _rows(kv + heads * D, n, length, heads, D, BD)
-        scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
+        k = load_rows(kv, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
+        v = load_rows(kv + heads * D, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
+        scores = scores_of_row(query, k, n, length, scale_log2)  # [BN]
         highest = tl.maximum(tl.max(scores, 0), -1e38)  # finite in an empty sequence too
         p = tl.exp2(scores - highest)  # [BN]
         share = 1 / tl.maximum(tl.sum(p, 0), 1e-30)
         p *= share
         tl.store(row + n, p, mask=n < length)
         acc += p[:, None] * v
-    tl.store(out + program * D + d, tl.sum(acc, 0).to(out.dtype.element_ty), mask=d < D)
+    store_row(out + program * D, tl.sum(acc, 0), D, BD)
     tl.store(statistics + 2 * program, highest)
     tl.store(statistics + 2 * program + 1, share)
 
@@ -185,55 +180,56 @@ def _class_backward_kernel(
     BD: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Reads k and v (again from cache) and writes their gradients once (4 T H D elements); 14 N D operations a head and
-    sequence of N tokens. What softmax's gradient takes off is summed up in float32, not made of the rounded output."""
+    """dv = p^T do, dq = ds k and dk = ds^T q of one query, where p = softmax(scale q k^T), do = grad_out, dp = do v^T
+    and ds = scale p (dp - sum(p dp)) (FlashAttention: Dao et al. 2022, appendix B.2).
+
+    All programs together read k and v twice, from cache the second time, and write dk and dv once: 4 T H D elements.
+    They compute 14 N D operations for each head and sequence of N tokens. FlashAttention takes sum(p dp) from the
+    rounded output; here it is summed in float32, because with one query the rounding would show in every gradient.
+    """
+    start, length, head = locate(cu_seqlens, heads)
     program = tl.program_id(0).to(tl.int64)
-    sequence, head = program // heads, program % heads
-    start = tl.load(cu_seqlens + sequence).to(tl.int64)
-    length = tl.load(cu_seqlens + sequence + 1).to(tl.int32) - start.to(tl.int32)
-    d = tl.arange(0, BD)  # [BD]
-    query = tl.load(q + program * D + d, mask=d < D, other=0.0).to(tl.float32)  # [BD]
-    do = tl.load(grad_out + program * D + d, mask=d < D, other=0.0).to(tl.float32)  # [BD]
+    kv += (start * 2 * heads + head) * D
+    grad_kv += (start * 2 * heads + head) * D
+    query = load_row(q + program * D, D, BD)  # [BD]
+    do = load_row(grad_out + program * D, D, BD)  # [BD]
     highest, share = tl.load(statistics + 2 * program), tl.load(statistics + 2 * program + 1)
-    base = (start * 2 * heads + head) * D
-    kv += base
-    grad_kv += base
     weighted = tl.zeros([BN], tl.float32)  # [BN]
     for first in range(0, length, BN):
         n = first + tl.arange(0, BN)  # [BN]
-        k, _, _ = _rows(kv, n, length, heads, D, BD)
-        v, _, _ = _rows(kv + heads * D, n, length, heads, D, BD)
-        scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
-        weighted += tl.exp2(scores - highest) * share * tl.sum(do[None, :] * v, 1)
+        k = load_rows(kv, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
+        v = load_rows(kv + heads * D, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
+        p = tl.exp2(scores_of_row(query, k, n, length, scale_log2) - highest) * share  # [BN]
+        weighted += p * tl.sum(do[None, :] * v, 1)
     delta = tl.sum(weighted, 0)
     acc = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
     for first in range(0, length, BN):
         n = first + tl.arange(0, BN)  # [BN]
-        k, offsets, mask = _rows(kv, n, length, heads, D, BD)
-        v, _, _ = _rows(kv + heads * D, n, length, heads, D, BD)
-        scores = tl.where(n < length, tl.sum(query[None, :] * k, 1) * scale_log2, float("-inf"))  # [BN]
-        p = tl.exp2(scores - highest) * share  # [BN]
+        k = load_rows(kv, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
+        v = load_rows(kv + heads * D, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
+        p = tl.exp2(scores_of_row(query, k, n, length, scale_log2) - highest) * share  # [BN]
         ds = p * (tl.sum(do[None, :] * v, 1) - delta) * scale  # [BN]
         acc += ds[:, None] * k
-        tl.store(grad_kv + offsets, (ds[:, None] * query[None, :]).to(grad_kv.dtype.element_ty), mask=mask)
-        tl.store(grad_kv + heads * D + offsets, (p[:, None] * do[None, :]).to(grad_kv.dtype.element_ty), mask=mask)
-    tl.store(grad_q + program * D + d, tl.sum(acc, 0).to(grad_q.dtype.element_ty), mask=d < D)
+        store_rows(grad_kv, ds[:, None] * query[None, :], n, length, 2 * heads * D, D, BD)
+        store_rows(grad_kv + heads * D, p[:, None] * do[None, :], n, length, 2 * heads * D, D, BD)
+    store_row(grad_q + program * D, tl.sum(acc, 0), D, BD)
 
 
 def launch_class_attention(
     q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward pass in Triton: out (B, H, D), attention (H, T) and the statistics (B, H, 2) of the softmax."""
+    """The forward pass in Triton: out (B, H, D), the attention (H, T) float32, and the statistics (B, H, 2) float32 of
+    the softmax, which the backward pass reads."""
     (batch, heads, head_dim), tokens = q.shape, len(kv)
-    outputs = _fake_class_attention(q, kv, cu_seqlens, max_seqlen, scale)
+    out, attention, statistics = _fake_class_attention(q, kv, cu_seqlens, max_seqlen, scale)
     if batch:
         _, tiles = choose_attention("class_attention_forward", q, max_seqlen)
         launch(
-            _class_forward_kernel, (batch * heads,),
-            *outputs, q.contiguous(), kv.contiguous(), cu_seqlens, scale * LOG2_E, tokens, heads,
-            D=head_dim, BD=padded_head_dim(head_dim), SEVERAL=max_seqlen > tiles["BN"], **tiles,
+            _class_forward_kernel, (batch * heads,), out=out, attention=attention, statistics=statistics,
+            q=q.contiguous(), kv=kv.contiguous(), cu_seqlens=cu_seqlens, scale_log2=scale * LOG2_E, tokens=tokens,
+            heads=heads, D=head_dim, BD=padded_head_dim(head_dim), SEVERAL=max_seqlen > tiles["BN"], **tiles,
         )  # fmt: skip
-    return outputs
+    return out, attention, statistics
 
 
 class_attention_op = torch.library.custom_op("smi_fast::class_attention", launch_class_attention, mutates_args=())
@@ -255,17 +251,18 @@ def launch_class_attention_backward(
     max_seqlen: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients (B, H, D) of q and (T, 2, H, D) of kv: every element is written once, by one program."""
+    """The backward pass in Triton: the gradients (B, H, D) of q and (T, 2, H, D) of kv, every element of which is
+    written once. `statistics` (B, H, 2) are those that `launch_class_attention` returned."""
     batch, heads, head_dim = q.shape
-    grads = _fake_class_attention_backward(grad_out, q, kv, statistics, cu_seqlens, max_seqlen, scale)
+    grad_q, grad_kv = _fake_class_attention_backward(grad_out, q, kv, statistics, cu_seqlens, max_seqlen, scale)
     if batch:
         _, tiles = choose_attention("class_attention_backward", q, max_seqlen)
         launch(
-            _class_backward_kernel, (batch * heads,),
-            *grads, grad_out.contiguous(), q.contiguous(), kv.contiguous(), statistics, cu_seqlens,
-            scale, scale * LOG2_E, heads, D=head_dim, BD=padded_head_dim(head_dim), **tiles,
+            _class_backward_kernel, (batch * heads,), grad_q=grad_q, grad_kv=grad_kv, grad_out=grad_out.contiguous(),
+            q=q.contiguous(), kv=kv.contiguous(), statistics=statistics, cu_seqlens=cu_seqlens, scale=scale,
+            scale_log2=scale * LOG2_E, heads=heads, D=head_dim, BD=padded_head_dim(head_dim), **tiles,
         )  # fmt: skip
-    return grads
+    return grad_q, grad_kv
 
 
 class_attention_backward_op = torch.library.custom_op(
@@ -283,7 +280,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     _, attention, statistics = output
     ctx.save_for_backward(q, kv, statistics, cu_seqlens)
     ctx.mark_non_differentiable(attention, statistics)
-    ctx.set_materialize_grads(False)  # or zeros are written for each of them
+    ctx.set_materialize_grads(False)  # Otherwise zeros would be written for each of them.
 
 
 @first_order

@@ -1,4 +1,4 @@
-"""Triton's interpreter made right for bfloat16, which it rounds toward zero and multiplies as if it were integers."""
+"""Corrects how Triton's interpreter computes in bfloat16: it rounds toward zero, and multiplies tiles as integers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def _round(x: np.ndarray) -> np.ndarray:
-    """float32 to the bits of the nearest bfloat16, ties to even, as the hardware does."""
+    """Round float32 to the bits of the nearest bfloat16, ties to even, as the hardware does."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return np.where(np.isnan(x), 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
-    """The bits of bfloat16 to float32."""
+    """Convert the bits of bfloat16 to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def repair() -> None:
-    """Replace the interpreter's conversion to bfloat16, and its matrix product of two bfloat16 tiles."""
+    """Replace the interpreter's conversion from float32 to bfloat16, and its matrix product of two bfloat16 tiles."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self, src, dst_type):

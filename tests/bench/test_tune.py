@@ -25,7 +25,7 @@ def empty_table(tmp_path, monkeypatch):
     return dispatch.TABLE
 
 
-def test_the_table_in_the_package_is_as_the_script_writes_it(tune):
+def test_the_shipped_table_is_as_the_script_writes_it(tune):
     text = dispatch.TABLE.read_text()
     assert tune.as_json(json.loads(text)) == text
 
@@ -35,7 +35,7 @@ def test_neighbours_that_choose_the_same_become_one_row(tune):
     assert tune.merged(rows) == [{"up_to": 16, "BN": 16}, {"up_to": 64, "BN": 32}, {"up_to": 80, "BN": 16}]
 
 
-def test_the_fastest_candidate_without_a_fault_is_entered_and_other_rows_stay(tune, empty_table, monkeypatch):
+def test_the_fastest_faultless_candidate_replaces_its_row_only(tune, empty_table, monkeypatch):
     kept = {"up_to": 4096, "dtype": "half", "head_dim": 128, "BN": 32, "num_warps": 8}
     empty_table.write_text(tune.as_json({"sm_90": {"source": "old", "class_attention_forward": [kept]}}))
     monkeypatch.setattr(tune, "occupancies", lambda arch, operation, rows, processes: [1.0] * len(rows))
@@ -70,7 +70,7 @@ def test_without_a_usable_candidate_nothing_is_entered(tune, monkeypatch):
     "attention_forward", "attention_backward", "class_attention_forward", "class_attention_backward",
     "select_tokens", "select_tokens_backward", "gather_patches", "gather_patches_backward", "pixel_step",
 ])  # fmt: skip
-def test_what_is_timed_runs_and_writes_what_the_operation_says(operation, tune, monkeypatch, seed):
+def test_timed_calls_run_and_give_the_shapes_of_the_operation(operation, tune, monkeypatch, seed):
     for name, value in (("BATCH", 2), ("HEADS", 1), ("CHANNELS", 16)):
         monkeypatch.setattr(tune, name, value)
     row = {"up_to": 64, "dtype": "float32", "head_dim": 16}
@@ -120,7 +120,7 @@ def test_an_unknown_gpu_takes_the_nearest_older_architecture(capability, expecte
     assert nearest(*capability) == expected
 
 
-def test_the_row_with_the_least_sufficient_size_is_chosen_and_may_be_overridden():
+def test_the_least_sufficient_row_is_chosen_unless_overridden():
     rows = [
         row
         for row in dispatch.table()["sm_90"]["attention_backward"]

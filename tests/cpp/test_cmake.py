@@ -1,10 +1,9 @@
-"""The kernels compiled ahead of time into a library for C++: what is in it, what it launches, what it says where it
-cannot run.
+"""The library of kernels compiled ahead of time for C++: what is in it, what it launches, and how it refuses.
 
-Tests marked cuda compare its numbers with Python's; SMI_FAST_KERNELS_LIBRARY names one that is built already."""
+Tests marked cuda compare its numbers with Python's. They build the library, unless SMI_FAST_KERNELS_LIBRARY names one.
+"""
 
 import ctypes
-import inspect
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
@@ -22,16 +22,18 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
 from smi_fast.kernels import dispatch
 from smi_fast.kernels.attention import launch_attention, launch_attention_backward
+from smi_fast.kernels.backend import recording
 from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
-from smi_fast.kernels.compile import CUOBJDUMP
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
 from smi_fast.kernels.selection import launch_count_mass, launch_select, launch_select_backward
 
 from smi_fast import kernels
 
 ROOT = Path(__file__).parents[2]
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 HEADER = (ROOT / "cpp" / "smi_fast_kernels.h").read_text()
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 OK, INVALID, NULL, MISALIGNED, NOT_BUILT, UNSUPPORTED_DEVICE, NO_DEVICE = range(7)
@@ -54,17 +56,17 @@ import compile_kernels
 
 def described(launch, arch):
     kernel, letters = compile_kernels.source(launch)
-    names = launch.kernel.arg_names
+    names, options = launch.kernel.arg_names, compile_kernels.options_of(launch)
     constants = {names[index]: value for (index,), value in kernel.constants.items()}
     code = json.dumps({
         "arch": arch,
         "kernel": launch.kernel.__name__,
-        "constants": {**launch.kwargs, **constants},
+        "constants": {**options, **constants},
         "parameters": [name for name in names if name not in constants],
         "letters": letters,
         "aligned": [names[index] for index, in kernel.attrs],
     })
-    threads = 32 * launch.kwargs["num_warps"]
+    threads = 32 * options["num_warps"]
     return compile_kernels.Cubin(launch.kernel.__name__, letters, threads, 60000, code.encode() + bytes(1))
 
 compile_kernels.compiled = described
@@ -188,8 +190,8 @@ def small(build) -> Library:
 
 @pytest.fixture(scope="module")
 def fake(build, tmp_path_factory) -> Library:
-    """The library with CUDA's runtime replaced: `launches` lists what would have run, `aligned` the pointers that it
-    would have taken to be multiples of 16."""
+    """The library with CUDA's runtime replaced. `launches` lists what would have run, and `aligned` the pointers that
+    the kernels would have taken to be multiples of 16."""
     folder, (compiler, include) = tmp_path_factory.mktemp("fake"), compile_command(build)
     run(sys.executable, "-c", WITHOUT_COMPILING, "--out", folder, "--archs", "80,90", *FULL.split(), cwd=ROOT)
     (folder / "runtime.cpp").write_text(FAKE_RUNTIME)
@@ -218,26 +220,33 @@ def fake(build, tmp_path_factory) -> Library:
 
 
 @pytest.fixture
-def python(monkeypatch) -> list:
-    """What Python launches, recorded like that of the fake library instead of run."""
-    launches = []
-
-    def record(kernel, grid, *arguments, **constants):
-        parameters = inspect.signature(kernel.fn).parameters
-        values = {name: as_passed(value, parameters[name]) for name, value in zip(parameters, arguments, strict=False)}
-        values |= {"scratch": None, "more_scratch": None, **constants}
-        launches.append((kernel.fn.__name__, (*grid, 1)[:2], 32 * constants["num_warps"], 60000, values))
-
-    for name in ("attention", "class_attention", "selection", "patches"):
-        monkeypatch.setattr(sys.modules[f"smi_fast.kernels.{name}"], "launch", record)
-    return launches
+def python() -> Iterator[list]:
+    """What Python launches, recorded instead of run."""
+    with recording() as launches:
+        yield launches
 
 
-def as_passed(value, parameter: inspect.Parameter):
-    """An argument as a kernel gets it: an address, or a number of the parameter's type."""
+def as_the_library_lists(launches: list) -> list:
+    """Recorded launches as the fake library lists its own."""
+    return [
+        (
+            launch.kernel.fn.__name__,
+            (*launch.grid, 1)[:2],
+            32 * launch.arguments["num_warps"],
+            60000,
+            {name: as_passed(value, launch.kernel, name) for name, value in launch.arguments.items()}
+            | {"scratch": None, "more_scratch": None},
+        )
+        for launch in launches
+    ]
+
+
+def as_passed(value, kernel, name: str):
+    """An argument as the kernel gets it: an address, or a number of the parameter's type."""
     if isinstance(value, torch.Tensor):
         return value.data_ptr() or None
-    return ctypes.c_float(value).value if isinstance(value, float) and "float64" not in str(parameter) else value
+    is_double = "float64" in str(kernel.fn.__annotations__.get(name))
+    return ctypes.c_float(value).value if isinstance(value, float) and not is_double else value
 
 
 def embedded_cubins(library: bytes) -> list[bytes]:
@@ -278,21 +287,20 @@ def test_the_library_holds_the_machine_code_of_each_kernel_for_each_architecture
         (arch,) = re.findall(r"\.(sm_\w+)\.cubin", run(CUOBJDUMP, "-lelf", path))
         held[arch] |= {*re.findall(r"Function (\w+):", run(CUOBJDUMP, "-res-usage", path))}
     assert len(cubins) == len(list((build / "generated" / "cubins").iterdir()))
-    names = {
-        "_tile_forward_kernel", "_tile_backward_kernel", "_class_forward_kernel", "_class_backward_kernel",
-        "_select_kernel", "_count_kernel", "_select_backward_kernel", "_gather_kernel", "_gather_backward_kernel",
-    }  # fmt: skip
-    assert held == {"sm_80": names, "sm_90a": names}
+    listed = {*re.findall(r'\{Kernel::\w+, "(\w+)"', (build / "generated" / "table.inc").read_text())}
+    assert listed
+    assert held == {"sm_80": listed, "sm_90a": listed}
     assert str(ROOT).encode() not in library
 
 
-def test_nothing_is_assumed_of_integers_and_accesses_are_as_wide_as_in_python(tmp_path):
-    """As many loads and stores of 16 bytes as in the kernel that Triton specialises to multiples of 16; the integers
-    are no constants."""
+def test_nothing_is_assumed_of_integers_and_accesses_are_as_wide_as_in_python():
+    """There are as many loads and stores of 16 bytes as in the kernel that Triton specialises to multiples of 16, and
+    the integers are no constants."""
     program = """
 import json, re, sys
-sys.path.insert(0, "cmake")
+sys.path[:0] = ["cmake", "bench"]
 import compile_kernels as ahead
+import resources
 import triton
 
 if __name__ == "__main__":
@@ -301,10 +309,10 @@ if __name__ == "__main__":
         for variant in variants(90, options):
             chosen.setdefault(variant.operation, variant.launch)
     for operation, launch in chosen.items():
-        (own, letters), (specialised, settings) = ahead.source(launch), launch.source("sm_90")
+        (own, letters), (specialised, settings) = ahead.source(launch), resources.source(launch, "sm_90")
         wide = []
         for source in own, specialised:
-            ptx = triton.compile(source, target=ahead.target("sm_90"), options=settings).asm["ptx"]
+            ptx = triton.compile(source, target=resources.target("sm_90"), options=settings).asm["ptx"]
             wide.append([len(re.findall(rf"{access}\\.global\\S*\\.v4", ptx)) for access in ("ld", "st")])
         integers = [name for name, kind in own.signature.items() if kind == "i32"]
         attributes = [list(own.signature)[index] for index, in own.attrs]
@@ -459,7 +467,7 @@ def test_attention_is_launched_as_python_launches_it(fake, python, on, arch, dty
         statistics = torch.empty(2, 3, tokens)
         grad = launch_attention_backward(grad_out, qkv, out, statistics, *sequences)
         read = dict(grad_out=grad_out, qkv=qkv, out=out, statistics=statistics)
-        written = dict(grad_qkv=grad, workspace=python[-1][-1].get("delta", 4096))  # Python allocates its own
+        written = dict(grad_qkv=grad, workspace=python[-1].arguments.get("delta", 4096))  # Python allocates its own
         assert fake.status("smi_fast_attention_backward", **written, **read, **shape) == OK
 
         q, kv = torch.empty(5, 3, 64, dtype=dtype), torch.empty(tokens, 2, 3, 64, dtype=dtype)
@@ -472,7 +480,7 @@ def test_attention_is_launched_as_python_launches_it(fake, python, on, arch, dty
         read = dict(grad_out=grad_out, q=q, kv=kv, statistics=statistics)
         written = dict(grad_q=grad_q, grad_kv=grad_kv)
         assert fake.status("smi_fast_class_attention_backward", **written, **read, **shape) == OK
-        assert fake.launches == python, size
+        assert fake.launches == as_the_library_lists(python), size
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -507,7 +515,7 @@ def test_selection_is_launched_as_python_launches_it(fake, python, on, arch, dty
         grad = launch_select_backward(kept, slots)
         given = dict(grad_values=grad, grad_kept_values=kept, slots=slots, tokens=tokens)
         assert fake.status("smi_fast_select_backward", **given, **rows) == OK
-        assert fake.launches == python, size
+        assert fake.launches == as_the_library_lists(python), size
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -529,7 +537,7 @@ def test_patches_are_launched_as_python_launches_them(fake, python, on, arch, dt
     grad = launch_gather_patches_backward(patches, inverse, view, 3, 16, 16, torch.float32)
     given = dict(grad_images=grad, grad_patches=patches, inverse=inverse)
     assert fake.status("smi_fast_gather_patches_backward", **given, **shape) == OK
-    assert fake.launches == python
+    assert fake.launches == as_the_library_lists(python)
 
 
 def test_more_shared_memory_than_there_is_without_asking_is_asked_for(fake):

@@ -1,4 +1,4 @@
-"""Attention of one query a sequence: against its formula in float64, on both backends, and against full attention."""
+"""Attention with one query for each sequence: against its formula in float64, on both backends, and full attention."""
 
 import sys
 
@@ -73,7 +73,7 @@ def check(lengths, heads, head_dim, dtype, device, scale=None):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("head_dim", [8, 32, 48, 64, 72, 80, 88, 96, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_triton_errs_at_most_twice_as_far_as_plain_torch(dtype, head_dim, form, device, seed):
+def test_triton_obeys_the_2x_rule(dtype, head_dim, form, device, seed):
     with override(FORMS[form]):
         check([1, 15, 16, 17, 47, 33], 2, head_dim, dtype, device)
         check([4] * 6, 3, head_dim, dtype, device, scale=0.4)  # many: a few gradients would measure chance
@@ -144,7 +144,7 @@ def test_operators_pass_opcheck(device, seed):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_is_written_beyond_the_outputs_and_repeats_are_equal_bit_for_bit(form, device, seed):
+def test_writes_stay_in_the_outputs_and_repeat_bit_for_bit(form, device, seed):
     module, lengths, results = sys.modules[class_attention.__module__], [31, 1, 0, 17], []
     q, kv, grad_out = inputs(lengths, 2, 24, torch.float32, device)
     cu_seqlens = cu_seqlens_of(lengths, device)
@@ -210,7 +210,7 @@ def test_bad_arguments_are_named(q, kv, dtype, lengths, max_seqlen, message):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 48, 64, 72, 128])
 @pytest.mark.parametrize("lengths", [[47] * 8, [197] * 3, [577], [1, 63, 64, 65, 300], [4096, 5]], ids=str)
-def test_gpu_matrix_errs_at_most_twice_as_far_and_repeats_bit_for_bit(lengths, head_dim, dtype, device, seed):
+def test_gpu_obeys_the_2x_rule_and_repeats_bit_for_bit(lengths, head_dim, dtype, device, seed):
     state = torch.random.get_rng_state(), torch.cuda.get_rng_state()
     first = check(lengths, 3, head_dim, dtype, device)
     torch.random.set_rng_state(state[0])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from smi_fast.kernels.dispatch import choose
 
 triton = pytest.importorskip("triton")
 
+BENCH = str(Path(__file__).parents[2] / "bench")
 WIDTHS = """
 import json, re, subprocess, tempfile
 import torch, triton
-from smi_fast.kernels.compile import CUOBJDUMP, recorded, target
+from launches import recorded
+from resources import CUOBJDUMP, source, target
 from smi_fast.kernels.patches import *
 from smi_fast.kernels.selection import *
 
@@ -29,8 +32,8 @@ def integers(*shape):
 
 def show(name, launch):
     for arch in ("sm_80", "sm_90"):
-        source, options = launch.source(arch)
-        compiled = triton.compile(source, target=target(arch), options=options)
+        kernel, options = source(launch, arch)
+        compiled = triton.compile(kernel, target=target(arch), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
@@ -63,6 +66,7 @@ def _tiles(operation, size):
 
 def test_rows_move_16_bytes_at_a_time_where_they_allow_it():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [BENCH, environment.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, "-c", WIDTHS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
