@@ -232,7 +232,7 @@ def test_no_network_for_pretrained_weights_is_one_sentence(tmp_path):
     arguments = ["--model", "deit_tiny_patch16_224", "--pretrained", "--out", tmp_path / "o"]
     process = run("invert", *arguments, env=environment)
     assert process.returncode == 2
-    assert "smi-fast: error: the pretrained weights of deit_tiny_patch16_224 cannot be had" in process.stderr
+    assert "smi-fast: error: the pretrained weights of deit_tiny_patch16_224 cannot be downloaded" in process.stderr
     assert process.stderr.count("\n") == 1
     assert not (tmp_path / "o").exists()
 
