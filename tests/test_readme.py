@@ -40,7 +40,7 @@ NOT_RUN = ("make", "cmake")  # test_package.py tests make, test_cmake.py tests c
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Replace downloads: timm's models get random weights, and CIFAR-10 gets random images, in its own form on the disk."""
+    """Replace downloads: timm's models get random weights, and CIFAR-10 random images in its own form on the disk."""
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **other: create_model(name, **other))
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", write_cifar10)

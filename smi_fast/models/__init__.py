@@ -1,4 +1,4 @@
-"""The models that come with the package: a small ViT for CIFAR-10, and a student for it that was trained without labels.
+"""The models that come with the package: a small ViT for CIFAR-10, and a student for it, trained without labels.
 
 They let every command and example run without a download. `README.md` beside this file holds their model cards, and
 `examples/train_cifar10.py` and `examples/pretrain_student.py` hold the recipes that trained them.
