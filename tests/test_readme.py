@@ -102,7 +102,7 @@ def test_all_blocks_run_in_order_and_again(place, offline, tmp_path, monkeypatch
     if place == "checkout":
         copy_of_the_checkout(Path.cwd())
     before = files(Path.cwd())
-    assert README.count(FEWER_ITERATIONS[0]) == 1
+    assert FEWER_ITERATIONS[0] in README
     for _ in range(2):
         names = run_readme(tmp_path / "stubs")
         assert names["logits"].shape == (2, 1000)

@@ -153,23 +153,19 @@ def given_inversion(args: argparse.Namespace) -> dict:
 
 
 def add_data(
-    parser: argparse.ArgumentParser, what: str = "test images", *, required: bool = True
-) -> argparse._ArgumentGroup:
-    """Add --data and --root, which name labelled images."""
+    parser: argparse.ArgumentParser, what: str = "test images", *, required: bool = True, limit: bool = True
+) -> None:
+    """Add --data and --root, which name labelled images, and --limit, which takes some of the test images."""
     data = parser.add_argument_group("data")
     what += ": a folder that holds a folder for each class, or CIFAR10, CIFAR100 or ImageNet with --root"
     data.add_argument("--data", metavar="DATA", required=required, help=what)
     data.add_argument("--root", type=Path, metavar="FOLDER", help="folder where torchvision keeps the data set")
-    return data
-
-
-def add_test_images(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add --data, --root and --limit."""
-    add_numbers(add_data(parser, required=required), limit=(count, None, "use N evenly spaced test images, not all"))
+    if limit:
+        add_numbers(data, limit=(count, None, "use N evenly spaced test images instead of all"))
 
 
 def load_test_images(args: argparse.Namespace, model: nn.Module) -> DataLoader:
-    """The test images that the options of `add_test_images` name, preprocessed for the model."""
+    """The test images that the options of `add_data` name, preprocessed for the model."""
     data = load_data(args.data, args.root, split="test", model=model)
     if args.limit is not None and args.limit < len(data):
         data = Subset(data, torch.linspace(0, len(data) - 1, args.limit).long().tolist())

@@ -48,7 +48,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     arguments.add_numbers(images, samples=(count, None, what))
     arguments.add_inversion(images, lr="--inversion-lr")
     arguments.add_numbers(parser.add_argument_group("transfer"), **TRANSFER)
-    arguments.add_test_images(parser)
+    arguments.add_data(parser)
     arguments.add_device(parser)
     add_output(parser, "smi-fast-distilled")
 
@@ -60,14 +60,13 @@ def run(args: argparse.Namespace) -> int:
     test = arguments.load_test_images(args, student)
     settings = {name: getattr(args, name) for name in ("samples", *TRANSFER)}
     record = {
-        "teacher": args.model, "student": args.student, "fine_tune": args.fine_tune,
-        "images": f"inverted, stopping {inversion.stopping}, {inversion.iterations} iterations",
+        "teacher": args.model, "student": args.student, "fine_tune": args.fine_tune, "images": str(args.dataset),
         "settings": settings, "test_images": len(test.dataset), "device": device_name(args.device),
-        "versions": versions(), "rounds": [], "inversion": inversion.record(),
+        "versions": versions(), "rounds": [],
     }  # fmt: skip
-    if args.dataset is not None:
-        record["images"] = str(args.dataset)
-        del record["inversion"]
+    if args.dataset is None:
+        record["images"] = f"inverted, stopping {inversion.stopping}, {inversion.iterations} iterations"
+        record["inversion"] = inversion.record()
 
     def save_round(finished: Round, batch: object) -> None:
         """Save what is finished, whatever happens next."""

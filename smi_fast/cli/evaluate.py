@@ -19,7 +19,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     arguments.add_model(parser, "name of any timm classifier, or of the small ViT that comes with smi-fast")
     what = "evaluate the model that smi-fast quantize wrote to this file"
     parser.add_argument("--quantized", type=Path, metavar="FILE", help=what)
-    arguments.add_test_images(parser)
+    arguments.add_data(parser)
     arguments.add_numbers(parser, batch_size=(arguments.count, 128, "number of images at a time"))
     add_quiet(parser)
     arguments.add_device(parser)

@@ -70,11 +70,17 @@ def run(args: argparse.Namespace) -> int:
     about = {
         "model": args.model,
         "weights": str(args.checkpoint) if args.checkpoint else "pretrained" if args.pretrained else "inside",
+        "mean": inverter.mean,
+        "std": inverter.std,
+        "stopping": str(inverter.stopping),
         "settings": settings.record(),
         "seed": args.seed,
+        "dtype": str(inverter.backbone.compute_dtype).removeprefix("torch."),
+        "backend": kernels.resolve_backend(args.backend, args.device),
         "device": device_name(args.device),
         "versions": versions(),
-        **inversion.about(),
+        "interrupted": inversion.interrupted,
+        "error": None if inversion.error is None else str(inversion.error),
     }
     report = about | inversion.outcome(names)
 
@@ -139,7 +145,7 @@ class Snapshots:
 
 @dataclass
 class Inversion:
-    """What a run of the command inverted, batch by batch, and what it cost."""
+    """What the command inverted, batch by batch, and what it cost."""
 
     inverter: Inverter
     snapshots: Snapshots  # of the first batch
@@ -153,27 +159,8 @@ class Inversion:
         return self.batches[-1].interrupted
 
     @property
-    def images(self) -> Tensor:
-        """(N, C, H, W) in [0, 1]."""
-        return torch.cat([batch.images for batch in self.batches])
-
-    @property
     def targets(self) -> Tensor:
-        """(N,) int64."""
         return torch.cat([batch.targets for batch in self.batches])
-
-    def about(self) -> dict:
-        """How the images were made."""
-        backbone = self.inverter.backbone
-        return {
-            "mean": self.inverter.mean,
-            "std": self.inverter.std,
-            "stopping": str(self.inverter.stopping),
-            "dtype": str(backbone.compute_dtype).removeprefix("torch."),
-            "backend": kernels.resolve_backend(backbone.backend, backbone.device),
-            "interrupted": self.interrupted,
-            "error": None if self.error is None else str(self.error),
-        }
 
     def outcome(self, names: Sequence[str]) -> dict:
         """How sure the model is of each image's target, the losses of the first batch, and what the stages cost."""
@@ -194,7 +181,8 @@ class Inversion:
 
     def save(self, results: Results, names: Sequence[str], about: dict) -> None:
         """Write the dataset and the pictures."""
-        first, images, targets = self.batches[0], self.images, self.targets
+        first, targets = self.batches[0], self.targets
+        images = torch.cat([batch.images for batch in self.batches])
         keep = [row for batch in self.batches for row in batch.keep]
         dataset = InvertedDataset.from_images(images, keep, targets, first.patch_size, about)
         results.write("inverted.safetensors", lambda path: dataset.save(path, overwrite=True))
@@ -232,18 +220,13 @@ def parse_classes(text: str, names: Sequence[str]) -> list[int]:
     classes: list[int] = []
     for part in (part.strip() for part in text.split(",")):
         first, dash, last = part.partition("-")
+        last = last if dash else first
         if part in names:
             classes.append(names.index(part))
-        elif part.isdecimal():
-            classes.append(_class_number(part, names))
-        elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
-            classes.extend(range(int(first), _class_number(last, names) + 1))
-        else:
+        elif not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise ValueError(f"--classes: {part!r} is neither a class number, a range such as 0-9, nor a class name")
+        elif int(last) >= len(names):
+            raise ValueError(f"--classes: {last} is no class of the model, which has {len(names)}")
+        else:
+            classes += range(int(first), int(last) + 1)
     return list(dict.fromkeys(classes))
-
-
-def _class_number(text: str, names: Sequence[str]) -> int:
-    if int(text) >= len(names):
-        raise ValueError(f"--classes: {text} is no class of the model, which has {len(names)}")
-    return int(text)

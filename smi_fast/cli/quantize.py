@@ -16,6 +16,7 @@ from smi_fast.cli.output import Results, add_output
 from smi_fast.data.files import atomic_write, write_json
 from smi_fast.data.labelled import load_data
 from smi_fast.data.sparse import InvertedDataset, normalize_patches
+from smi_fast.grid import PatchGrid
 from smi_fast.packed import PackedTokens
 from smi_fast.quantization.vit import check_supported, quantize
 from smi_fast.seeds import seeded_generator
@@ -30,24 +31,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
     arguments.add_model(parser)
     calibration = parser.add_argument_group("calibration")
-    what = (
-        "where the calibration images come from: a file or folder that smi-fast invert wrote; noise; or real, for "
-        "images of the training split of --data"
-    )
+    what = "calibration images: what smi-fast invert wrote, noise, or real for images of --data's training split"
     calibration.add_argument("--calibration", default="noise", metavar="SOURCE", help=what)
-    arguments.add_numbers(
-        calibration,
-        images=(count, 32, "number of calibration images"),
-        seed=(seed, 0, "seed for the noise, or for the choice of real images"),
-    )
+    arguments.add_numbers(calibration, images=(count, 32, "number of calibration images"))
+    arguments.add_numbers(calibration, seed=(seed, 0, "seed for the noise, or for the choice of real images"))
     bits = parser.add_argument_group("bits")
-    arguments.add_numbers(
-        bits,
-        weight_bits=(int, 8, "bits of a weight, 2 to 8"),
-        activation_bits=(int, 8, "bits of an activation, 2 to 8"),
-    )
+    arguments.add_numbers(bits, weight_bits=(int, 8, "bits of a weight, from 2 to 8"))
+    arguments.add_numbers(bits, activation_bits=(int, 8, "bits of an activation, from 2 to 8"))
     bits.add_argument("--export", action="store_true", help="also write quantized.pt2, an int8 program to deploy")
-    arguments.add_test_images(parser, required=False)
+    arguments.add_data(parser, required=False)
     arguments.add_numbers(parser, batch_size=(count, 128, "number of test images at a time"))
     arguments.add_device(parser)
     add_output(parser, "smi-fast-quantized")
@@ -118,13 +110,10 @@ def inverted_images(args: argparse.Namespace, fast: AcceleratedViT) -> PackedTok
     if len(dataset) < args.images:
         raise ValueError(f"--images: {args.calibration} holds {len(dataset)} images, not {args.images}")
     dataset.check_normalization(fast.mean, fast.std)
-    patch_size = fast.grid(fast.image_size).patch_size
-    for what, found, expected in (
-        ("images", dataset.image_size[1:], fast.image_size), ("patches", dataset.patch_size, patch_size),
-    ):  # fmt: skip
-        if tuple(found) != expected:
-            found, expected = ("{}x{}".format(*size) for size in (found, expected))
-            raise ValueError(f"--calibration: {args.calibration} holds {what} of {found}, the model takes {expected}")
+    grid, found = fast.grid(fast.image_size), PatchGrid.of(dataset.image_size[1:], dataset.patch_size)
+    if found != grid:
+        ours, theirs = ("{}x{} pixels in patches of {}x{}".format(*g.image_size, *g.patch_size) for g in (grid, found))
+        raise ValueError(f"--calibration: {args.calibration} holds images of {theirs}, the model takes {ours}")
     chosen = torch.linspace(0, len(dataset) - 1, args.images).long().tolist()  # the dataset is sorted by class
     tokens, _ = InvertedDataset.collate([dataset[number] for number in chosen])
     return normalize_patches(tokens, fast.mean, fast.std)

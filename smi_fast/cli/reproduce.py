@@ -19,7 +19,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     arguments.add_model(parser)
     what = "name of the student: a timm ViT or DeiT, the ViT trained without labels that comes with smi-fast, or none"
     arguments.add_model(parser, what, role="student", default=STUDENT_INSIDE)
-    arguments.add_data(parser, "labelled images with a training and a test split")
+    arguments.add_data(parser, "labelled images with a training and a test split", limit=False)
     what = "size of the comparisons: paper, as published, or demo, which takes minutes"
     parser.add_argument("--preset", choices=tuple(PRESETS), default="demo", help=what)
     what = f"sections of the page, from {','.join(SECTIONS)} (default: all)"

@@ -47,13 +47,7 @@ def removal_losses(
 ) -> list[list[float]]:
     """Mean cross-entropy and accuracy in % on whole images, then for each count of patches left after each removal.
 
-    Args:
-        fast: the model.
-        batches: normalised images (B, C, H, W) and their classes (B,).
-        counts: numbers of patches that are left of an image.
-
-    Returns:
-        1 + len(counts) * len(REMOVALS) pairs [cross-entropy, accuracy].
+    Batches are normalised images (B, C, H, W) and their classes (B,). Returns 1 + len(counts) * len(REMOVALS) pairs.
     """
     total, images = 0, 0
     with frozen(fast), torch.random.fork_rng():

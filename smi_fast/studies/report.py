@@ -16,12 +16,8 @@ from smi_fast.inversion.meter import StageCost
 
 def versions() -> dict[str, str]:
     """The versions of this package, of Python and of the libraries that results depend on."""
-    return {
-        "smi_fast": smi_fast.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
+    libraries = {"torch": torch.__version__, "timm": timm.__version__}
+    return {"smi_fast": smi_fast.__version__, "python": platform.python_version()} | libraries
 
 
 def device_name(device: torch.device) -> str:

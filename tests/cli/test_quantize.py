@@ -71,7 +71,7 @@ def test_the_retry_after_a_bad_test_image_is_welcome(data, refused, tmp_path):
         (["--images", "0"], "--images: must be at least 1, got 0"),
         (["--calibration", "INVERTED", "--images", "21"], "holds 20 images, not 21"),
         (["--calibration", "INVERTED", "--images", "2", "--model", "test_vit", "--checkpoint", "VIT"], "model of mean"),
-        (["--calibration", "OTHER", "--images", "1"], "holds images of 16x16, the model takes 32x32"),
+        (["--calibration", "OTHER", "--images", "1"], "in patches of 4x4, the model takes 32x32"),
         (["--model", "test_resnet", "--checkpoint", "RESNET"], "the model is a ResNet, and only"),
         (["--images", "2147483647"], "--images: 2147483647 images take"),
         (["--calibration", "real", "--data", "DATA"], "DATA holds 20 images, not 32"),
