@@ -60,10 +60,17 @@ def triton_status() -> str:
     return f"Triton {triton.__version__} is in use on {torch.cuda.get_device_name()}."
 
 
-def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
-    """Run a kernel on the device of its first tensor, which need not be the current one."""
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **constants)
+def launch(kernel, grid: tuple[int, ...], *args, **arguments) -> None:
+    """Run a kernel on the device of its first tensor, which need not be the current device.
+
+    Args:
+        kernel: a function that `jit` made.
+        grid: the number of programs along up to three axes.
+        arguments: the kernel's arguments by name, and Triton's options such as num_warps.
+    """
+    first = next(value for value in (*args, *arguments.values()) if isinstance(value, torch.Tensor))
+    with torch.cuda.device_of(first):
+        kernel[grid](*args, **arguments)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -247,20 +247,25 @@ def _gather_patches_backward(row: dict[str, Any]) -> Iterator[list[Launch]]:
 
 
 def _pixel_step(row: dict[str, Any]) -> Iterator[list[Launch]]:
-    """Both kernels of a step: with every kind of view and prior, and for patches of other sizes."""
+    """Both kernels of a step, with every kind of view, prior, norm and gradient, and for patches of other sizes."""
     sizes = ((3, 16, 16), (3, 8, 8), (1, 16, 16), (3, 14, 14), (3, 32, 32))
     for channels, ph, pw in sizes:
         images, moments = _empty(8, channels, 14 * ph, 14 * pw), _empty(368, channels * ph * pw)
-        state = images, moments, moments, _integers(1, dtype=torch.int64), images
+        state = images, moments, moments, _integers(8, dtype=torch.int64), images
         bounds = _integers(368, 4), _empty(channels), _empty(channels)
         usual = (channels, ph, pw) == sizes[0]
         for view in (_integers(3), _integers(8, 3), None) if usual else (_integers(3),):
             inverse = None if view is None else _integers(8, 14, 14)
             for dtype in (torch.bfloat16, torch.float32):
                 terms = (1e-4, 0.0), (1e-4, 1e-5), (0.0, 1e-5), (0.0, 0.0)
-                for tv_l2, l2 in terms if usual and dtype == torch.bfloat16 else terms[:1]:
-                    args = *state, moments.to(dtype), *bounds, inverse, view, ph, pw
-                    yield recorded(launch_pixel_step, *args, 0.25, 0.5, 0.99, 1e-8, tv_l2, l2)
+                every = usual and dtype == torch.bfloat16
+                for tv_l2, l2 in terms if every else terms[:1]:
+                    args = *state, moments.to(dtype), *bounds, inverse, view, ph, pw, 0.25, 0.5, 0.99, 1e-8, tv_l2, l2
+                    yield recorded(launch_pixel_step, *args)
+                    if every and l2:
+                        yield recorded(launch_pixel_step, *args, moments, "batch")
+                        yield recorded(launch_pixel_step, *args, moments, "image")
+                        yield recorded(launch_pixel_step, *args, None, "image")
 
 
 def _only(kernel: str, cases: Callable[[dict], Iterator[list[Launch]]]) -> Callable[[dict], Iterator[list[Launch]]]:

@@ -1,4 +1,4 @@
-"""Shared by the backward passes of this package's operations, which have no derivatives of their own."""
+"""A guard for the backward passes of the operations, which cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 def first_order(backward: Callable) -> Callable:
-    """Make a backward pass refuse second-order gradients, and answer an undefined gradient with undefined ones.
+    """Make a backward pass refuse second-order gradients, and return undefined gradients for an undefined one.
 
-    Gradients of gradients need create_graph=True, and only then is grad mode on in a backward pass. It is refused at
-    that point, because later it is too late: `torch.autograd.function.once_differentiable` raises only where the
-    incoming gradient depends on the inputs, and elsewhere leaves out silently what the saved tensors contribute.
+    Gradients of gradients need create_graph=True, and only then is grad mode on during a backward pass. The refusal
+    happens there, because it cannot happen later: `torch.autograd.function.once_differentiable` raises only if the
+    incoming gradient depends on the inputs, and otherwise silently leaves out what the saved tensors contribute.
 
     Args:
-        backward: (ctx, gradient, ...) -> the gradients of all inputs, as of a `torch.autograd.Function` or a
-            `torch.library.custom_op`. Where the output's gradient is None it is not called.
+        backward: a function (ctx, gradient, ...) that returns the gradients of all inputs, as for a
+            `torch.autograd.Function` or a `torch.library.custom_op`. It is not called if the output's gradient is None.
 
     Raises:
-        RuntimeError: (the decorated function) under create_graph=True.
+        RuntimeError: (by the decorated function) under create_graph=True.
     """
 
     @wraps(backward)
     def refusing(ctx, grad: Tensor | None, *others: Tensor | None):
-        # While torch.compile traces, grad mode says nothing: double backward of its graphs is torch's own to refuse.
+        # While torch.compile traces, grad mode says nothing. torch itself refuses a double backward of its graphs.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "smi_fast's operations have first-order gradients only, and create_graph=True asks for more: for "

@@ -1,10 +1,10 @@
-"""Matrix products with weights, whose backward pass skips the weights where they are frozen.
+"""Matrix products with weights. The backward pass computes no gradient of weights that are frozen.
 
 On a CPU, float32 products with frozen weights run in oneDNN, which on some CPUs is twice as fast as the BLAS that torch
-takes for them. They are called as 1x1 convolutions over the rows, never as oneDNN's inner product: for some shapes and
-for transposed weights the latter falls back to a generated kernel (`gemm:jit`) that uses the stack pointer to address
-the heap. A signal handler that interrupts it overwrites what lies there, and the process aborts. The convolutions
-(`brgconv_1x1`) and the bfloat16 products (`brg_matmul`) keep their stack.
+uses for them. They are called as 1x1 convolutions over the rows, never as oneDNN's inner product. For some shapes and
+for transposed weights, the inner product falls back to a generated kernel (`gemm:jit`) that uses the stack pointer to
+address the heap. If a signal handler interrupts that kernel, it overwrites what the stack pointer points to, and the
+process aborts. The convolutions (`brgconv_1x1`) and the bfloat16 products (`brg_matmul`) keep their stack.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-MIN_ROWS = 256  # with fewer rows of the input, laying the weight out for one product costs more than oneDNN gains
-MANY_ROWS = 1024  # from here on, the time to lay a float32 weight out is not worth the memory for a copy
-MIN_PACKED_ROWS = 32  # with fewer, a call of oneDNN costs more than it gains, also where the weight is packed
-CONVOLUTION = (0, 0), (1, 1), (1, 1), 1  # padding, stride, dilation and groups of a matrix product
+MIN_ROWS = 256  # with fewer rows of input, laying out the weight for one product costs more time than oneDNN saves
+MANY_ROWS = 1024  # from this many rows on, the time to lay out a float32 weight is not worth the memory of a copy
+MIN_PACKED_ROWS = 32  # with fewer rows, a call of oneDNN costs more time than it saves, even for a packed weight
+CONVOLUTION = (0, 0), (1, 1), (1, 1), 1  # padding, stride, dilation and groups of a convolution that is a product
 
-# These operators are torch's own, but have no public name. Their convolution is `brgconv_1x1` from AVX2 on.
+# These operators are torch's own but have no public name. Their convolution is `brgconv_1x1` on CPUs with AVX2 or later.
 HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise"))
@@ -28,10 +28,11 @@ HAS_ONEDNN = (
 
 
 class PackedWeight:
-    """A weight (N, K) that does not change for a while, laid out for oneDNN's products.
+    """A weight (N, K) that does not change between products, laid out in memory for oneDNN.
 
     Args:
-        weight: float32 or bfloat16, as `can_pack` allows. It is read again when an input has another number of rows.
+        weight: float32 or bfloat16, if `can_pack` allows it. A float32 weight is read again whenever an input has
+            another number of rows than the one before.
     """
 
     def __init__(self, weight: Tensor):
@@ -40,19 +41,19 @@ class PackedWeight:
 
 
 class _Layout:
-    """A weight (N, K) as oneDNN wants it for inputs (rows, K). In float32 that depends on the number of rows."""
+    """A weight (N, K) in oneDNN's layout for inputs (rows, K). In float32 the layout depends on the number of rows."""
 
     def __init__(self, weight: Tensor):
         self.dtype = weight.dtype
         self.weight: Tensor | None = weight
         self.rows: int | None = None
         self.packed: Tensor | None = None
-        if weight.dtype == torch.bfloat16:  # one layout is right for all inputs
+        if weight.dtype == torch.bfloat16:  # one layout serves all inputs
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
             self.weight = None
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x weight^T + bias for x (..., K) of the weight's dtype."""
+        """Compute x weight^T + bias for x (..., K) of the weight's dtype."""
         if self.dtype == torch.bfloat16:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
         rows = x.numel() // x.shape[-1]
@@ -69,26 +70,26 @@ class _Layout:
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `PackedWeight` is there for this dtype and device."""
+    """Return whether `PackedWeight` supports this dtype and device."""
     if device.type != "cpu" or not torch.backends.mkldnn.enabled or not HAS_ONEDNN:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias, as torch.nn.functional.linear.
+    """Compute x weight^T + bias, as torch.nn.functional.linear does.
 
-    On a CPU, float32 products of many rows whose weights need no gradient run in oneDNN, in the place of the BLAS that
-    torch takes for them: the same float32 arithmetic, summed in another order. Everything else is torch's own linear,
-    which takes bfloat16 products to oneDNN itself. A packed weight is not laid out anew for each product.
+    On a CPU, float32 products of at least 256 rows whose weights need no gradient run in oneDNN instead of the BLAS
+    that torch uses for them. It is the same float32 arithmetic, summed in another order. Everything else is torch's own
+    linear, which runs bfloat16 products in oneDNN itself. A packed weight is not laid out again for each product.
 
     Args:
-        x: (..., K).
-        weight: (N, K), or packed.
-        bias: (N,) or None; of the weight's dtype where that is packed.
+        x: (..., K) of a floating dtype.
+        weight: (N, K) of the same dtype, or a packed weight, to whose dtype x is converted.
+        bias: (N,) of the weight's dtype, or None.
 
     Returns:
-        (..., N) in the dtype that torch's linear would give; in that of the weight where it is packed.
+        (..., N) in the dtype that torch's linear gives, or in the dtype of the packed weight.
     """
     if isinstance(weight, PackedWeight):
         return _PackedLinear.apply(x, weight.forward, weight.backward, bias)
@@ -114,13 +115,13 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of x (..., K) and a weight (N, K, 1, 1): the rows are the pixels of an image, one row of them."""
+    """Multiply x (..., K) and a weight (N, K, 1, 1). The rows of x become an image of one row of pixels."""
     image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
     image = torch.ops.mkldnn._convolution_pointwise(image, weight, bias, *CONVOLUTION, "none", [], "")
     return image.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
-if HAS_ONEDNN:  # torch's FlopCounterMode knows its public products only
+if HAS_ONEDNN:  # torch's FlopCounterMode only knows its public products
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
@@ -135,7 +136,7 @@ if HAS_ONEDNN:  # torch's FlopCounterMode knows its public products only
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """2 M N K operations forward and the same backward, for the input alone. Any order of gradient is right."""
+    """2 M N K operations forward, and as many backward, for the input alone. Gradients of any order are right."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -149,7 +150,7 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 class _PackedLinear(torch.autograd.Function):
-    """As `_OneDnnLinear`, with a weight that is laid out for the product and for its gradient."""
+    """Like `_OneDnnLinear`, with a weight that is laid out for the product and for its gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, product: _Layout, gradient: _Layout, bias: Tensor | None) -> Tensor:
@@ -163,7 +164,7 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def _compiled_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product as an operator, since torch's compiler takes oneDNN's own for weights that it has packed only."""
+    """Compute the product as an operator: torch's compiler only accepts oneDNN's for weights it has packed itself."""
     return _onednn(x, weight, bias)
 
 

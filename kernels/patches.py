@@ -1,4 +1,4 @@
-"""Pixels of kept patches, seen through a jitter/flip view -> patch matrix, and the way back."""
+"""Cut patches out of images that are seen through a view (jitter and flip), and carry their gradients back."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ def gather_patches(
     return_inverse: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    """The patches at `positions` of B images, cut out of the images as seen through a view.
+    """Cut the patches at `positions` out of B images that are seen through a view.
 
-    The viewed image is the image rolled by (dy, dx) and then, if flip, mirrored left-right; a patch is cut out at the
-    cell that `view_cells` maps its position to. The viewed image is never stored.
+    The viewed image is the image rolled by (dy, dx) and then, if flip is not 0, mirrored left-right. A patch is cut out
+    at the cell to which `view_cells` maps its position. The viewed image is never stored.
 
     Args:
-        images: (B, C, H, W) float32. The gradient flows to the pixels that were read; it is zero elsewhere.
-        positions: (T,) int32 patch-grid indices, row-major, packed by image; no two of an image are equal.
+        images: (B, C, H, W) of a floating dtype. The gradient flows to the pixels that were read and is zero elsewhere.
+        positions: (T,) int32 patch-grid indices, row-major, packed by image. An image has no position twice.
         cu_seqlens: (B + 1,) int32 cumulative counts: image b has `positions[cu_seqlens[b]:cu_seqlens[b + 1]]`.
-        view: (dy, dx, flip), int32 or int64: (3,) for all images or (B, 3); None is the plain view. Read on its device.
+        view: (dy, dx, flip), int32 or int64, of shape (3,) for all images or (B, 3). None is the plain view. The values
+            are read on their device.
         patch_size: (ph, pw), which divide (H, W).
-        dtype: of the patches; that of the images by default.
-        return_inverse: return the inverse of cells too.
+        dtype: the dtype of the patches, by default that of the images.
+        return_inverse: whether to return the inverse of the cells as well.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        patches (T, C * ph * pw) in the order of a convolution's weight (C, ph, pw), and cells (T,) int32, the grid cell
-        that each was cut out at (for the position embedding). With `return_inverse` also (B, rows, columns) int32, the
-        row of `patches` that was cut out at each cell, or -1, as `pixel_step` takes it.
+        The patches, (T, C * ph * pw) in the order of a convolution's weight (C, ph, pw), and their cells, (T,) int32:
+        the grid cell at which each was cut out (for the position embedding). With `return_inverse` also the inverse,
+        (B, rows, columns) int32: the row of the patch that was cut out at each cell, or -1. `pixel_step` takes it.
 
     Raises:
-        ValueError: a shape, dtype, device or size outside of the above.
+        ValueError: if an argument has another shape, dtype, device or size.
     """
     patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     _check_patches(images, positions, cu_seqlens, view, patch_size)
@@ -89,20 +90,23 @@ def _check_patches(images, positions, cu_seqlens, view, patch_size) -> None:
 
 
 def view_cells(positions: Tensor, view: Tensor, grid_size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
-    """The grid cell that each patch is seen in: the nearest to where its centre went, wrapping; one to one.
+    """Compute the grid cell in which each patch is seen through a view.
+
+    It is the cell nearest to where the view moves the patch's centre, with wrapping at the borders; half a patch is
+    rounded up. No two positions share a cell.
 
     Args:
         positions: (...) patch-grid indices, row-major.
-        view: (..., 3) (dy, dx, flip), of a shape that broadcasts with positions.
+        view: (..., 3), each (dy, dx, flip) in pixels; the leading shape broadcasts with positions.
         grid_size: (rows, columns) of the patch grid.
         patch_size: (ph, pw) in pixels.
 
     Returns:
-        (...) cells of the dtype of positions.
+        (...) cells in the dtype of positions.
     """
     (rows, columns), (ph, pw) = grid_size, patch_size
     dy, dx, flip = view.unbind(-1)
-    # floor(offset / patch + 1/2) in integers; an offset by the whole image changes nothing.
+    # floor(offset / patch + 1/2) in integers. An offset by the whole image changes nothing.
     down = (2 * (dy % (rows * ph)) + ph) // (2 * ph)
     right = (2 * (dx % (columns * pw)) + pw) // (2 * pw)
     row = (positions // columns + down) % rows
@@ -118,7 +122,7 @@ def patches_reference(
     patch_size: tuple[int, int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """What `gather_patches` means, in plain torch."""
+    """Define `gather_patches` in plain torch: the patches (T, C * ph * pw) and their cells (T,)."""
     batch, channels, height, width = images.shape
     (ph, pw), tokens, device = patch_size, len(positions), images.device
     columns = width // pw
@@ -127,7 +131,7 @@ def patches_reference(
     if view is None:
         cells = positions.clone()
         y = (cells // columns * ph)[:, None] + torch.arange(ph, device=device)  # (T, ph)
-        # A row of a patch is a run of pw pixels, run x of them in its row of the image.
+        # A row of a patch is a run of pw pixels; run number x in its row of the image.
         x = cells % columns
         runs = (planes[:, :, None] * height + y[:, None]) * columns + x[:, None, None]  # (T, C, ph)
         patches = gather_rows(images.reshape(-1, pw), runs.flatten())
@@ -147,7 +151,7 @@ def patches_reference(
 
 
 def inverse_reference(cells: Tensor, cu_seqlens: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """The row (B, rows, columns) int32 of the patch that lies in each cell, -1 where none does."""
+    """Compute which row of the patches lies in each cell: (B, rows, columns) int32, -1 where none does."""
     batch, size = len(cu_seqlens) - 1, grid_size[0] * grid_size[1]
     inverse = torch.full((batch * size,), -1, dtype=torch.int32, device=cells.device)
     taken = sequence_of_tokens(cu_seqlens, len(cells)) * size + cells
@@ -157,19 +161,19 @@ def inverse_reference(cells: Tensor, cu_seqlens: Tensor, grid_size: tuple[int, i
 
 @jit
 def _modulo(a, n):
-    """a modulo n in 0..n-1, also for negative a."""
+    """a modulo n in 0..n-1, for negative a too."""
     return ((a % n) + n) % n
 
 
 @jit
-def _wrap(a, n):
-    """a modulo n for a of 0..2n-1: below n, a - n is beyond any a as an unsigned integer."""
+def wrap(a, n):
+    """a modulo n for a in 0..2n-1. Where a < n, a - n as an unsigned integer is greater than any a."""
     return tl.minimum(a.to(tl.uint32), (a - n).to(tl.uint32)).to(tl.int32)
 
 
 @jit
-def _load_view(view, image, stride_image, height, width):
-    """dy in 0..height-1, dx in 0..width-1 and whether to mirror."""
+def load_view(view, image, stride_image, height, width):
+    """An image's view: dy in 0..height-1, dx in 0..width-1, and whether it mirrors."""
     view += image * stride_image
     dy = _modulo(tl.load(view), height).to(tl.int32)
     dx = _modulo(tl.load(view + 1), width).to(tl.int32)
@@ -181,36 +185,37 @@ def _cell(
     position, dy, dx, flip,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, VIEW: tl.constexpr,
 ):  # fmt: skip
-    """Row and column of `view_cells`, for offsets of 0..height-1 and 0..width-1."""
+    """The row and column of the cell that `view_cells` defines, for dy in 0..height-1 and dx in 0..width-1."""
     row, column = position // COLUMNS, position % COLUMNS
     if VIEW:
-        row = _wrap(row + (2 * dy + PH) // (2 * PH), ROWS)
-        column = _wrap(column + (2 * dx + PW) // (2 * PW), COLUMNS)
+        row = wrap(row + (2 * dy + PH) // (2 * PH), ROWS)
+        column = wrap(column + (2 * dx + PW) // (2 * PW), COLUMNS)
         column = tl.where(flip, COLUMNS - 1 - column, column)
     return row, column
 
 
 @jit
-def _pixels(
+def _pixel_offsets(
     row, column, e, dy, dx, flip, stride_channel, stride_y, stride_x,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, VIEW: tl.constexpr,
 ):  # fmt: skip
-    """Where in its image [BT, BE] the elements [BE] lie of the patches that the viewed image has in some cells [BT]."""
+    """Where in the image the pixels of the viewed image's patches lie: offsets [BT, BE] of the elements e [BE] of the
+    patches in the cells (row, column) [BT]."""
     height, width = ROWS * PH, COLUMNS * PW
     y, x = row * PH, column * PW  # [BT], the first pixel of the patch
     along_y, along_x = e // PW % PH, e % PW  # [BE]
     within = (e // (PH * PW)).to(tl.int64) * stride_channel  # [BE]
     if VIEW:
-        y = _wrap(y + height - dy, height)  # [BT], in the image
-        x = _wrap(tl.where(flip, width - PW - x, x) + width - dx, width)
+        y = wrap(y + height - dy, height)  # [BT], in the image
+        x = wrap(tl.where(flip, width - PW - x, x) + width - dx, width)
         along_x = tl.where(flip, PW - 1 - along_x, along_x)
         y, x = y[:, None] + along_y[None, :], x[:, None] + along_x[None, :]  # [BT, BE]
-        y, x = _wrap(y, height), _wrap(x, width)
-        pixels = within[None, :] + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+        y, x = wrap(y, height), wrap(x, width)
+        offsets = within[None, :] + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
     else:
         within += along_y.to(tl.int64) * stride_y + along_x.to(tl.int64) * stride_x
-        pixels = (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[:, None] + within[None, :]
-    return pixels
+        offsets = (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[:, None] + within[None, :]
+    return offsets
 
 
 @jit
@@ -236,21 +241,26 @@ def _gather_kernel(
     BT: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Reads and writes each of T C PH PW pixels once, and writes two integers a patch and one a cell; no arithmetic but
-    addresses."""
+    """patches[t, (c, i, j)] = viewed image[c, row ph + i, column pw + j] for the cell (row, column) of each patch t;
+    the cells themselves; and their inverse, inverse[cells[t]] = t and -1 elsewhere. Defined in `patches_reference` and
+    `inverse_reference`.
+
+    The grid is (images, blocks of BT patches). Reads and writes each of T C PH PW pixels once, and writes two integers
+    a patch and one a cell; computes nothing but addresses.
+    """
     image = tl.program_id(0).to(tl.int64)
     start = tl.load(cu_seqlens + image).to(tl.int64)
     count = (tl.load(cu_seqlens + image + 1) - start).to(tl.int32)
     dy, dx, flip = 0, 0, False
     if VIEW:
-        dy, dx, flip = _load_view(view, image, view_stride_image, ROWS * PH, COLUMNS * PW)
+        dy, dx, flip = load_view(view, image, view_stride_image, ROWS * PH, COLUMNS * PW)
     first = tl.program_id(1) * BT
     if first == 0:
         inverse += image * (ROWS * COLUMNS)
         for g in range(0, ROWS * COLUMNS, BE):
             cell = g + tl.arange(0, BE)  # [BE]
             tl.store(inverse + cell, -1, mask=cell < ROWS * COLUMNS)
-        tl.debug_barrier()  # what follows overwrites what other threads stored
+        tl.debug_barrier()  # the stores below overwrite what other threads stored above
         for g in range(0, count, BE):
             t = g + tl.arange(0, BE)  # [BE]
             position = tl.load(positions + start + t, mask=t < count, other=0)
@@ -265,12 +275,15 @@ def _gather_kernel(
     row, column = _cell(position, dy, dx, flip, ROWS, COLUMNS, PH, PW, VIEW)
     images += image * stride_image
     patches += (start + t)[:, None] * (C * PH * PW)  # [BT, 1]
-    # Flat where pixels lie apart, so that neighbouring threads take neighbouring ones; else a thread takes 16 bytes.
+    # A view shifts pixels off their alignment. The tile is flat then, so that neighbouring threads take neighbouring
+    # pixels. Without a view a thread takes 16 bytes.
     SHAPE: tl.constexpr = [BT * BE] if VIEW else [BT, BE]
     for block in range(0, C * PH * PW, BE):
         e = block + tl.arange(0, BE)  # [BE], elements of a patch in the order (C, PH, PW)
         mask = (t < count)[:, None] & (e < C * PH * PW)[None, :]  # [BT, BE]
-        source = _pixels(row, column, e, dy, dx, flip, stride_channel, stride_y, stride_x, ROWS, COLUMNS, PH, PW, VIEW)
+        source = _pixel_offsets(
+            row, column, e, dy, dx, flip, stride_channel, stride_y, stride_x, ROWS, COLUMNS, PH, PW, VIEW
+        )
         pixels = tl.load(images + tl.reshape(source, SHAPE), mask=tl.reshape(mask, SHAPE))
         pixels = tl.reshape(pixels, [BT, BE])
         tl.store(patches + e[None, :], pixels.to(patches.dtype.element_ty), mask=mask)
@@ -292,25 +305,30 @@ def _gather_backward_kernel(
     BT: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Reads the T C PH PW gradients of the patches once and writes those of all B C H W pixels once; no arithmetic but
-    addresses."""
+    """grad[the pixel that patches[t, e] was read from] = patch_grad[t, e], 0 elsewhere: the gradient of
+    `patches_reference`. A pixel is seen in one place, so nothing is added up.
+
+    The grid is (images, blocks of BT cells). Reads the T C PH PW gradients of the patches once and writes those of all
+    B C H W pixels once; computes nothing but addresses.
+    """
     image = tl.program_id(0).to(tl.int64)
     height, width = ROWS * PH, COLUMNS * PW
     dy, dx, flip = 0, 0, False
     if VIEW:
-        dy, dx, flip = _load_view(view, image, view_stride_image, height, width)
+        dy, dx, flip = load_view(view, image, view_stride_image, height, width)
     cell = tl.program_id(1) * BT + tl.arange(0, BT)  # [BT]
     in_grid = cell < ROWS * COLUMNS  # [BT]
     token = tl.load(inverse + image * (ROWS * COLUMNS) + cell, mask=in_grid, other=-1).to(tl.int64)  # [BT]
     grad += image * (C * height * width)
     patch_grad += token[:, None] * (C * PH * PW)  # [BT, 1]
-    # Flat where pixels lie apart, so that neighbouring threads take neighbouring ones; else a thread takes 16 bytes.
+    # A view shifts pixels off their alignment. The tile is flat then, so that neighbouring threads take neighbouring
+    # pixels. Without a view a thread takes 16 bytes.
     SHAPE: tl.constexpr = [BT * BE] if VIEW else [BT, BE]
     for block in range(0, C * PH * PW, BE):
         e = block + tl.arange(0, BE)  # [BE], elements of a patch in the order (C, PH, PW)
         in_patch = (e < C * PH * PW)[None, :]  # [1, BE]
         pixels = tl.load(patch_grad + e[None, :], mask=(token >= 0)[:, None] & in_patch, other=0.0)  # [BT, BE]
-        target = _pixels(
+        target = _pixel_offsets(
             cell // COLUMNS, cell % COLUMNS, e, dy, dx, flip, height * width, width, 1, ROWS, COLUMNS, PH, PW, VIEW
         )
         mask = in_grid[:, None] & in_patch  # [BT, BE]
@@ -318,16 +336,15 @@ def _gather_backward_kernel(
         tl.store(grad + tl.reshape(target, SHAPE), pixels, mask=tl.reshape(mask, SHAPE))
 
 
-def _view_stride(view: Tensor | None) -> int:
-    """From one image's view to the next: 0 where all share one."""
+def view_stride(view: Tensor | None) -> int:
+    """The stride from one image's view to the next, 0 where all images share one."""
     return view.stride(0) if view is not None and view.dim() == 2 else 0
 
 
 def launch_gather_patches(
     images: Tensor, positions: Tensor, cu_seqlens: Tensor, view: Tensor | None, ph: int, pw: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The patches (T, C * ph * pw), their cells (T,), and the inverse map (B, rows, columns): the row of the patch that
-    is seen in each cell, -1 where none is."""
+    """Compute the patches (T, C * ph * pw), their cells (T,), and the inverse (B, rows, columns) in one launch."""
     batch, channels, _, _ = images.shape
     patches, cells, inverse = _fake_gather_patches(images, positions, cu_seqlens, view, ph, pw, dtype)
     _, rows, columns = inverse.shape
@@ -336,8 +353,10 @@ def launch_gather_patches(
         _, tiles = choose("gather_patches", images.device, patches.shape[1])
         launch(
             _gather_kernel, (batch, cdiv(rows * columns, tiles["BT"])),
-            patches, cells, inverse, images, positions.contiguous(), cu_seqlens, view,
-            *images.stride(), _view_stride(view),
+            patches=patches, cells=cells, inverse=inverse,
+            images=images, positions=positions.contiguous(), cu_seqlens=cu_seqlens, view=view,
+            **dict(zip(("stride_image", "stride_channel", "stride_y", "stride_x"), images.stride(), strict=True)),
+            view_stride_image=view_stride(view),
             C=channels, ROWS=rows, COLUMNS=columns, PH=ph, PW=pw, VIEW=view is not None, **tiles,
         )  # fmt: skip
     return patches, cells, inverse
@@ -358,7 +377,7 @@ def _fake_gather_patches(images, positions, cu_seqlens, view, ph, pw, dtype):
 def launch_gather_patches_backward(
     grad: Tensor, inverse: Tensor, view: Tensor | None, channels: int, ph: int, pw: int, dtype: torch.dtype
 ) -> Tensor:
-    """The gradient (B, C, H, W) of the images: every pixel is written once."""
+    """Compute the gradient (B, C, H, W) of the images in one launch that writes every pixel once."""
     batch, rows, columns = inverse.shape
     out = _fake_gather_patches_backward(grad, inverse, view, channels, ph, pw, dtype)
     if out.numel():
@@ -366,7 +385,7 @@ def launch_gather_patches_backward(
         _, tiles = choose("gather_patches_backward", grad.device, channels * ph * pw)
         launch(
             _gather_backward_kernel, (batch, cdiv(rows * columns, tiles["BT"])),
-            out, grad.contiguous(), inverse, view, _view_stride(view),
+            grad=out, patch_grad=grad.contiguous(), inverse=inverse, view=view, view_stride_image=view_stride(view),
             C=channels, ROWS=rows, COLUMNS=columns, PH=ph, PW=pw, VIEW=view is not None, **tiles,
         )  # fmt: skip
     return out
@@ -388,7 +407,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.channels, ctx.dtype = images.shape[1], images.dtype
     ctx.save_for_backward(output[2], view)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # or zeros are written for each of them
+    ctx.set_materialize_grads(False)  # otherwise zeros are written as the gradients of cells and inverse
 
 
 @first_order

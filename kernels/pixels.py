@@ -1,19 +1,21 @@
-"""Image prior (total variation, l2) gradient + Adam + clamp, on kept pixels only, in two passes.
+"""One step on the kept pixels: the gradient of the image prior (total variation, l2), Adam, and the pixels' range.
 
-The pixels live in two image batches that take turns: a step reads one and writes the kept pixels of the other where
-they lie. So a neighbour is always read as it was before the step, no pixel is moved only to be stepped, and
-`gather_patches` reads the images as they are. Stopped pixels are equal in both and no step touches them. The moments of
-Adam are packed, (T, C * ph * pw). The norms of the prior are sums over the batch, so two passes are the least: the
-first adds up squares, the second does all else.
+The pixels live in two image batches that take turns. A step reads one batch and writes the kept pixels of the other, so
+a neighbour is always read as it was before the step, and no pixel is copied without being stepped. `gather_patches`
+reads the images in place. Stopped pixels have the same values in both batches, and no step touches them. The moments of
+Adam are packed, (T, C * ph * pw). The gradient of the prior needs norms over the batch or over each image, so a step
+takes at least two passes: the first adds up squares, and the second does everything else.
 
-Bytes for a kept pixel and step, with a gradient of G bytes: the first pass reads 4; the second reads 4 (pixel), 8
-(moments) and G, and writes 12: 28 + G. 24 + G are the floor of any optimiser step, 4 the price of the norms.
+With a gradient of G bytes, a step moves 28 + G bytes for each kept pixel. The first pass reads 4 bytes. The second one
+reads 4 (the pixel), 8 (the moments) and G, and writes 12. Any optimiser step moves at least 24 + G of them; the other 4
+are the price of the norms.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -21,29 +23,29 @@ from torch import Tensor
 
 from .backend import cdiv, jit, launch, next_power_of_2, resolve_backend, tl
 from .dispatch import choose
-from .patches import _load_view, _view_stride, _wrap, check_images, check_view
+from .patches import check_images, check_view, load_view, view_stride, wrap
 from .rows import sequence_of_tokens
 
 # The neighbours that total variation compares: right, down, and the two diagonals. (dy, dx) from the upper pixel.
 NEIGHBOURS = ((0, 1), (1, 0), (1, -1), (1, 1))
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-SUMS = len(NEIGHBOURS) + 1  # of squared differences in each direction, and of squared pixels
+SUMS = len(NEIGHBOURS) + 1  # sums of squared differences in each direction, and the sum of squared pixels
 
 
 def patch_sites(positions: Tensor, cu_seqlens: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Where each kept patch lies, and which of its neighbours are kept: made once for many steps.
+    """Compute where each kept patch lies and which of its neighbours are kept; one result serves many steps.
 
     Args:
-        positions: (T,) int32 patch-grid indices, row-major, packed by image; no two of an image are equal.
+        positions: (T,) int32 patch-grid indices, row-major, packed by image. An image has no position twice.
         cu_seqlens: (B + 1,) int32 cumulative counts.
         grid_size: (rows, columns) of the patch grid.
 
     Returns:
-        (T, 4) int32: image, row and column; and bits of which number 3 * (r + 1) + (c + 1) says that the patch r rows
-        below and c columns to the right is kept.
+        (T, 4) int32: image, row, column and neighbours. Bit 3 * (r + 1) + (c + 1) of the neighbours is set if the patch
+        r rows below and c columns to the right is kept, for r and c in -1, 0 and 1.
 
     Raises:
-        ValueError: a shape, dtype or device outside of the above.
+        ValueError: if an argument has another shape, dtype or device.
     """
     rows, columns = grid_size
     if positions.dim() != 1 or positions.dtype != torch.int32:
@@ -55,7 +57,7 @@ def patch_sites(positions: Tensor, cu_seqlens: Tensor, grid_size: tuple[int, int
     image = sequence_of_tokens(cu_seqlens, len(positions))  # (T,)
     row, column = positions.long() // columns, positions.long() % columns
     kept = positions.new_zeros(len(cu_seqlens) - 1, rows + 2, columns + 2)
-    # Scattered, because filling by indices copies the one from the host and so waits for it.
+    # A scatter, because assigning 1 by index would copy the 1 from the host and wait for the copy.
     kept.view(-1).scatter_(0, (image * (rows + 2) + row + 1) * (columns + 2) + column + 1, torch.ones_like(positions))
     bits = torch.zeros_like(positions)
     for r in (-1, 0, 1):
@@ -77,6 +79,7 @@ def pixel_step(
     highest: Tensor,
     inverse: Tensor | None = None,
     view: Tensor | None = None,
+    pixel_grad: Tensor | None = None,
     *,
     patch_size: int | tuple[int, int],
     lr: float,
@@ -84,60 +87,71 @@ def pixel_step(
     eps: float = 1e-8,
     tv_l2: float = 0.0,
     l2: float = 0.0,
+    norm: str = "batch",
     backend: str = "auto",
 ) -> Tensor:
-    """One step of Adam (Kingma & Ba 2015, as torch.optim.Adam) on the kept pixels of images, then into their range.
+    """Take one step of Adam (Kingma & Ba 2015, Algorithm 1) on the kept pixels, then clamp them to their range.
 
-    The gradient is that of the model's loss and of the prior of DeepInversion (Yin et al., CVPR 2020),
-    tv_l2 * total variation + l2 * norm. Total variation is the sum over four neighbour directions of the l2 norm, over
-    the batch, of the differences of pixel pairs of which both are kept; the gradient of a norm that is 0 is 0.
+    The gradient is the sum of the gradient of the model's loss, of `pixel_grad`, and of the prior of DeepInversion (Yin
+    et al., CVPR 2020, Eq. 3), tv_l2 * total variation + l2 * norm of the pixels. Total variation is the sum over four
+    neighbour directions of the l2 norm of the differences of all pixel pairs of which both are kept. The gradient of a
+    norm that is 0 is 0.
 
     Args:
-        next_images: (B, C, H, W), written at the kept pixels. Elsewhere it should hold what images holds.
-        exp_avg, exp_avg_sq: (T, C * ph * pw), the moments of Adam, zero at first; updated.
-        step: int32 or int64, one element: steps done so far, counted up by one.
-        images: (B, C, H, W) float32, contiguous. Not written. Of stopped patches nothing is read.
-        grad: (T, C * ph * pw) or (T, C, ph, pw), the gradient of the model's loss in any floating dtype: without a
-            view, that of the kept patches; with one, that of the patches that `gather_patches` saw through it.
-        sites: (T, 4) of `patch_sites`.
-        lowest, highest: (C,), the range of a channel.
-        inverse: (B, rows, columns) of `launch_gather_patches`; only with a view.
-        view: as in `gather_patches`; a kept pixel whose viewed cell shows no kept patch has no gradient of the model.
+        next_images: (B, C, H, W); the kept pixels are written. The others should have the values that images has.
+        exp_avg, exp_avg_sq: (T, C * ph * pw), the moments of Adam, zero before the first step; updated in place.
+        step: (B,) int32 or int64, the number of steps that each image has taken; counted up by one. One element is a
+            count that all images share.
+        images: (B, C, H, W) float32, contiguous; not written. Pixels of stopped patches are not read.
+        grad: (T, C * ph * pw) or (T, C, ph, pw) of any floating dtype, the gradient of the model's loss. Without a view
+            it belongs to the kept patches; with a view, to the patches that `gather_patches` saw through it.
+        sites: (T, 4), made by `patch_sites`.
+        lowest, highest: (C,), the range of each channel.
+        inverse: (B, rows, columns) int32, made by `gather_patches`; needed with a view, and only then.
+        view: as in `gather_patches`. A kept pixel that is seen in a cell without a kept patch gets no gradient from the
+            model's loss.
+        pixel_grad: (T, C * ph * pw) or (T, C, ph, pw) of the images' dtype, a further gradient of the kept pixels in
+            the plain view, such as that of a loss that reads the images themselves.
         patch_size: (ph, pw), which divide (H, W).
-        lr, betas, eps: of Adam. tv_l2, l2: of the prior.
+        lr, betas, eps: the settings of Adam.
+        tv_l2, l2: the weights of the prior.
+        norm: "batch": each norm in the prior runs over the whole batch, as published. "image": each norm runs over one
+            image, and the prior is the sum over the images; the step of an image then depends on that image alone.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        The prior of images as a scalar on their device.
+        The prior of `images`, a scalar on their device.
 
     Raises:
-        ValueError: a shape, dtype, device, layout or number outside of the above.
+        ValueError: if an argument has another shape, dtype, device, layout or value.
     """
     patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-    _check_numbers(lr, betas, eps, tv_l2, l2)
+    _check_numbers(lr, betas, eps, tv_l2, l2, norm)
     _check_state(next_images, exp_avg, exp_avg_sq, step, images, sites, lowest, highest, patch_size)
-    _check_gradient(images, grad, sites, inverse, view, patch_size)
-    state = next_images, exp_avg, exp_avg_sq, step
-    inputs = images, grad, sites, lowest, highest, inverse, view
-    numbers = *patch_size, float(lr), *map(float, betas), float(eps), float(tv_l2), float(l2)
-    if resolve_backend(backend, images.device) == "torch":
-        return pixel_step_reference(*state, *inputs, *numbers)
-    if images.dtype != torch.float32:
+    _check_gradients(images, grad, sites, inverse, view, pixel_grad, patch_size)
+    plain = resolve_backend(backend, images.device) == "torch"
+    if not plain and images.dtype != torch.float32:
         raise ValueError(f'images are {images.dtype}: backend "triton" takes torch.float32')
-    return pixel_step_op(*state, *inputs, *numbers)
+    numbers = *patch_size, float(lr), *map(float, betas), float(eps), float(tv_l2), float(l2)
+    return (pixel_step_reference if plain else pixel_step_op)(
+        next_images, exp_avg, exp_avg_sq, step, images, grad, sites, lowest, highest, inverse, view, *numbers,
+        pixel_grad, norm,
+    )  # fmt: skip
 
 
-def _check_numbers(lr, betas, eps, tv_l2, l2) -> None:
+def _check_numbers(lr, betas, eps, tv_l2, l2, norm) -> None:
     for name, value in (("lr", lr), ("eps", eps), ("tv_l2", tv_l2), ("l2", l2)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {value}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    if norm not in ("batch", "image"):
+        raise ValueError(f'norm must be "batch" or "image", got {norm!r}')
 
 
 def _check_state(next_images, exp_avg, exp_avg_sq, step, images, sites, lowest, highest, patch_size) -> None:
     check_images(images, patch_size)
-    channels, (ph, pw) = images.shape[1], patch_size
+    (batch, channels), (ph, pw) = images.shape[:2], patch_size
     if sites.dim() != 2 or sites.shape[1] != 4 or sites.dtype != torch.int32:
         raise ValueError(f"sites is {tuple(sites.shape)} {sites.dtype}, not (patches, 4) torch.int32")
     moments = len(sites), channels * ph * pw
@@ -150,8 +164,9 @@ def _check_state(next_images, exp_avg, exp_avg_sq, step, images, sites, lowest, 
     ):
         if tensor.shape != shape or tensor.dtype != images.dtype:
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} {images.dtype}")
-    if step.numel() != 1 or step.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"step is {tuple(step.shape)} {step.dtype}, not one torch.int32 or torch.int64")
+    if (step.numel() != 1 and step.shape != (batch,)) or step.dtype not in (torch.int32, torch.int64):
+        wanted = f"({batch},) or one element, torch.int32 or torch.int64"
+        raise ValueError(f"step is {tuple(step.shape)} {step.dtype}, not {wanted}")
     if next_images.data_ptr() == images.data_ptr() and images.numel():
         raise ValueError("next_images is images itself: a step reads neighbours that it would have overwritten")
     for name, tensor in (
@@ -170,12 +185,15 @@ def _check_state(next_images, exp_avg, exp_avg_sq, step, images, sites, lowest, 
             raise ValueError(f"{name} is on {tensor.device}, images on {images.device}")
 
 
-def _check_gradient(images, grad, sites, inverse, view, patch_size) -> None:
+def _check_gradients(images, grad, sites, inverse, view, pixel_grad, patch_size) -> None:
     batch, channels, height, width = images.shape
     ph, pw = patch_size
     shapes = (len(sites), channels * ph * pw), (len(sites), channels, ph, pw)
     if grad.shape not in shapes or not grad.is_floating_point():
         raise ValueError(f"grad is {tuple(grad.shape)} {grad.dtype}, not floats {shapes[0]} or {shapes[1]}")
+    if pixel_grad is not None and (pixel_grad.shape not in shapes or pixel_grad.dtype != images.dtype):
+        found, wanted = f"{tuple(pixel_grad.shape)} {pixel_grad.dtype}", f"{shapes[0]} or {shapes[1]} {images.dtype}"
+        raise ValueError(f"pixel_grad is {found}, not {wanted}")
     if (view is None) != (inverse is None):
         raise ValueError(f"view and inverse come together: {'view' if view is None else 'inverse'} is None")
     if view is not None:
@@ -183,7 +201,7 @@ def _check_gradient(images, grad, sites, inverse, view, patch_size) -> None:
         cells = batch, height // ph, width // pw
         if inverse.shape != cells or inverse.dtype != torch.int32:
             raise ValueError(f"inverse is {tuple(inverse.shape)} {inverse.dtype}, not {cells} torch.int32")
-    for name, tensor in (("grad", grad), ("inverse", inverse), ("view", view)):
+    for name, tensor in (("grad", grad), ("inverse", inverse), ("view", view), ("pixel_grad", pixel_grad)):
         if tensor is not None and tensor.device != images.device:
             raise ValueError(f"{name} is on {tensor.device}, images on {images.device}")
 
@@ -208,11 +226,13 @@ def pixel_step_reference(
     eps: float,
     tv_l2: float,
     l2: float,
+    pixel_grad: Tensor | None = None,
+    norm: str = "batch",
 ) -> Tensor:
-    """What `pixel_step` means, in plain torch."""
-    channels, height, width = images.shape[1:]
+    """Define `pixel_step` in plain torch."""
+    batch, channels, height, width = images.shape
     image, row, column = sites[:, :3].long().unbind(1)
-    # A row of a patch is a run of pw pixels, run `column` of its row of the image.
+    # A row of a patch is a run of pw pixels; run number `column` in its row of the image.
     planes = image[:, None] * channels + torch.arange(channels, device=images.device)  # (T, C)
     rows = planes[:, :, None] * height + (row * ph)[:, None, None] + torch.arange(ph, device=images.device)
     runs = (rows * (width // pw) + column[:, None, None]).flatten()  # (T * C * ph,)
@@ -220,52 +240,94 @@ def pixel_step_reference(
     if view is not None:
         grad = viewed_gradient_reference(grad, sites, inverse, view, channels, ph, pw)
     grad = grad.to(images.dtype).reshape(exp_avg.shape)
+    if pixel_grad is not None:
+        grad = grad + pixel_grad.reshape(exp_avg.shape)
     prior = images.new_zeros(())
     if tv_l2 or l2:
-        prior, prior_grad = prior_reference(images, sites, ph, pw, tv_l2, l2)
+        prior, prior_grad = prior_reference(images, sites, ph, pw, tv_l2, l2, norm)
         grad = prior_grad.reshape(exp_avg.shape) + grad
     step += 1
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    correction1, correction2 = (1 - beta ** step.double().view(()) for beta in (beta1, beta2))
-    denominator = exp_avg_sq.sqrt().div_(correction2.sqrt().to(images.dtype)).add_(eps)
-    update = (exp_avg / denominator).mul_((lr / correction1).to(images.dtype))
+    n = step.double().view(-1)
+    corrections = torch.stack((lr / (1 - beta1**n), (1 - beta2**n).sqrt())).to(images.dtype)  # (2, B) or (2, 1)
+    step_size, correction = corrections.expand(2, batch)[:, image, None]  # (T, 1) each
+    denominator = exp_avg_sq.sqrt().div_(correction).add_(eps)
+    update = (exp_avg / denominator).mul_(step_size)
     pixels = (pixels.view_as(update) - update).view(len(sites), channels, ph * pw)
     pixels = torch.minimum(torch.maximum(pixels, lowest[:, None]), highest[:, None])
     next_images.view(-1, pw).index_copy_(0, runs, pixels.view(-1, pw))
     return prior
 
 
-def prior_reference(images: Tensor, sites: Tensor, ph: int, pw: int, tv_l2: float, l2: float) -> tuple[Tensor, Tensor]:
-    """The prior of the kept pixels, and its gradient (T, C, ph, pw) there."""
+def prior_reference(
+    images: Tensor, sites: Tensor, ph: int, pw: int, tv_l2: float, l2: float, norm: str = "batch"
+) -> tuple[Tensor, Tensor]:
+    """Compute the prior of the kept pixels, a scalar, and its gradient there, (T, C, ph, pw)."""
     image, row, column, bits = sites.long().unbind(1)
     windows = F.pad(images, (1, 1, 1, 1)).unfold(2, ph + 2, ph).unfold(3, pw + 2, pw)
     tiles = windows[image, :, row, column]  # (T, C, ph + 2, pw + 2)
-    # Which of the nine patches around it a pixel of a tile lies in.
+    # For each pixel of a tile, which of the nine patches around it the pixel lies in.
     down, right = (torch.arange(size + 2, device=images.device) for size in (ph, pw))
     bit = 3 * ((down > 0).int() + (down > ph).int())[:, None] + (right > 0).int() + (right > pw).int()
     kept = (bits[:, None, None, None] >> bit) & 1 != 0  # (T, 1, ph + 2, pw + 2)
 
+    weighted_norm = norm_of_batch
+    if norm == "image":
+        batch, (rows, columns) = len(images), windows.shape[2:4]
+        weighted_norm = partial(norm_of_images, image=image, cell=row * columns + column, shape=(batch, rows * columns))
     pixels = tiles[..., 1 : 1 + ph, 1 : 1 + pw]
     value, grad = images.new_zeros(()), torch.zeros_like(pixels)
     if tv_l2:
-        value, grad = variation_of_tiles(tiles, kept, tv_l2)
+        value, grad = variation_of_tiles(tiles, kept, tv_l2, weighted_norm)
     if l2:
-        norm = torch.linalg.vector_norm(pixels)
-        value = value + l2 * norm
-        grad = grad + pixels * torch.where(norm == 0, 0, l2 / norm)
+        norm_value, scale = weighted_norm(pixels, l2)
+        value = value + norm_value
+        grad = grad + pixels * scale
     return value, grad
 
 
-def variation_of_tiles(tiles: Tensor, kept: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Weighted total variation over all tiles, and its gradient in their inner pixels.
+def norm_of_batch(x: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Compute weight * the l2 norm of all elements of x, and the factor that makes x its gradient: 0 at a norm of 0."""
+    norm = torch.linalg.vector_norm(x)
+    return weight * norm, torch.where(norm == 0, 0, weight / norm)
 
-    Tiles overlap by a pixel, so that every neighbour of an inner pixel is in its own tile. A pair counts once: in the
-    tile where its upper pixel, or of a row the left one, is an inner one.
+
+def norm_of_images(
+    x: Tensor, weight: float, *, image: Tensor, cell: Tensor, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Compute weight * the sum over images of their l2 norms, and the factors that make x its gradient.
+
+    The squares of a patch are put into its cell of the image's grid before they are added up, so that a norm does not
+    depend on the order of the patches or on other images, and no sum needs atomics.
+
+    Args:
+        x: (T, C, height, width), elements of each patch.
+        image, cell: (T,) int64, the image of each patch and its index in the image's grid.
+        shape: (B, patches of a grid).
+
+    Returns:
+        A scalar, and (T, 1, 1, 1), 0 where the norm of the patch's image is 0.
+    """
+    squares = x.square().flatten(1).sum(1)  # (T,)
+    norms = x.new_zeros(shape).index_put_((image, cell), squares).sum(1).sqrt()  # (B,)
+    scales = torch.where(norms == 0, 0, weight / norms)
+    return weight * norms.sum(), scales[image, None, None, None]
+
+
+def variation_of_tiles(
+    tiles: Tensor, kept: Tensor, weight: float, weighted_norm: Callable = norm_of_batch
+) -> tuple[Tensor, Tensor]:
+    """Compute weight * the total variation of all tiles, and its gradient in their inner pixels.
+
+    Tiles overlap by a pixel, so that every neighbour of an inner pixel is in its own tile. A pair counts once, in the
+    tile where the upper pixel of the pair is an inner one (for a pair in one row, the left pixel).
 
     Args:
         tiles: (T, C, ph + 2, pw + 2), kept patches with a pixel around them.
-        kept: (T, 1, ph + 2, pw + 2) bool, which pixels are kept. Of others nothing is read.
+        kept: (T, 1, ph + 2, pw + 2) bool, which pixels are kept. The values of others do not matter.
+        weighted_norm: maps differences (T, C, height, width) and the weight to a value and a factor, as
+            `norm_of_batch` does.
 
     Returns:
         A scalar, and (T, C, ph, pw).
@@ -275,10 +337,10 @@ def variation_of_tiles(tiles: Tensor, kept: Tensor, weight: float) -> tuple[Tens
     for dy, dx in NEIGHBOURS:
         first, second = pixel_pairs(tiles, dy, dx)
         difference = zero_unless(torch.logical_and(*pixel_pairs(kept, dy, dx)), first - second)
-        left = 1 - max(0, -dx)  # of the inner pixels, among the first ones
-        norm = torch.linalg.vector_norm(difference[..., 1 : 1 + height, left : left + width].flatten())
-        value = value + weight * norm
-        difference *= torch.where(norm == 0, 0, weight / norm)
+        left = 1 - max(0, -dx)  # the column of the first inner pixel, among the first pixels of the pairs
+        norm_value, scale = weighted_norm(difference[..., 1 : 1 + height, left : left + width].contiguous(), weight)
+        value = value + norm_value
+        difference *= scale
         grad_first, grad_second = pixel_pairs(grad, dy, dx)
         grad_first += difference
         grad_second -= difference
@@ -286,7 +348,7 @@ def variation_of_tiles(tiles: Tensor, kept: Tensor, weight: float) -> tuple[Tens
 
 
 def zero_unless(condition: Tensor, x: Tensor) -> Tensor:
-    """torch.where(condition, x, 0) on the bits of x, for which a CPU takes an eighth of the time."""
+    """Compute torch.where(condition, x, 0) on the bits of x, which takes a CPU an eighth of the time."""
     if x.dtype not in BITS:
         return torch.where(condition, x, 0)
     bits = BITS[x.dtype]
@@ -294,7 +356,7 @@ def zero_unless(condition: Tensor, x: Tensor) -> Tensor:
 
 
 def pixel_pairs(x: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
-    """Both ends of all pixel pairs that are (dy, dx) apart, as views of (..., H, W)."""
+    """Return both ends of all pixel pairs that are (dy, dx) apart, as views of x (..., H, W)."""
     height, width = x.shape[-2:]
     first = x[..., : height - dy, max(0, -dx) : width - max(0, dx)]
     second = x[..., dy:, max(0, dx) : width - max(0, -dx)]
@@ -304,7 +366,7 @@ def pixel_pairs(x: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
 def viewed_gradient_reference(
     grad: Tensor, sites: Tensor, inverse: Tensor, view: Tensor, channels: int, ph: int, pw: int
 ) -> Tensor:
-    """The gradient (T, C * ph * pw) of the kept pixels out of that of the patches that were seen through a view."""
+    """Map the gradient of the patches that were seen through a view to the kept pixels: (T, C * ph * pw)."""
     batch, rows, columns = inverse.shape
     height, width = rows * ph, columns * pw
     image, row, column = sites[:, :3].long().unbind(1)
@@ -319,31 +381,49 @@ def viewed_gradient_reference(
     first = token * (channels * ph * pw) + within  # (T, ph, pw), in the first channel
     source = first[:, None] + (torch.arange(channels, device=device) * (ph * pw))[:, None, None]  # (T, C, ph, pw)
     pixels = grad.reshape(-1).index_select(0, source.clamp_(min=0).flatten()).view(source.shape)
-    return zero_unless(token[:, None] >= 0, pixels).view(len(sites), -1)
+    return zero_unless(token[:, None] >= 0, pixels).flatten(1)
 
 
 @jit
 def _element(block, C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BE: tl.constexpr):
-    """Elements [1, BE] of a patch in the order (C, PH, PW), which there are, and their channel, row and column."""
+    """The elements [1, BE] of a block of a patch in the order (C, PH, PW), a mask of those within the patch, and their
+    channel, row and column."""
     e = block * BE + tl.arange(0, BE)[None, :]  # [1, BE]
     return e, e < C * PH * PW, e // (PH * PW), e // PW % PH, e % PW
 
 
 @jit
 def _bits(y, x, dy: tl.constexpr, dx: tl.constexpr, there, PH: tl.constexpr, PW: tl.constexpr):
-    """The bit of a site [1, BE] that says whether the pixel (dy, dx) from (y, x) is kept; 0 where no pixel is."""
+    """The bit of a site [1, BE] that says whether the pixel (dy, dx) from (y, x) is kept; 0 outside of the patch."""
     r = tl.where(y + dy < 0, 0, tl.where(y + dy >= PH, 2, 1))
     c = tl.where(x + dx < 0, 0, tl.where(x + dx >= PW, 2, 1))
     return tl.where(there, 1 << (3 * r + c), 0)
 
 
 @jit
-def _site(sites, t, patches):
-    """Image, row, column and kept neighbours of patches [BT, 1]; no neighbour, nor itself, where there is no patch."""
-    image = tl.load(sites + 4 * t, mask=t < patches, other=0)
-    row = tl.load(sites + 4 * t + 1, mask=t < patches, other=0)
-    column = tl.load(sites + 4 * t + 2, mask=t < patches, other=0)
-    return image, row, column, tl.load(sites + 4 * t + 3, mask=t < patches, other=0)
+def _site(sites, t, last):
+    """Image, row, column and neighbours of patches [BT, 1]. From `last` on, no bit of the neighbours is set, not even
+    that of the patch itself."""
+    image = tl.load(sites + 4 * t, mask=t < last, other=0)
+    row = tl.load(sites + 4 * t + 1, mask=t < last, other=0)
+    column = tl.load(sites + 4 * t + 2, mask=t < last, other=0)
+    return image, row, column, tl.load(sites + 4 * t + 3, mask=t < last, other=0)
+
+
+@jit
+def _patches_of_norm(sites, patches, halvings, IMAGE_NORM: tl.constexpr):
+    """The range of the patches whose pixels share their norms: all patches, or those of the image that is the first
+    axis of the grid, which `halvings` = ceil(log2(patches + 1)) loads find among the sites, sorted by image."""
+    first, last = 0, patches
+    if IMAGE_NORM:
+        wanted = tl.program_id(0) + tl.arange(0, 2)  # [2], this image and the next: the first patch of each is sought
+        low, high = tl.zeros([2], tl.int32), tl.full([2], patches, tl.int32)
+        for _ in range(halvings):
+            middle = (low + high) // 2
+            before = (low < high) & (tl.load(sites + 4 * middle, mask=low < high, other=0) < wanted)
+            low, high = tl.where(before, middle + 1, low), tl.where(before, high, middle)
+        first, last = tl.min(low, 0), tl.max(low, 0)
+    return first, last
 
 
 @jit
@@ -357,7 +437,7 @@ def _difference(pixels, source, kept, bit):
 def _power(base: tl.constexpr, n):
     """base ** n in float64, by squaring."""
     factor = tl.full([], base, tl.float64)
-    power = tl.full([], 1.0, tl.float64)
+    power = tl.full(n.shape, 1.0, tl.float64)
     for bit in range(31):
         power = tl.where((n >> bit) & 1 != 0, power * factor, power)
         factor = factor * factor
@@ -372,6 +452,8 @@ def _prior_sums_kernel(
     images,
     sites,
     patches,
+    halvings,
+    counts,
     lr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -381,11 +463,18 @@ def _prior_sums_kernel(
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     TV: tl.constexpr,
+    IMAGE_NORM: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Reads each of T C PH PW pixels once, besides four neighbours from the cache, and writes five sums a program; 14
-    operations a pixel. The first program counts the step and writes what corrects the bias of Adam."""
+    """Squares for the norms of the prior: for each of the four directions d, the sum of (x[p] - x[p + d])^2 over pixels
+    p of which p and p + d are kept, and the sum of x[p]^2. Steps t: t + 1, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t).
+
+    Defined in `prior_reference` and `pixel_step_reference`, after Yin et al., CVPR 2020, Eq. 3, and Kingma & Ba 2015,
+    Algorithm 1. The grid is (images or 1, blocks of a patch, programs that share the patches). Reads each of the
+    T C PH PW kept pixels once, besides four neighbours from the cache, and writes five sums a program; 14 operations a
+    pixel. The first program counts the steps.
+    """
     W: tl.constexpr = COLUMNS * PW
     _, there, channel, y, x = _element(tl.program_id(1), C, PH, PW, BE)
     within = channel * (ROWS * PH * W) + y * W + x  # [1, BE]
@@ -394,9 +483,10 @@ def _prior_sums_kernel(
     down_left, down_right = _bits(y, x, 1, -1, there, PH, PW), _bits(y, x, 1, 1, there, PH, PW)
     squares = tl.zeros([BT, BE], tl.float32)
     right_squares, down_squares, down_left_squares, down_right_squares = squares, squares, squares, squares
-    for first in range(tl.program_id(0) * BT, patches, tl.num_programs(0) * BT):
+    start, last = _patches_of_norm(sites, patches, halvings, IMAGE_NORM)
+    for first in range(start + tl.program_id(2) * BT, last, tl.num_programs(2) * BT):
         t = first + tl.arange(0, BT)[:, None]  # [BT, 1]
-        image, row, column, kept = _site(sites, t, patches)
+        image, row, column, kept = _site(sites, t, last)
         source = images + image.to(tl.int64) * (C * ROWS * PH * W) + (row * (PH * W) + column * PW) + within
         pixels = tl.load(source, mask=(kept & own) != 0, other=0.0)  # [BT, BE]
         squares += pixels * pixels
@@ -409,8 +499,8 @@ def _prior_sums_kernel(
             down_left_squares += difference * difference
             difference = _difference(pixels, source + (W + 1), kept, down_right)
             down_right_squares += difference * difference
-    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    programs = tl.num_programs(0) * tl.num_programs(1)
+    program = (tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + tl.program_id(1)
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
     if TV:
         tl.store(sums + program, tl.sum(right_squares))
         tl.store(sums + programs + program, tl.sum(down_squares))
@@ -418,26 +508,29 @@ def _prior_sums_kernel(
         tl.store(sums + 3 * programs + program, tl.sum(down_right_squares))
     tl.store(sums + 4 * programs + program, tl.sum(squares))
     if program == 0:
-        # Here, because nobody reads the step before the next launch.
-        n = tl.load(step) + 1
-        tl.debug_barrier()  # all threads have loaded the step before one stores the next
-        tl.store(step, n)
-        correction1 = (1.0 - _power(BETA1, n)).to(tl.float32)
-        correction2 = (1.0 - _power(BETA2, n)).to(tl.float32)
-        tl.store(corrections, tl.div_rn(lr, correction1))
-        tl.store(corrections + 1, tl.div_rn(1.0, tl.sqrt_rn(correction2)))
+        # The steps are counted here, because nobody reads them before the next launch.
+        for first in range(0, counts, BT * BE):
+            count = first + tl.arange(0, BT * BE)  # [BT * BE]
+            n = tl.load(step + count, mask=count < counts, other=0) + 1
+            tl.debug_barrier()  # all threads have loaded these steps before one stores the next
+            tl.store(step + count, n, mask=count < counts)
+            correction1 = (1.0 - _power(BETA1, n)).to(tl.float32)
+            correction2 = (1.0 - _power(BETA2, n)).to(tl.float32)
+            tl.store(corrections + 2 * count, tl.div_rn(lr, correction1), mask=count < counts)
+            correction2 = tl.div_rn(1.0, tl.sqrt_rn(correction2))
+            tl.store(corrections + 2 * count + 1, correction2, mask=count < counts)
 
 
 @jit
-def _norm(sums, number, programs, BP: tl.constexpr):
-    """A norm out of the sums of all programs, which are added up in one order always."""
+def _norm(sums, parts, BP: tl.constexpr):
+    """A norm from its partial sums of squares, which are always added up in the same order."""
     p = tl.arange(0, BP)  # [BP]
-    return tl.sqrt_rn(tl.sum(tl.load(sums + number * programs + p, mask=p < programs, other=0.0), 0))
+    return tl.sqrt_rn(tl.sum(tl.load(sums + p, mask=p < parts, other=0.0), 0))
 
 
 @jit
 def _scale(weight, norm):
-    """Of the gradient of weight * norm, which is 0 where the norm is."""
+    """The factor that makes x the gradient of weight * norm(x): weight / norm, and 0 where the norm is 0."""
     return tl.where(norm == 0, 0.0, tl.div_rn(weight, tl.where(norm == 0, 1.0, norm)))
 
 
@@ -448,18 +541,18 @@ def _shift(
 ):  # fmt: skip
     """How many cells a view moves pixels (y, x) of a patch down and right, whether it mirrors, and where in the patch
     of the viewed image they are seen."""
-    dy, dx, flip = _load_view(view, image, stride_image, ROWS * PH, COLUMNS * PW)
+    dy, dx, flip = load_view(view, image, stride_image, ROWS * PH, COLUMNS * PW)
     y, x = y + dy % PH, x + dx % PW  # up to twice a patch
     down, right = dy // PH + (y >= PH).to(tl.int32), dx // PW + (x >= PW).to(tl.int32)
-    x = _wrap(x, PW)
-    return down, right, flip, _wrap(y, PH) * PW + tl.where(flip, PW - 1 - x, x)
+    x = wrap(x, PW)
+    return down, right, flip, wrap(y, PH) * PW + tl.where(flip, PW - 1 - x, x)
 
 
 @jit
 def _seen_cell(row, column, down, right, flip, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The cell of the viewed image that pixels of the patch at (row, column) are seen in."""
-    column = _wrap(column + right, COLUMNS)
-    return _wrap(row + down, ROWS) * COLUMNS + tl.where(flip, COLUMNS - 1 - column, column)
+    """The cell of the viewed image in which pixels of the patch at (row, column) are seen."""
+    column = wrap(column + right, COLUMNS)
+    return wrap(row + down, ROWS) * COLUMNS + tl.where(flip, COLUMNS - 1 - column, column)
 
 
 @jit
@@ -470,6 +563,7 @@ def _pixel_step_kernel(
     exp_avg_sq,
     images,
     grad,
+    pixel_grad,
     sites,
     lowest,
     highest,
@@ -478,7 +572,10 @@ def _pixel_step_kernel(
     sums,
     corrections,
     patches,
-    sum_programs,
+    halvings,
+    parts,
+    sums_stride,
+    corrections_stride,
     view_stride_image,
     weight1,
     beta2,
@@ -493,31 +590,43 @@ def _pixel_step_kernel(
     PW: tl.constexpr,
     VIEW: tl.constexpr,
     SHARED_VIEW: tl.constexpr,
+    PIXEL_GRAD: tl.constexpr,
     TV: tl.constexpr,
     L2: tl.constexpr,
+    IMAGE_NORM: tl.constexpr,
     BP: tl.constexpr,
     BT: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """Reads pixel, gradient and two moments of T C PH PW kept pixels once, besides eight neighbours from the cache, and
-    writes pixel and moments: 24 bytes a pixel and the gradient, about 50 operations."""
+    """Adam on each kept pixel x with the gradient g of loss and prior, clamped to the channel's range:
+    m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, x = x - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t))
+    + eps).
+
+    Defined in `pixel_step_reference`, after Kingma & Ba 2015, Algorithm 1; the prior is that of Yin et al., CVPR 2020,
+    Eq. 3. The grid is (images or 1, blocks of a patch, programs that share the patches). Reads pixel, gradient and two
+    moments of T C PH PW kept pixels once, besides eight neighbours from the cache, and writes pixel and moments:
+    24 bytes a pixel and the gradients, about 50 operations.
+    """
     W: tl.constexpr = COLUMNS * PW
     E: tl.constexpr = C * PH * PW
+    start, last = _patches_of_norm(sites, patches, halvings, IMAGE_NORM)
+    if IMAGE_NORM:
+        sums += tl.program_id(0) * parts
     value = 0.0
     if TV:
-        norm_right, norm_down = _norm(sums, 0, sum_programs, BP), _norm(sums, 1, sum_programs, BP)
-        norm_down_left, norm_down_right = _norm(sums, 2, sum_programs, BP), _norm(sums, 3, sum_programs, BP)
+        norm_right, norm_down = _norm(sums, parts, BP), _norm(sums + sums_stride, parts, BP)
+        norm_down_left = _norm(sums + 2 * sums_stride, parts, BP)
+        norm_down_right = _norm(sums + 3 * sums_stride, parts, BP)
         value += tv_l2 * (norm_right + norm_down + norm_down_left + norm_down_right)
         scale_right, scale_down = _scale(tv_l2, norm_right), _scale(tv_l2, norm_down)
         scale_down_left, scale_down_right = _scale(tv_l2, norm_down_left), _scale(tv_l2, norm_down_right)
     if L2:
-        norm = _norm(sums, 4, sum_programs, BP)
+        norm = _norm(sums + 4 * sums_stride, parts, BP)
         value += l2 * norm
         scale = _scale(l2, norm)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(prior, value)
-    step_size, correction = tl.load(corrections), tl.load(corrections + 1)
-    # All that a pixel's place in its patch decides, once for all patches.
+    if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.store(prior + tl.program_id(0), value)
+    # What depends on a pixel's place in its patch is computed once for all patches.
     e, there, channel, y, x = _element(tl.program_id(1), C, PH, PW, BE)
     within = channel * (ROWS * PH * W) + y * W + x  # [1, BE]
     low = tl.load(lowest + channel, mask=there, other=0.0)
@@ -529,9 +638,9 @@ def _pixel_step_kernel(
     down_left, down_right = _bits(y, x, 1, -1, there, PH, PW), _bits(y, x, 1, 1, there, PH, PW)
     if SHARED_VIEW:
         rows_down, columns_right, flip, seen = _shift(view, 0, 0, y, x, ROWS, COLUMNS, PH, PW)
-    for first in range(tl.program_id(0) * BT, patches, tl.num_programs(0) * BT):
+    for first in range(start + tl.program_id(2) * BT, last, tl.num_programs(2) * BT):
         t = first + tl.arange(0, BT)[:, None]  # [BT, 1]
-        image, row, column, kept = _site(sites, t, patches)
+        image, row, column, kept = _site(sites, t, last)
         mask = (kept & own) != 0  # [BT, BE]
         n = t.to(tl.int64) * E + e
         place = image.to(tl.int64) * (C * ROWS * PH * W) + (row * (PH * W) + column * PW) + within
@@ -557,6 +666,8 @@ def _pixel_step_kernel(
             g = tl.reshape(g, [BT, BE]).to(tl.float32)
         else:
             g = tl.load(grad + n, mask=mask, other=0.0).to(tl.float32)
+        if PIXEL_GRAD:
+            g += tl.load(pixel_grad + n, mask=mask, other=0.0)
         if TV:
             difference = _difference(pixels, source + 1, kept, right)
             g += scale_right * (difference + _difference(pixels, source - 1, kept, left))
@@ -572,6 +683,8 @@ def _pixel_step_kernel(
         second_moment = beta2 * second_moment + weight2 * g * g
         tl.store(exp_avg + n, first_moment, mask=mask)
         tl.store(exp_avg_sq + n, second_moment, mask=mask)
+        step_size = tl.load(corrections + image * corrections_stride)  # [BT, 1]
+        correction = tl.load(corrections + image * corrections_stride + 1)
         denominator = tl.sqrt_rn(second_moment) * correction + eps
         pixels -= step_size * tl.div_rn(first_moment, denominator)
         # Not tl.clamp, which makes a number of NaN.
@@ -582,25 +695,28 @@ def _pixel_step_kernel(
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; without one, those of an H200."""
+    """The multiprocessors of a GPU. Without a GPU it is the number of an H200's."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _tiles(operation: str, device: torch.device, patches: int, elements: int) -> tuple[dict[str, int], tuple[int, int]]:
-    """Constants of a kernel, and its grid: programs that share the patches, times blocks of a patch.
+def _tiles(
+    operation: str, device: torch.device, patches: int, elements: int, groups: int
+) -> tuple[dict[str, int], tuple[int, int, int]]:
+    """Constants of a kernel, and its grid: groups of patches, blocks of a patch, and programs that share a group.
 
     A program takes BT patches at a time and BE elements of each: one a thread, because a pixel's neighbours to the left
-    and right cannot be read in wider accesses. PER_SM programs a multiprocessor run together; no more start.
+    and right cannot be read in wider accesses. A multiprocessor runs PER_SM programs at the same time; beyond that, no
+    more programs share a group.
     """
     _, tiles = choose(operation, device, elements)
     blocks = cdiv(elements, tiles["BE"])
     resident = tiles.pop("PER_SM") * _multiprocessors(device) // blocks
-    return tiles, (max(1, min(resident, cdiv(patches, tiles["BT"]))), blocks)
+    return tiles, (groups, blocks, max(1, min(resident // groups, cdiv(patches, tiles["BT"]))))
 
 
-def _scratch(images: Tensor, programs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The prior, the sums of each program and the corrections of Adam's bias."""
-    return images.new_empty(()), images.new_empty(SUMS, programs), images.new_empty(2)
+def _scratch(images: Tensor, groups: int, parts: int, counts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The prior of each group of patches, the sums of each program, and the corrections of Adam's bias."""
+    return images.new_empty(groups), images.new_empty(SUMS, groups, parts), images.new_empty(counts, 2)
 
 
 def launch_pixel_step(
@@ -623,30 +739,43 @@ def launch_pixel_step(
     eps: float,
     tv_l2: float,
     l2: float,
+    pixel_grad: Tensor | None = None,
+    norm: str = "batch",
 ) -> Tensor:
-    """What `pixel_step_reference` does, in two launches."""
-    _, channels, height, width = images.shape
+    """Do what `pixel_step_reference` does in two launches, and one more where the priors of images are added up."""
+    batch, channels, height, width = images.shape
     size, shape = channels * ph * pw, dict(C=channels, ROWS=height // ph, COLUMNS=width // pw, PH=ph, PW=pw)
-    # Without a prior there is nothing to sum up, but a step to count.
-    patches = len(sites) if tv_l2 or l2 else 0
-    tiles, grid = _tiles("prior_sums", images.device, patches, size)
-    prior, sums, corrections = _scratch(images, math.prod(grid))
+    has_prior, has_tv = bool(tv_l2 or l2), tv_l2 != 0
+    image_norm = norm == "image" and has_prior
+    groups, halvings = max(1, batch) if image_norm else 1, len(sites).bit_length()
+    # Without a prior there is nothing to sum up, but there are steps to count.
+    patches = len(sites) if has_prior else 0
+    tiles, grid = _tiles("prior_sums", images.device, patches, size, groups)
+    if image_norm:
+        grid = (*grid[:2], 1)  # so that in which order an image's squares are added up depends on that image alone
+    parts = grid[1] * grid[2]
+    prior, sums, corrections = _scratch(images, groups, parts, step.numel())
     launch(
         _prior_sums_kernel, grid,
-        sums, corrections, step, images, sites, patches, lr,
-        **shape, BETA1=beta1, BETA2=beta2, TV=tv_l2 != 0, **tiles,
+        sums=sums, corrections=corrections, step=step, images=images, sites=sites,
+        patches=patches, halvings=halvings, counts=step.numel(), lr=lr,
+        **shape, BETA1=beta1, BETA2=beta2, TV=has_tv, IMAGE_NORM=image_norm, **tiles,
     )  # fmt: skip
-    tiles, grid = _tiles("pixel_step", images.device, len(sites), size)
-    view = None if view is None else view.contiguous()
-    inverse = None if inverse is None else inverse.contiguous()
+    tiles, grid = _tiles("pixel_step", images.device, len(sites), size, groups)
+    view, inverse, pixel_grad = (x if x is None else x.contiguous() for x in (view, inverse, pixel_grad))
     launch(
         _pixel_step_kernel, grid,
-        prior, next_images, exp_avg, exp_avg_sq, images, grad.contiguous(), sites, lowest, highest, inverse, view,
-        sums, corrections, len(sites), sums.shape[1], _view_stride(view), 1 - beta1, beta2, 1 - beta2, eps, tv_l2, l2,
-        **shape, VIEW=view is not None, SHARED_VIEW=view is not None and view.dim() == 1, TV=tv_l2 != 0, L2=l2 != 0,
-        BP=next_power_of_2(sums.shape[1]), **tiles,
+        prior=prior, next_images=next_images, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, images=images,
+        grad=grad.contiguous(), pixel_grad=pixel_grad, sites=sites, lowest=lowest, highest=highest, inverse=inverse,
+        view=view, sums=sums, corrections=corrections, patches=len(sites), halvings=halvings, parts=parts,
+        sums_stride=sums.stride(0), corrections_stride=2 if step.numel() > 1 else 0,
+        view_stride_image=view_stride(view),
+        weight1=1 - beta1, beta2=beta2, weight2=1 - beta2, eps=eps, tv_l2=tv_l2, l2=l2,
+        **shape, VIEW=view is not None, SHARED_VIEW=view is not None and view.dim() == 1,
+        PIXEL_GRAD=pixel_grad is not None, TV=has_tv, L2=l2 != 0, IMAGE_NORM=image_norm,
+        BP=next_power_of_2(parts), **tiles,
     )  # fmt: skip
-    return prior
+    return prior.sum() if image_norm else prior.view(())
 
 
 pixel_step_op = torch.library.custom_op(
@@ -655,5 +784,5 @@ pixel_step_op = torch.library.custom_op(
 
 
 @pixel_step_op.register_fake
-def _fake_pixel_step(next_images, exp_avg, exp_avg_sq, step, images, *_):
+def _fake_pixel_step(next_images, exp_avg, exp_avg_sq, step, images, *_, **__):
     return images.new_empty(())

@@ -1,4 +1,10 @@
-"""Rows of packed batches: cumulative lengths, padding, and rows picked by distinct indices."""
+"""Packed batches as rows: the one place that makes cumulative lengths, and what follows from them.
+
+In a packed batch the T rows of B sequences lie end to end, and cu_seqlens (B + 1,) int32 says where each sequence
+begins: sequence b has the rows cu_seqlens[b] to cu_seqlens[b + 1] - 1. Kernels and everything above them use the same
+few functions for that: lengths to cumulative lengths, rows to sequences, rows to places in a padded batch, and picking
+rows.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +16,20 @@ from torch import Tensor
 
 
 def cumulative_lengths(lengths: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
-    """Cumulative lengths (B + 1,) int32, from 0 on.
+    """Add up the lengths of B sequences: (B + 1,) int32, beginning with 0.
 
     Args:
-        lengths: of B sequences: integers, which are shipped to the device without waiting for it, or a tensor (B,).
-        device: where the result is; that of the lengths where they are a tensor.
+        lengths: B integers, which are copied to the device without waiting for it, or a tensor (B,) of integers.
+        device: the device of the result. A tensor's result stays on the tensor's device.
     """
     if isinstance(lengths, Tensor):
-        return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
     return starts.to(device, non_blocking=True)
 
 
 def uniform_lengths(batch: int, length: int, device: torch.device | str) -> Tensor:
-    """Cumulative lengths (B + 1,) int32 of `batch` sequences of `length` tokens each."""
+    """Return the cumulative lengths (B + 1,) int32 of `batch` sequences of `length` tokens each."""
     return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)[: batch + 1]
 
 
@@ -38,26 +44,32 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         zeros = grad.new_zeros(ctx.shape)
-        # The same for single elements, where it takes a CPU half the time.
+        # Both copy rows. For single elements a scatter takes a CPU half the time.
         return zeros.scatter_(0, rows, grad) if zeros.dim() == 1 else zeros.index_copy_(0, rows, grad), None
 
 
 def gather_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """`values[rows]` for (M, ...) values and (T,) indices of which no two are equal.
+    """Return `values[rows]` for values (M, ...) and indices (T,) int64, of which no two may be equal.
 
-    Plain indexing adds up the gradients of rows that were picked twice; with distinct rows the gradient is a copy.
+    The backward pass of plain indexing adds up the gradients of rows that were picked twice. With distinct rows the
+    gradient is a copy, which is faster and does not depend on an order.
     """
     return _GatherRows.apply(values, rows)
 
 
 def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """(T,) int64, the sequence that each packed token belongs to; no synchronisation."""
+    """Return the sequence that each of the T packed tokens belongs to, (T,) int64, without synchronising."""
     sequences = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
     return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=tokens)
 
 
 def padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Where each of the T tokens lies in a padded batch (B * N, ...), and which of its places (B, N) are taken."""
+    """Compute where packed tokens lie in a batch that is padded to N = max_seqlen tokens a sequence.
+
+    Returns:
+        The place of each token among the B * N of the padded batch, (T,) int64, and whether a place is taken by a
+        token, (B, N) bool.
+    """
     sequence = sequence_of_tokens(cu_seqlens, tokens)
     slots = torch.arange(tokens, device=cu_seqlens.device) - cu_seqlens[sequence] + sequence * max_seqlen
     taken = torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]

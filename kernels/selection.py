@@ -1,4 +1,4 @@
-"""Class-token attention -> the patches that stay, and their tokens gathered into a packed batch."""
+"""Select the patches that stay by their importance, and gather their tokens into a packed batch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .gradients import first_order
 from .rows import cumulative_lengths, gather_rows, padding, uniform_lengths
 
 MAX_CANDIDATES = 4096
-LEAST_MASS = 2.0**-60  # of a total below 2^52 this is less than the least unit: any smaller share means the same
-FIXED_POINT_BITS = 40  # of an importance: 4096 of them sum to at most 2^52, up to which float64 counts exactly
+LEAST_MASS = 2.0**-60  # a total is below 2^52, so this share of it is less than one unit, as any smaller share is
+FIXED_POINT_BITS = 40  # the bits of an importance: 4096 of them sum to at most 2^52, up to which float64 is exact
 
 
 def select_tokens(
@@ -32,33 +32,34 @@ def select_tokens(
 ) -> tuple[Tensor | None, Tensor, Tensor, int]:
     """Keep the most important candidates of each image, and gather their tokens.
 
-    Importance is the mean of `attention` over the heads, in float32. The highest stay; of equals the lower index stays;
-    what stays is in ascending order of index. The pick is the same on every device and backend, and that of an image is
-    the same whatever else is in the batch.
+    Importance is the mean of `attention` over the heads, in float32. The candidates with the highest importance stay;
+    of two that are equal, the one with the lower index stays. The result is in ascending order of index. The choice is
+    the same on every device and backend, and for an image it does not depend on the rest of the batch.
 
     Args:
-        attention: (B, H, N) the class token's attention to each of up to 4096 candidates, or (B, N); float32, bfloat16
-            or float16. No gradient flows to it.
-        values: (B, P + N, C) tokens of any float dtype, prefix tokens first. Gradients flow to those that stay.
-        positions: (B, N) index of each candidate in the patch grid; 0..N-1 by default.
-        k: how many candidates of each image stay, 1..N; or B integers, one for each image.
-        mass: keep the fewest candidates whose importance sums to at least this share, in (0, 1], of the image's total;
-            one where that total is zero. Synchronises with the host once, to learn how many that is. Importance counts
-            in units of about 2^-40 of the image's greatest, so that sums are exact.
-        num_prefix_tokens: P, tokens that always stay; token p of them gets position p - P.
-        cu_seqlens: (B + 1,) int32, for a packed input: attention is (H, T) or (T,), values (T, C) and positions (T,),
-            of all tokens of all sequences. What attention says of prefix tokens is ignored; their positions, where any
-            are given, are carried along.
+        attention: (B, H, N) or (B, N) in float32, bfloat16 or float16, the class token's attention to each of up to
+            4096 candidates. No gradient flows to it.
+        values: (B, P + N, C) tokens of any floating dtype, prefix tokens first. Gradients flow to those that stay.
+        positions: (B, N) int32 or int64, the index of each candidate in the patch grid; 0..N-1 by default.
+        k: how many candidates of each image stay, 1..N: one number, or B numbers.
+        mass: keep the fewest candidates whose importance sums to at least this share, in (0, 1], of the image's total,
+            or one candidate if the total is zero. This synchronises with the host once, to learn how many stay.
+            Importance is rounded down to units of about 2^-40 of the image's greatest, so that sums are exact.
+        num_prefix_tokens: P, the number of tokens in front that always stay; token p of them gets position p - P.
+        cu_seqlens: (B + 1,) int32 for a packed input. Then attention is (H, T) or (T,), values (T, C) and positions
+            (T,), for all tokens of all sequences. The attention to prefix tokens is ignored. Their positions, if
+            given, are kept.
         max_seqlen: the length of the longest sequence of a packed input, at most P + 4096.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        values (T, C) of the tokens that stay, or None where none were given; their positions (T,) int32; cu_seqlens
-        (B + 1,) int32; and the length of the longest sequence.
+        The values (T, C) of the tokens that stay, or None if no values were given; their positions (T,) int32; their
+        cu_seqlens (B + 1,) int32; and the length of the longest sequence.
 
     Raises:
-        ValueError: an argument outside of the above; on a CPU also an importance that is NaN (with `mass`: negative or
-            infinite) and a packed sequence of fewer than k candidates, which on a GPU are device-side assertions.
+        ValueError: if an argument has another shape, dtype, device or value. On a CPU also if an importance is NaN
+            (with `mass`: or negative or infinite), or if a packed sequence has fewer than k candidates. On a GPU these
+            two are device-side assertions.
     """
     if attention.dim() == (2 if cu_seqlens is None else 1):
         attention = attention.unsqueeze(-2)
@@ -66,7 +67,7 @@ def select_tokens(
     _check_selection(attention, values, positions, k, mass, num_prefix_tokens, cu_seqlens, max_seqlen)
     if cu_seqlens is None:
         max_seqlen = num_prefix_tokens + attention.shape[-1]
-    max_seqlen = max(max_seqlen, num_prefix_tokens + 1)  # which it is, but for a packed batch of no images
+    max_seqlen = max(max_seqlen, num_prefix_tokens + 1)  # it can only be less for a packed batch of no images
     plain = resolve_backend(backend, attention.device) == "torch"
     starts = limits = lengths = None
     if mass is None and not isinstance(k, int):
@@ -77,7 +78,7 @@ def select_tokens(
     if mass is not None:
         count = count_mass_reference if plain else count_mass_op
         counts, limits = count(attention, cu_seqlens, mass, num_prefix_tokens, max_seqlen)
-        starts, lengths = counts.cumsum(0, dtype=torch.int32), counts.tolist()[1:]
+        starts, lengths = cumulative_lengths(counts[1:]), counts.tolist()[1:]
     if lengths is None:
         batch, longest = len(attention) if cu_seqlens is None else len(cu_seqlens) - 1, num_prefix_tokens + k
         tokens = batch * longest
@@ -136,7 +137,7 @@ def _check_selection(attention, values, positions, k, mass, num_prefix_tokens, c
 
 
 def _assert_valid(attention, cu_seqlens, starts, k, mass, num_prefix_tokens, max_seqlen) -> None:
-    """What the kernels assert on a device, for where they do not run, or are interpreted: at once on a CPU."""
+    """Check what compiled kernels assert on the device, where no compiled kernel runs."""
     importance, present = candidates_of(attention, cu_seqlens, num_prefix_tokens, max_seqlen)
     needed = "importance must not be NaN" if mass is None else "importance must be neither NaN, negative nor infinite"
     valid = importance == importance if mass is None else (importance >= 0) & (importance < torch.inf)
@@ -147,7 +148,7 @@ def _assert_valid(attention, cu_seqlens, starts, k, mass, num_prefix_tokens, max
 
 
 def _assert_rows(valid: Tensor, needed: str) -> None:
-    """Raise unless all of (B,) images are valid: at once on a CPU, by an assertion on the device elsewhere."""
+    """Raise an error unless `valid` (B,) holds for all images. On a GPU this is a device-side assertion."""
     if valid.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(valid.all(), needed)
     elif not valid.all():
@@ -155,7 +156,7 @@ def _assert_rows(valid: Tensor, needed: str) -> None:
 
 
 def candidates_of(attention, cu_seqlens, num_prefix_tokens: int, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """Importance (B, N) of each image's candidates, 0 behind the last, and the mask (B, N) of those that there are."""
+    """Return the importance (B, N) of each image's candidates, 0 after the last, and the mask (B, N) of candidates."""
     importance = mean_over_heads(attention)
     if cu_seqlens is None:
         return importance, torch.ones_like(importance, dtype=torch.bool)
@@ -167,7 +168,7 @@ def candidates_of(attention, cu_seqlens, num_prefix_tokens: int, max_seqlen: int
 def count_mass_reference(
     attention: Tensor, cu_seqlens: Tensor | None, mass: float, num_prefix_tokens: int, max_seqlen: int
 ) -> tuple[Tensor, None]:
-    """How many tokens of each image stay where `mass` decides: (B + 1,) int32, behind a zero for cumulative sums."""
+    """Count the tokens of each image that stay where `mass` decides: (B + 1,) int32, a zero and then the counts."""
     importance, _ = candidates_of(attention, cu_seqlens, num_prefix_tokens, max_seqlen)
     units = fixed_point(importance).sort(dim=1, descending=True).values
     target = units.sum(1, keepdim=True).double() * max(mass, LEAST_MASS)
@@ -187,15 +188,16 @@ def select_reference(
     max_seqlen: int,
     tokens: int,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """What `select_tokens` means once it is known how many stay, in plain torch: packed values, positions, cu_seqlens.
+    """Define `select_tokens` in plain torch for known counts: packed values, positions and cu_seqlens.
 
-    `starts` (B + 1,) int32 are the cumulative lengths of the `tokens` that stay; None where k candidates of each image
-    do."""
+    `starts` (B + 1,) int32 are the cumulative lengths of the `tokens` that stay, or None if k candidates of each image
+    stay.
+    """
     importance, present = candidates_of(attention, cu_seqlens, num_prefix_tokens, max_seqlen)
     batch, device = len(importance), attention.device
     if starts is None:
         starts = uniform_lengths(batch, num_prefix_tokens + k, device)
-    # What is absent comes last: of equal importance the first is higher.
+    # Places without a candidate come last, because a stable sort keeps equal elements in order.
     order = importance.masked_fill(~present, -torch.inf).argsort(dim=1, descending=True, stable=True)
     highest = torch.arange(order.shape[1], device=device) < starts.diff()[:, None] - num_prefix_tokens
     kept = torch.zeros_like(present).scatter_(1, order, highest)  # (B, N)
@@ -210,16 +212,17 @@ def select_reference(
         slots, _ = padding(cu_seqlens, max_seqlen, attention.shape[1])
         kept = kept[slots]
         positions = slots % max_seqlen - num_prefix_tokens if positions is None else positions
-    # Row t of the packed batch is row rows[t] of the input; what does not stay goes to a place behind the last.
+    # Row t of the packed batch is row rows[t] of the input. What does not stay is sent to a place after the last row.
     slots = torch.where(kept, kept.cumsum(0) - 1, tokens)
     rows = slots.new_empty(tokens + 1).scatter_(0, slots, torch.arange(len(kept), device=device))[:tokens]
     return None if values is None else gather_rows(values, rows), positions[rows].to(torch.int32), starts
 
 
 def mean_over_heads(attention: Tensor) -> Tensor:
-    """Importance: (..., H, N) -> (..., N) float32, summed over the heads in their order, without negative zeros.
+    """Compute importance, the mean over the heads: (..., H, N) to (..., N) float32, without negative zeros.
 
-    The product in float64 rounds to what a division in float32 would be, and does so alike on every device."""
+    Heads are added in their order. The product in float64 rounds to the quotient in float32, on every device alike.
+    """
     first, *others = attention.unbind(-2)
     total = first.float()
     for head in others:
@@ -229,17 +232,20 @@ def mean_over_heads(attention: Tensor) -> Tensor:
 
 
 def fixed_point(importance: Tensor) -> Tensor:
-    """(B, N) int64 multiples of a power of two of each row's own, so that sums are exact and stay below 2^52."""
+    """Round importance (B, N) down to multiples (B, N) int64 of a row's unit, so that sums are exact and below 2^52.
+
+    The unit is 2^-40 times the least power of two above the row's maximum.
+    """
     exponent = importance.amax(1, keepdim=True).view(torch.int32).long() >> 23  # the maximum is < 2^(exponent - 126)
     return (importance.double() * (FIXED_POINT_BITS + 126 - exponent + 1023 << 52).view(torch.float64)).long()
 
 
 @jit
 def _importance(attention, stride_head, stride_patch, n, candidates, H: tl.constexpr):
-    """The mean over the heads [BN] of candidates n, summed in their order; no negative zeros, zero beyond the image."""
+    """Importance [BN] of the candidates n as `mean_over_heads` defines it, and 0 where there is no candidate."""
     mask = (n >= 0) & (n < candidates)  # [BN]
     total = tl.zeros(n.shape, tl.float32)  # [BN]
-    for _ in tl.range(H, loop_unroll_factor=2):  # of two heads at a time: registers for no more
+    for _ in tl.range(H, loop_unroll_factor=2):  # there are registers for two heads at a time, and no more
         total += tl.load(attention + n.to(tl.int64) * stride_patch, mask=mask, other=0.0).to(tl.float32)
         attention += stride_head
     importance = (total.to(tl.float64) * (1 / H)).to(tl.float32)
@@ -248,18 +254,20 @@ def _importance(attention, stride_head, stride_patch, n, candidates, H: tl.const
 
 @jit
 def _ordered(importance, is_candidate):
-    """int32 keys [BN] in the order of the floats; the least integer, below all of them, for what is no candidate."""
+    """int32 keys [BN] in the order of the floats. No candidate gets the least integer, which is below all keys."""
     bits = importance.to(tl.int32, bitcast=True)
     return tl.where(is_candidate, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
 
 
 @jit
 def _threshold(key, units, target):
-    """The highest bound such that the keys at or above it hold `target` units or, as soon as one is found, a bound at
-    or above which they hold exactly so many; and how many keys equal to it are needed for that.
+    """The highest bound such that the keys at or above it hold at least `target` units, and how many units the keys
+    that are equal to the bound have to contribute. A lower bound will do if the keys at or above it hold exactly
+    `target` units: the search ends as soon as it finds one.
 
-    Each halving of the range between the least and the greatest key takes one sum over the tile: 32 at the worst, about
-    log2 N + 1 for keys that are spread evenly."""
+    The search halves the range between the least and the greatest key. Each halving takes one sum over the tile: 32
+    at worst, about log2 N + 1 for keys that are spread evenly.
+    """
     low = tl.min(tl.where(key > -0x80000000, key, 0x7FFFFFFF), 0)
     high = tl.max(key, 0)
     held = tl.sum(tl.where(key >= low, units, 0), 0)
@@ -276,7 +284,7 @@ def _threshold(key, units, target):
 
 @jit
 def _origin(cu_seqlens, image, rows, PACKED: tl.constexpr):
-    """Where an image starts, in strides from image to image (of a packed batch: from token to token), and its rows."""
+    """Where an image starts, counted in images (in a packed batch: in tokens), and how many rows it has."""
     origin = image
     if PACKED:
         origin = tl.load(cu_seqlens + image).to(tl.int64)
@@ -301,7 +309,12 @@ def _count_kernel(
     BITS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Reads attention once (B H N elements) and writes three integers an image; about log2 N + 5 sums over N."""
+    """counts[1 + b] = P + the least n >= 1 such that the n greatest importances of image b sum to mass * total.
+
+    Defined in `count_mass_reference`. limits[b] = (key of the least importance that stays, how many of the candidates
+    with this importance stay), for `_select_kernel`. One program an image. Reads attention once (B H N elements) and
+    writes three integers an image; about log2 N + 5 sums over N.
+    """
     image = tl.program_id(0).to(tl.int64)
     origin, rows = _origin(cu_seqlens, image, rows, PACKED)
     candidates = rows - prefix
@@ -314,7 +327,7 @@ def _count_kernel(
     units = (importance.to(tl.float64) * unit).to(tl.int64)  # [BN]
     total = tl.sum(units, 0)
     target = tl.maximum(tl.ceil(total.to(tl.float64) * mass).to(tl.int64), 1)
-    # What holds nothing never stays, unless all hold nothing: then one does.
+    # A candidate of no units never stays, unless no candidate has any: then one candidate stays.
     units = tl.where((total == 0) & (n < candidates), 1, units)
     key = _ordered(importance, units > 0)  # [BN]
     threshold, missing = _threshold(key, units, target)
@@ -325,7 +338,7 @@ def _count_kernel(
     tl.store(limits + 2 * image + 1, ties)
     if image == 0:
         tl.store(counts, 0)
-    # Last, where no registers have to be saved for it.
+    # The assertion comes last, where no registers have to be saved for it.
     tl.device_assert((valid == 1) & (candidates >= 1), "importance is NaN, negative or infinite, or there is none")
 
 
@@ -364,13 +377,17 @@ def _select_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads attention once a block of BR rows, and reads and writes the kept tokens once (2 T C elements); about
-    log2 N + 5 sums over N a block. A row is one of an image's P + N tokens; channels and strides of values count UNIT.
+    """packed[slots[n]] = values[n] for the prefix tokens and the k most important candidates n of each image, in order;
+    slots[n] = -1 for the others. Defined in `select_reference`.
+
+    The grid is (images, blocks of BR rows). A row is one of an image's P + N tokens. Channels and the strides of values
+    count accesses of UNIT elements. Reads attention once for each block, and reads and writes the tokens that stay once
+    (2 T C elements); about log2 N + 5 sums over N for each block.
     """
     image = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BR
     origin, rows = _origin(cu_seqlens, image, rows, PACKED)
-    if (first > 0) & (first >= rows):  # the first block is there for every image
+    if (first > 0) & (first >= rows):  # every image has a first block, also an empty image
         return
     candidates = rows - prefix
     n = tl.arange(0, BN)  # [BN], all candidates
@@ -396,13 +413,13 @@ def _select_kernel(
     else:
         threshold, ties = _threshold(key, tl.full(n.shape, 1, tl.int32), k)
 
-    # What stays of the rows before this block.
+    # How many of the rows before this block stay.
     before = n < first - prefix  # [BN]
     ties_before = tl.sum((before & (key == threshold)).to(tl.int32), 0)
     kept_before = tl.sum((before & (key > threshold)).to(tl.int32), 0) + tl.minimum(ties_before, ties)
     kept_before += tl.minimum(first, prefix)
 
-    # What stays of this block's rows, and where it goes.
+    # Which rows of this block stay, and where they go.
     own_key = _ordered(own, (candidate >= 0) & (candidate < candidates))  # [BR]
     tie = own_key == threshold  # [BR]
     tie_stays = tie & (ties_before + tl.cumsum(tie.to(tl.int32), 0) <= ties)
@@ -422,7 +439,7 @@ def _select_kernel(
         tl.store(packed_starts + image + 1, end.to(tl.int32))
         if image == 0:
             tl.store(packed_starts, 0)
-    # Last, where no registers have to be saved for it.
+    # The assertion comes last, where no registers have to be saved for it.
     tl.device_assert(valid, "importance is NaN, or an image has fewer candidates than are to stay")
 
 
@@ -438,9 +455,12 @@ def _select_backward_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads the gradient of the kept tokens once (T C elements) and writes that of all tokens once; channels and the
-    stride count UNIT."""
-    blocks = tl.cdiv(channels * UNIT, BC)  # of a row
+    """grad[n] = packed_grad[slots[n]], and 0 where slots[n] is -1: the gradient of `select_reference`.
+
+    One program takes BR rows and BC channels. Channels and the stride count accesses of UNIT elements. Reads the
+    gradient of the kept tokens once (T C elements) and writes that of all tokens once.
+    """
+    blocks = tl.cdiv(channels * UNIT, BC)  # blocks of a row
     row = (tl.program_id(0) // blocks).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
     slot = tl.load(slots + row, mask=row < rows, other=-1).to(tl.int64)  # [BR]
     channel = tl.program_id(0) % blocks * BC + tl.arange(0, BC)  # [BC]
@@ -452,47 +472,52 @@ def _select_backward_kernel(
 
 
 def _tiles(operation: str, device: torch.device, size: int, unit: int) -> dict[str, int]:
-    """Constants of the dispatch table, which counts channels in accesses of `unit` elements."""
+    """Look up a kernel's constants in the dispatch table, which counts channels in accesses of `unit` elements."""
     _, tiles = choose(operation, device, size)
     return {**tiles, "BC": tiles["BC"] * unit}
 
 
-# Assertions in a kernel are compiled on request; the request for checks of integer overflow comes with it.
+# "debug" compiles the assertions of a kernel. It would also add checks for integer overflow, which are switched off.
 ASSERT = {"debug": True, "sanitize_overflow": False}
 
 
 def _unit(itemsize: int, *sizes: int) -> int:
-    """The elements in 16 bytes where all sizes are multiples of that, so that accesses can be so wide; else 1."""
+    """The number of elements in 16 bytes if all sizes are multiples of it, so that accesses can be so wide; else 1."""
     unit = 16 // itemsize
     return 1 if any(size % unit for size in sizes) else unit
 
 
 def _candidates_and_strides(attention: Tensor, cu_seqlens: Tensor | None, num_prefix_tokens: int):
-    """Attention from the first candidate on, its strides from image to image (from token to token of a packed input),
-    head to head and candidate to candidate."""
-    if cu_seqlens is None:
-        return attention, *attention.stride()
-    return attention[:, num_prefix_tokens:], attention.stride(1), *attention.stride()
+    """Return attention from the first candidate on, and its strides between images (in a packed input: tokens), heads
+    and candidates."""
+    strides = attention.stride()
+    if cu_seqlens is not None:
+        attention, strides = attention[:, num_prefix_tokens:], (strides[1], *strides)
+    return attention, dict(zip(("stride_image", "stride_head", "stride_patch"), strides, strict=True))
 
 
 def _batch_size(attention: Tensor, cu_seqlens: Tensor | None) -> int:
-    """By the shapes and not by len(), which would tie a traced graph to one number."""
+    """The number of images. It is read from the shape, because len() would tie a traced graph to one number."""
     return attention.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def launch_count_mass(
     attention: Tensor, cu_seqlens: Tensor | None, mass: float, num_prefix_tokens: int, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
-    """How many tokens of each image stay: (B + 1,) int32, behind a zero for cumulative sums. And (B, 2) int32: the
-    ordered integer of the last importance that stays, and how many candidates of just that importance do."""
+    """Count the tokens of each image that stay: (B + 1,) int32, a zero and then the counts.
+
+    Also returns the limits (B, 2) int32: the key of the least importance that stays, and how many candidates with
+    exactly that importance stay.
+    """
     counts, limits = _fake_count_mass(attention, cu_seqlens, mass, num_prefix_tokens, max_seqlen)
     if len(limits) == 0:
         return counts.zero_(), limits
     tiles = _tiles("select_tokens", attention.device, max_seqlen - num_prefix_tokens, 1)
-    attention, *strides = _candidates_and_strides(attention, cu_seqlens, num_prefix_tokens)
+    attention, strides = _candidates_and_strides(attention, cu_seqlens, num_prefix_tokens)
     launch(
         _count_kernel, (len(limits),),
-        counts, limits, attention, cu_seqlens, max_seqlen, num_prefix_tokens, max(mass, LEAST_MASS), *strides,
+        counts=counts, limits=limits, attention=attention, cu_seqlens=cu_seqlens,
+        rows=max_seqlen, prefix=num_prefix_tokens, mass=max(mass, LEAST_MASS), **strides,
         H=attention.shape[-2], PACKED=cu_seqlens is not None, BITS=FIXED_POINT_BITS,
         BN=tiles["BN"], num_warps=tiles["num_warps"], **ASSERT,
     )  # fmt: skip
@@ -520,16 +545,16 @@ def launch_select(
     max_seqlen: int,
     tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `select_reference` gives, and the packed row that each token of the input went to, or -1: (B, P + N) or (T,)
-    int32. `limits` are what `launch_count_mass` found."""
-    outputs = _fake_select(
+    """Do what `select_reference` does, with the `limits` of `launch_count_mass` if there are any.
+
+    Also returns the slots, (B, P + N) or (T,) int32: the packed row that each token of the input went to, or -1.
+    """
+    packed, packed_positions, packed_starts, slots = _fake_select(
         attention, values, positions, cu_seqlens, starts, limits, k, num_prefix_tokens, max_seqlen, tokens
     )
-    batch = len(outputs[2]) - 1
+    batch, is_packed = len(packed_starts) - 1, cu_seqlens is not None
     if batch == 0:
-        outputs[2].zero_()
-        return outputs
-    packed = cu_seqlens is not None
+        return packed, packed_positions, packed_starts.zero_(), slots
     channels, value_strides, unit = 0, (0, 0), 1
     if values is not None:
         values = values if values.stride(-1) == 1 else values.contiguous()
@@ -538,18 +563,21 @@ def launch_select(
     position_strides = (0, 0)
     if positions is not None:
         position_strides = positions.stride(0), positions.stride(-1)
-        positions = positions[num_prefix_tokens:] if packed else positions
+        positions = positions[num_prefix_tokens:] if is_packed else positions
     tiles = _tiles("select_tokens", attention.device, max_seqlen - num_prefix_tokens, unit)
-    attention, *strides = _candidates_and_strides(attention, cu_seqlens, num_prefix_tokens)
+    attention, strides = _candidates_and_strides(attention, cu_seqlens, num_prefix_tokens)
     launch(
         _select_kernel, (batch, cdiv(max_seqlen, tiles["BR"])),
-        *outputs, attention, values, positions, cu_seqlens, starts, limits, max_seqlen, num_prefix_tokens,
-        channels // unit, k, *strides, *(stride // unit for stride in value_strides), *position_strides,
-        outputs[3].stride(0),
-        H=attention.shape[-2], PACKED=packed, STARTS=starts is not None, LIMITS=limits is not None,
+        packed=packed, packed_positions=packed_positions, packed_starts=packed_starts, slots=slots,
+        attention=attention, values=values, positions=positions, cu_seqlens=cu_seqlens, starts=starts, limits=limits,
+        rows=max_seqlen, prefix=num_prefix_tokens, channels=channels // unit, k=k, **strides,
+        values_stride_image=value_strides[0] // unit, values_stride_row=value_strides[1] // unit,
+        positions_stride_image=position_strides[0], positions_stride_row=position_strides[1],
+        slots_stride_image=slots.stride(0),
+        H=attention.shape[-2], PACKED=is_packed, STARTS=starts is not None, LIMITS=limits is not None,
         VALUES=channels > 0, POSITIONS=positions is not None, UNIT=unit, **tiles, **ASSERT,
     )  # fmt: skip
-    return outputs
+    return packed, packed_positions, packed_starts, slots
 
 
 select_op = torch.library.custom_op("smi_fast::select", launch_select, mutates_args=())
@@ -567,7 +595,7 @@ def _fake_select(attention, values, positions, cu_seqlens, starts, limits, k, nu
 
 
 def launch_select_backward(grad: Tensor, slots: Tensor) -> Tensor:
-    """The gradient (B, P + N, C) or (T, C) of the values: that of the packed rows where one stayed, zero elsewhere."""
+    """Compute the gradient of the values, (B, P + N, C) or (T, C): that of the packed rows, and zero elsewhere."""
     out, rows, channels = _fake_select_backward(grad, slots), slots.numel(), grad.shape[-1]
     if rows and channels:
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -575,7 +603,8 @@ def launch_select_backward(grad: Tensor, slots: Tensor) -> Tensor:
         tiles = _tiles("select_tokens_backward", grad.device, channels // unit, unit)
         launch(
             _select_backward_kernel, (cdiv(rows, tiles["BR"]) * cdiv(channels, tiles["BC"]),),
-            out, grad, slots, rows, channels // unit, grad.stride(0) // unit, UNIT=unit, **tiles,
+            grad=out, packed_grad=grad, slots=slots, rows=rows, channels=channels // unit,
+            grad_stride_row=grad.stride(0) // unit, UNIT=unit, **tiles,
         )  # fmt: skip
     return out
 
@@ -591,7 +620,7 @@ def _fake_select_backward(grad, slots):
 def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[3])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # or zeros are written for each of them
+    ctx.set_materialize_grads(False)  # otherwise zeros are written as the gradients of the integers
 
 
 @first_order

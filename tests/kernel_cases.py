@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def cu_seqlens_of(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
@@ -94,3 +95,37 @@ def poisoned_memory():
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class DeviceWork(TorchDispatchMode):
+    """What the launchers of a module do while this context is active.
+
+    `launches` counts the kernels that they launch. `operators` has the names of the torch operators that do more than
+    allocate, view or ship memory, in the order of their calls.
+    """
+
+    IDLE = ("detach", "view", "unsqueeze", "slice", "empty", "new_empty", "lift_fresh", "_to_copy")
+
+    def __init__(self, module):
+        super().__init__()
+        self.launches, self.operators = 0, []
+        self._patch = mock.patch.object(module, "launch", self._launch)
+        self._original = module.launch
+
+    def _launch(self, *args, **arguments):
+        self.launches += 1
+        self._original(*args, **arguments)
+
+    def __enter__(self):
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patch.stop()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._overloadpacket.__name__
+        if function.namespace != "smi_fast" and name not in self.IDLE:
+            self.operators.append(name)
+        return function(*args, **(kwargs or {}))

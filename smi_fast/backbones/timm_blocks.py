@@ -41,7 +41,7 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
 
 def weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
     """Weight and bias, cast already within `AcceleratedViT.castweights`."""
-    return getattr(module, "_castweights", None) or (module.weight, module.bias)
+    return getattr(module, "_cast_weights", None) or (module.weight, module.bias)
 
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:

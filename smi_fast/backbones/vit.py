@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from smi_fast import kernels
-from smi_fast.backbones.base import Outputs
+from smi_fast.backbones.base import Backbone, Outputs
 from smi_fast.backbones.importance import Attend, pooling_attention, pools_by_attention
 from smi_fast.backbones.pruning import Mass, Prune, check_prune, keep_highest
 from smi_fast.backbones.support import (
@@ -70,6 +70,20 @@ def accelerate(
         ValueError: an unknown backend, a dtype that the weights do not allow, or a block or share out of range.
     """
     return AcceleratedViT(model, dtype=dtype, backend=backend, prune=prune)
+
+
+def as_backbone(model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto") -> Backbone:
+    """A model that the loop can invert: a `Backbone` as it is, a timm model accelerated.
+
+    Raises:
+        ValueError: a dtype or backend for a model that is accelerated already.
+        UnsupportedModelError: as `accelerate`.
+    """
+    if not isinstance(model, Backbone):
+        return accelerate(model, dtype=dtype, backend=backend)
+    if dtype is not None or backend != "auto":
+        raise ValueError(f"the model is accelerated already: dtype={dtype} and backend={backend!r} come too late")
+    return model
 
 
 class AcceleratedViT(nn.Module):

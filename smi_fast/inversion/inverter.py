@@ -5,37 +5,27 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from smi_fast import kernels
-from smi_fast.backbones.base import frozen
+from smi_fast.backbones.base import Backbone, frozen
 from smi_fast.backbones.pruning import Mass
-from smi_fast.backbones.vit import AcceleratedViT, accelerate
+from smi_fast.backbones.vit import as_backbone
 from smi_fast.inversion.graphs import Replayed, free_memory, has_graphs, side_stream
-from smi_fast.inversion.objectives import KeptPixels, Loss, Objective, as_objective, deep_inversion
-from smi_fast.inversion.scaling import LossScale
+from smi_fast.inversion.objectives import Loss, Objective, as_loss, deep_inversion
+from smi_fast.inversion.priors import ImagePrior, PixelLoss
 from smi_fast.inversion.schedule import StoppingSchedule, as_schedule
-from smi_fast.inversion.selection import select_patches
+from smi_fast.inversion.selection import Scores, check_strategy, scores
+from smi_fast.inversion.state import InversionState, Stage
 from smi_fast.inversion.views import random_views
-from smi_fast.packed import PackedTokens
 from smi_fast.seeds import check_seed, seeded_generator
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Iterations between two stoppings, which all have the same shapes."""
-
-    start: int  # first iteration
-    end: int  # one behind the last
-    patches: float | None  # kept patches an image, in the mean where images differ; None before the images decided
-    tokens: float | None  # patches and prefix tokens an image
 
 
 @dataclass(frozen=True)
@@ -45,25 +35,30 @@ class Step:
     iteration: int  # from 0
     stage: Stage
     loss: Tensor  # scalar, on the device
-    _pixels: Pixels = field(repr=False)
+    _state: InversionState = field(repr=False)
     _started: float = field(repr=False)
 
     @property
     def tokens(self) -> float:
-        """Tokens per image in this iteration, in the mean where images differ."""
+        """Tokens an image in this iteration, in the mean where images differ."""
         return self.stage.tokens
 
     @property
     def keep(self) -> Tensor | list[Tensor]:
-        """The patches still inverted, (B, K) int64, or a list of B index tensors where images differ."""
-        return self._pixels.keep()
+        """The patches that are still inverted: (B, K) int64, or a list of B index tensors where images differ."""
+        return self._state.keep.indices()
 
     def images(self) -> Tensor:
         """The images as they are now: (B, C, H, W) in [0, 1], stopped patches black.
 
         Pixels that are NaN or infinite are given as they were when the stage began.
         """
-        return self._pixels.results()
+        return self._state.results()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that the run needs to go on from here, in this process or another: `torch.save` it, and give it
+        to `Inverter.run` as `state`."""
+        return self._state.state_dict()
 
     def seconds(self) -> float:
         """Seconds since the run began; waits for the device."""
@@ -81,7 +76,7 @@ class InversionResult:
             infinite, of which a warning tells, are given as they were when the last stage began.
         keep: (B, K) int64, the patches that were never stopped; a list of B index tensors where images differ.
         targets: (B,) int64.
-        losses: (iterations,) float32, of every iteration that ran.
+        losses: (iterations,) float32, one for every iteration that ran.
         history: the stages that ran, the last one cut short where the run was interrupted.
         patch_size: (height, width) of a patch in pixels.
         interrupted: whether Ctrl-C ended the run early.
@@ -117,30 +112,36 @@ class Inverter:
     """Sparse model inversion of a timm ViT (Hu et al., ICML 2024).
 
     Pixels are optimised with Adam until the model is sure of each image's target class. At each stopping the class
-    token's attention in the last block picks the patches that go on; the others leave the forward and the backward pass
+    token's attention in the last block picks the patches that go on. The others leave the forward and the backward pass
     and keep their pixels for good.
 
     Args:
-        model: a timm model that `accelerate` takes, or an `AcceleratedViT`. It is in evaluation mode and its weights
-            are frozen while `run` runs; both are as they were afterwards.
+        model: a timm model that `accelerate` takes, an `AcceleratedViT`, or another `Backbone`. It is in evaluation
+            mode and its weights are frozen while `run` runs; both are as they were afterwards.
         stopping: when patches are stopped: a `StoppingSchedule`, a mapping such as {50: 0.3}, or a text that
             `StoppingSchedule.parse` reads. "paper" is the paper's schedule, scaled to the number of iterations. None:
             the paper's schedule as it is, {50: 0.3, 100: 0.3, 200: 0.3, 300: 0.3}.
-        objective: what is minimised: `deep_inversion(...)`, a function of (logits, images, targets), or an `Objective`.
+        objective: what is minimised of the model's outputs: `deep_inversion(...)`, a function of (logits, images,
+            targets), or an `Objective`.
+        prior: what is minimised of the pixels: an `ImagePrior`, or a function of (images, kept) with images
+            (B, C, H, W) in the model's normalised space and kept (B, 1, H, W) bool, the pixels still inverted. None:
+            the objective's own, such as that of `deep_inversion`, or nothing.
+        select: which patches go on at a stopping: "attention" (those with the highest importance), "lowest", "random",
+            or a function of (importance, keep), float32 (T,) and `PackedTokens`, that returns a score (T,) for each
+            patch; the highest go on.
         iterations: optimiser steps.
-        lr, betas: of Adam.
+        lr, betas: Adam's.
         jitter: views are rolled by up to this share of the image's side, in either direction.
         flip: probability that a view is mirrored.
         view_per_image: draw a view for each image, not one for the batch as the published code does.
         image_size: (height, width) in pixels; None: the model's.
-        mean, std: the model's normalisation, per channel; None: from timm's data config of the model.
+        mean, std: the model's normalisation, one number a channel; None: from timm's data config of the model.
         dtype, backend: passed to `accelerate`; not for a model that is accelerated already.
         compile: fuse what surrounds the matrix products with torch.compile, which takes a minute before the first
             iteration.
         cuda_graphs: on a GPU, capture an iteration of each stage and replay it. Python in a loss of your own then runs
             up to six times a stage only: turn this off if the loss counts its calls, for example. A loss that cannot be
             captured runs as it is, and a warning says so.
-        seed: of the initial noise and the views. The same seed, device, dtype and backend give the same bits.
         progress: show a progress bar with iteration, tokens per image and loss.
 
     Raises:
@@ -154,6 +155,8 @@ class Inverter:
         *,
         stopping: StoppingSchedule | Mapping[int, float | Mass] | str | None = None,
         objective: Objective | Loss | None = None,
+        prior: ImagePrior | PixelLoss | None = None,
+        select: str | Scores = "attention",
         iterations: int = 4000,
         lr: float = 0.25,
         betas: tuple[float, float] = (0.5, 0.99),
@@ -167,49 +170,35 @@ class Inverter:
         backend: str = "auto",
         compile: bool = False,
         cuda_graphs: bool = True,
-        seed: int = 0,
         progress: bool = True,
     ):
-        if isinstance(iterations, bool) or not isinstance(iterations, int):
-            raise TypeError(f"iterations must be an integer, got {iterations!r}")
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {lr}")
-        if not 0 <= jitter <= 1:
-            raise ValueError(f"jitter must lie in [0, 1], got {jitter}")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip must lie in [0, 1], got {flip}")
-        if isinstance(model, AcceleratedViT):
-            if dtype is not None or backend != "auto":
-                raise ValueError(
-                    f"the model is accelerated already: dtype={dtype} and backend={backend!r} come too late"
-                )
-            self.fast = model
-        else:
-            self.fast = accelerate(model, dtype=dtype, backend=backend)
-        timm_model = self.fast.model
+        _check_numbers(iterations, lr, betas, jitter, flip)
+        self.backbone: Backbone = as_backbone(model, dtype, backend)
         self.stopping = StoppingSchedule.paper() if stopping is None else as_schedule(stopping, iterations)
-        self.objective = as_objective(deep_inversion() if objective is None else objective)
+        self.objective = deep_inversion() if objective is None else objective
+        self.prior = getattr(self.objective, "prior", None) if prior is None else prior
+        if not (self.prior is None or isinstance(self.prior, ImagePrior) or callable(self.prior)):
+            raise TypeError(f"a prior is an ImagePrior or a function of (images, kept), got {self.prior!r}")
+        self.select = check_strategy(select)
+        if select == "lowest" and any(isinstance(stop, Mass) for stop in self.stopping.stops.values()):
+            raise ValueError('select="lowest" has no attention mass to keep: give the schedule fractions')
         self.iterations, self.lr, self.betas = iterations, lr, betas
         self.jitter, self.flip, self.view_per_image = jitter, flip, view_per_image
-        self.cuda_graphs, self.seed, self.progress = cuda_graphs, check_seed(seed), progress
-        self._compiled, self._forward, self._forward_patches = compile, self.fast, self.fast.forward_patches
-        if compile:
-            self._forward, self._forward_patches = torch.compile(self._forward), torch.compile(self._forward_patches)
-
-        config = resolve_data_config(model=timm_model)
-        channels = timm_model.patch_embed.proj.in_channels
-        self.mean = tuple(config["mean"] if mean is None else mean)
-        self.std = tuple(config["std"] if std is None else std)
+        self.cuda_graphs, self.progress = cuda_graphs, progress
+        self._loss, self._features = as_loss(self.objective), tuple(getattr(self.objective, "features", ()))
+        self._compiled = compile
+        self._outputs = torch.compile(self.backbone.outputs) if compile else self.backbone.outputs
+        self.mean = tuple(self.backbone.mean if mean is None else mean)
+        self.std = tuple(self.backbone.std if std is None else std)
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != channels:
-                raise ValueError(f"{name} has {len(values)} values, the model has {channels} channels")
+            if len(values) != self.backbone.num_channels:
+                raise ValueError(
+                    f"{name} has {len(values)} values, the model has {self.backbone.num_channels} channels"
+                )
         if not min(self.std) > 0:
             raise ValueError(f"std must be positive, got {self.std}")
-        self.image_size = tuple(image_size or timm_model.patch_embed.img_size or config["input_size"][1:])
-        self.grid = self.fast.grid(self.image_size)
-        self.grid_size = self.grid.size
+        self.image_size = tuple(image_size or self.backbone.image_size)
+        self.grid = self.backbone.grid(self.image_size)
         self.stages = self._plan()
 
     def _plan(self) -> list[Stage]:
@@ -218,136 +207,160 @@ class Inverter:
             raise ValueError(
                 f"the schedule stops patches at iteration {late[0]}, of {self.iterations} iterations in all"
             )
-        num_patches = self.grid_size[0] * self.grid_size[1]
-        starts = {0: num_patches, **self.stopping.patches(num_patches)}
+        starts = {0: self.grid.num_patches, **self.stopping.patches(self.grid.num_patches)}
         ends = [*list(starts)[1:], self.iterations]
-        prefix = self.fast.model.num_prefix_tokens
-        return [
-            Stage(start, end, patches, None if patches is None else patches + prefix)
-            for (start, patches), end in zip(starts.items(), ends, strict=True)
-        ]
+        return [self._stage(start, end, n) for (start, n), end in zip(starts.items(), ends, strict=True)]
 
-    def run(self, targets: Tensor | Sequence[int], callback: Callable[[Step], None] | None = None) -> InversionResult:
+    def _stage(self, start: int, end: int, patches: float | None) -> Stage:
+        return Stage(start, end, patches, None if patches is None else patches + self.backbone.num_prefix_tokens)
+
+    def run(
+        self,
+        targets: Tensor | Sequence[int],
+        seed: int = 0,
+        callback: Callable[[Step], None] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> InversionResult:
         """Invert one image for each target, as one batch.
 
         Args:
             targets: (B,) class indices.
+            seed: of the initial noise, the views and random choices. The same seed, device, dtype and backend give the
+                same bits.
             callback: called with a `Step` after every iteration.
+            state: what `Step.state_dict()` returned in a run with the same arguments. This run goes on from there, in
+                this process or another, and gives the same bits as a run that was not interrupted.
 
         Returns:
             The result; after Ctrl-C what there is so far.
 
         Raises:
-            ValueError: targets that are no classes of the model; weights that are not finite.
+            ValueError: targets that are no classes of the model; weights that are not finite; a state of another run.
             NonFiniteError: the attention is NaN or infinite when it has to select patches. The images so far are kept.
         """
-        device = self.fast.model.patch_embed.proj.weight.device
-        targets = self._check_targets(targets)
+        targets, seed = self._check_targets(targets), check_seed(seed)
         self._check_weights()
-        with side_stream(device), frozen(self.fast), self.fast.cast_weights(pack=not self._compiled):
-            return self._run(targets.to(device), callback)
+        device, stops, started = self.backbone.device, self.stopping.stops, time.perf_counter()
+        with self._inverting(device):
+            current, views = self._begin(targets.to(device), seed, state)
+            step, interrupted = partial(self._step, current, views), False
+            with self._bar(current) as bar:
+                try:
+                    for stage in self.stages:
+                        if current.iteration >= stage.end:
+                            continue  # the saved run had finished it
+                        if current.iteration == stage.start and stage.start:
+                            self._stop(current, stops[stage.start])
+                        stage = self._enter(current, stage)
+                        replayed = Replayed(step) if self.cuda_graphs and has_graphs(device) else step
+                        for iteration in range(current.iteration, stage.end):
+                            measures = iteration + 1 in stops
+                            if measures:  # the stage's last iteration, so that the memory of its graphs is free
+                                replayed = None
+                                free_memory(device)
+                            if measures or iteration in stops:
+                                current.importance = step(current.current, plain=True, measures=measures)
+                            else:
+                                replayed(current.current)
+                            current.advance()
+                            if callback is not None:
+                                callback(Step(iteration, stage, current.losses[iteration], current, started))
+                            bar.advance(stage, current.losses[iteration])
+                except KeyboardInterrupt:
+                    interrupted = True
+            return self._finish(current, interrupted)
 
-    def _run(self, targets: Tensor, callback: Callable[[Step], None] | None) -> InversionResult:
-        device = targets.device
-        losses = torch.zeros(self.iterations, device=device)
-        generator = seeded_generator(self.seed)
-        views = self._draw_views(len(targets), generator).to(device)
-        pixels = Pixels(self, len(targets), generator, device)
-        scale = LossScale(device) if self.fast.compute_dtype == torch.float16 else None
-        iterate = partial(self._iterate, pixels, targets, views, losses, scale)
-        interrupted, done, attention, history = False, 0, None, []
+    def _begin(self, targets: Tensor, seed: int, state: Mapping[str, Any] | None) -> tuple[InversionState, Tensor]:
+        """The state that the run begins with, and its views: (iterations, 3) or (iterations, B, 3) int32."""
+        generator, batch_size = seeded_generator(seed), len(targets)
+        count = self.iterations * (batch_size if self.view_per_image else 1)
+        views = random_views(count, self.image_size, jitter=self.jitter, flip=self.flip, generator=generator)
+        views = views.view(self.iterations, batch_size, 3) if self.view_per_image else views
+        # Drawn on the CPU, so that every device starts from the same noise.
+        noise = torch.randn(batch_size, self.backbone.num_channels, *self.image_size, generator=generator)
+        current = InversionState(
+            noise.to(targets.device),
+            targets,
+            self.grid,
+            mean=self.mean,
+            std=self.std,
+            iterations=self.iterations,
+            seed=seed,
+            scales_loss=self.backbone.compute_dtype == torch.float16,
+        )
+        if state is not None:
+            current.load_state_dict(state)
+        return current, views.to(targets.device)
 
-        def result() -> InversionResult:
-            """The result of the iterations that are done."""
-            stages = [replace(stage, end=min(stage.end, done)) for stage in history if stage.start < done]
-            keep = pixels.keep()
-            keep = keep.cpu() if isinstance(keep, Tensor) else [row.cpu() for row in keep]
-            images, so_far = pixels.results().cpu(), losses[:done].cpu()
-            return InversionResult(images, keep, targets.cpu(), so_far, stages, pixels.patch_size, interrupted)
+    def _enter(self, current: InversionState, stage: Stage) -> Stage:
+        """Begin a stage, or go on with the one that a saved run had begun; returns it with its number of patches."""
+        stage = self._stage(stage.start, stage.end, current.patches)
+        if not current.history or current.history[-1].start != stage.start:
+            current.history.append(stage)
+        free_memory(self.backbone.device)  # what other shapes have left does not fit this stage's
+        return stage
 
-        started = time.perf_counter()
-        with self._bar() as bar:
-            try:
-                for stage in self.stages:
-                    if stage.start:
-                        if attention.isfinite().logical_not().any():
-                            raise NonFiniteError(stage.start, result())
-                        pixels.stop(attention, self.stopping.stops[stage.start])
-                    stage = replace(
-                        stage, patches=pixels.count, tokens=pixels.count + self.fast.model.num_prefix_tokens
-                    )
-                    history.append(stage)
-                    free_memory(device)  # what other shapes have left does not fit this stage's
-                    inner = Replayed(iterate) if self.cuda_graphs and has_graphs(device) else iterate
-                    for iteration in range(stage.start, stage.end):
-                        measures = iteration + 1 in self.stopping.stops
-                        if measures:  # the stage's last iteration, so that the memory of its graphs is free
-                            inner = None
-                            free_memory(device)
-                        if measures or iteration in self.stopping.stops:
-                            attention = iterate(pixels.current, plain=True, measures=measures)
-                        else:
-                            inner(pixels.current)
-                        pixels.current = 1 - pixels.current
-                        done = iteration + 1
-                        if callback is not None:
-                            callback(Step(iteration, stage, losses[iteration], pixels, started))
-                        bar.advance(stage, losses[iteration])
-            except KeyboardInterrupt:
-                interrupted = True
-        finished, lost = result(), int(pixels.images().isfinite().logical_not().sum())
-        if not finished.losses.isfinite().all():
-            warnings.warn(f"the loss is {_first_non_finite(finished.losses)} on", stacklevel=3)
-        elif lost:
-            warnings.warn(
-                f"{lost} pixels are NaN or infinite and are given as they were when the last stage began", stacklevel=3
-            )
-        return finished
+    def _stop(self, current: InversionState, stop: float | Mass) -> None:
+        """Choose the patches that go on, by what the iteration before has measured."""
+        if not current.importance.isfinite().all():
+            raise NonFiniteError(current.iteration, self._result(current))
+        chosen = scores(self.select, current.importance, current.keep, seed=current.seed, iteration=current.iteration)
+        current.stop(chosen, stop, self.backbone.backend)
 
-    def _iterate(
-        self,
-        pixels: Pixels,
-        targets: Tensor,
-        views: Tensor,
-        losses: Tensor,
-        scale: LossScale | None,
-        number: int,
-        plain: bool = False,
-        measures: bool = False,
+    def _step(
+        self, current: InversionState, views: Tensor, number: int, plain: bool = False, measures: bool = False
     ) -> Tensor | None:
         """One iteration, from the images of this number of the pair. All that changes from one to the next is read from
         the device, so that a CUDA graph of it can be replayed. Returns the importance of the kept patches, if it
         measures."""
-        view = None if plain else views.index_select(0, pixels.steps)[0]
-        keep, attention = pixels.packed_keep, None
-        if type(self.objective) is deep_inversion:
-            patches, cells, inverse = kernels.gather_patches(
-                pixels.pair[number], keep.positions, keep.cu_seqlens, view, patch_size=pixels.patch_size,
-                dtype=self.fast.compute_dtype, return_inverse=True, backend=self.fast.backend,
-            )  # fmt: skip
-            tokens = PackedTokens(patches.requires_grad_(), cells, keep.cu_seqlens, keep.max_seqlen)
-            logits = self._forward_patches(tokens, grid_size=pixels.grid_size, return_attention=measures)
-            logits, attention = logits if measures else (logits, None)
-            loss = self.objective.classification(logits, targets)
-            grad = _gradient(loss, patches, scale)
-            inverse = None if plain else inverse
-            terms = {"tv_l2": self.objective.tv_l2, "l2": self.objective.l2}
-            loss = loss.detach() + pixels.step(number, grad, inverse=inverse, view=view, **terms)
-        else:
-            images = pixels.pair[number].detach().requires_grad_()
-            logits = self._forward(images, keep, view=view, return_attention=measures)
-            logits, attention = logits if measures else (logits, None)
-            loss = self.objective.loss(logits, images, targets, pixels.kept_pixels)
-            grad = _gradient(loss, images, scale)
-            pixels.step(number, pixels.kept.gather(grad.contiguous()))
-        losses.index_copy_(0, pixels.steps - 1, loss.detach().to(losses.dtype).view(1))
-        return attention
+        backbone, view = self.backbone, None if plain else views.index_select(0, current.clock)[0]
+        tokens, inverse = current.gather(number, view, backbone.compute_dtype, backbone.backend)
+        patches, images = tokens.values.requires_grad_(), current.pair[number].detach().requires_grad_()
+        outputs = self._outputs(tokens, grid_size=self.grid.size, importance=measures, features=self._features)
+        loss, fused = self._loss(outputs, images, current.targets), {}
+        if isinstance(self.prior, ImagePrior):
+            fused = asdict(self.prior)  # the step computes it, with its gradient
+        elif self.prior is not None:
+            loss = loss + self.prior(images, current.mask)
+        grad, of_images = _gradients(loss, (patches, images), current)
+        value = current.step(
+            number,
+            grad,
+            inverse=None if plain else inverse,
+            view=view,
+            pixel_grad=None if of_images is None else self.grid.gather(of_images, current.keep),
+            lr=self.lr,
+            betas=self.betas,
+            backend=backbone.backend,
+            **fused,
+        )
+        loss = loss.detach() + value
+        current.losses.index_copy_(0, current.clock - 1, loss.to(current.losses.dtype).view(1))
+        return outputs.importance
 
-    def _draw_views(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """(iterations, 3) or (iterations, B, 3) int32."""
-        count = self.iterations * (batch_size if self.view_per_image else 1)
-        views = random_views(count, self.image_size, jitter=self.jitter, flip=self.flip, generator=generator)
-        return views.view(self.iterations, batch_size, 3) if self.view_per_image else views
+    @contextmanager
+    def _inverting(self, device: torch.device) -> Iterator[None]:
+        """A frozen model whose weights are cast once, on the device's side stream."""
+        with side_stream(device), frozen(self.backbone), self.backbone.cast_weights(pack=not self._compiled):
+            yield
+
+    def _result(self, current: InversionState, interrupted: bool = False) -> InversionResult:
+        """The result of the iterations that are done."""
+        done, keep = current.iteration, current.keep.to("cpu").indices()
+        history = [replace(stage, end=min(stage.end, done)) for stage in current.history if stage.start < done]
+        images, losses = current.results().cpu(), current.losses[:done].cpu()
+        return InversionResult(images, keep, current.targets.cpu(), losses, history, self.grid.patch_size, interrupted)
+
+    def _finish(self, current: InversionState, interrupted: bool) -> InversionResult:
+        """The result, and a warning where some of it is not finite."""
+        result, lost = self._result(current, interrupted), int(current.images().isfinite().logical_not().sum())
+        if not result.losses.isfinite().all():
+            warnings.warn(f"the loss is {_first_non_finite(result.losses)} on", stacklevel=3)
+        elif lost:
+            warnings.warn(
+                f"{lost} pixels are NaN or infinite and are given as they were when the last stage began", stacklevel=3
+            )
+        return result
 
     def _check_targets(self, targets: Tensor | Sequence[int]) -> Tensor:
         targets = torch.as_tensor(targets)
@@ -355,7 +368,7 @@ class Inverter:
             raise ValueError(f"targets have shape {tuple(targets.shape)}, expected (B,) with at least one")
         if targets.is_floating_point() or targets.dtype == torch.bool:
             raise ValueError(f"targets are {targets.dtype}, expected integers")
-        num_classes = self.fast.model.num_classes
+        num_classes = self.backbone.num_classes
         wrong = ((targets < 0) | (targets >= num_classes)).nonzero()
         if len(wrong):
             number = int(wrong[0])
@@ -365,15 +378,16 @@ class Inverter:
         return targets.long()
 
     def _check_weights(self) -> None:
-        names, parameters = zip(*self.fast.model.named_parameters(), strict=True)
+        names, parameters = zip(*self.backbone.named_parameters(), strict=True)
         counts = torch.stack([parameter.detach().isfinite().logical_not().sum() for parameter in parameters]).tolist()
         for name, count in zip(names, counts, strict=True):
             if count:
                 raise ValueError(f"the model's weight {name} holds {count} values that are NaN or infinite")
 
-    def _bar(self) -> _Bar:
+    def _bar(self, current: InversionState) -> _Bar:
         return _Bar(
             total=self.iterations,
+            initial=current.iteration,
             disable=not self.progress,
             desc="inverting",
             unit="it",
@@ -382,96 +396,27 @@ class Inverter:
         )
 
 
-class Pixels:
-    """The images under optimisation, in normalised space, and their optimiser's state, which has kept patches only.
-
-    Two batches of images take turns: a step reads one and writes the kept pixels of the other. Stopped pixels are equal
-    in both and out of the optimiser's reach, so that nothing can change them.
-    """
-
-    def __init__(self, inverter: Inverter, batch_size: int, generator: torch.Generator, device: torch.device):
-        rows, columns = inverter.grid_size
-        height, width = inverter.image_size
-        channels = len(inverter.mean)
-        self.patch_size = (height // rows, width // columns)
-        self.grid_size = (rows, columns)
-        self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (inverter.mean, inverter.std))
-        self.lowest, self.highest = (-self.mean / self.std).flatten(), ((1 - self.mean) / self.std).flatten()
-        self.adam = {"lr": inverter.lr, "betas": inverter.betas}
-        self.backend = inverter.fast.backend
-        # drawn on the CPU, so that every device starts from the same noise
-        images = torch.randn(batch_size, channels, height, width, generator=generator).to(device)
-        self.pair = (images, images.clone())
-        self.current = 0  # which of the pair the next step reads
-        self.steps = torch.zeros(1, dtype=torch.int64, device=device)
-        self.begun = images.clone()  # finite images from when the stage began
-        self._keep(torch.arange(rows * columns, device=device).expand(batch_size, -1))
-        moments = images.new_zeros(2, batch_size * rows * columns, images[0].numel() // (rows * columns))
-        self.moments = tuple(moments)
-
-    def _keep(self, keep: Tensor | list[Tensor]) -> None:
-        if isinstance(keep, Tensor):
-            self.packed_keep = PackedTokens.from_batch(None, keep)
-            self.count: float = keep.shape[1]  # kept patches an image, in the mean
-        else:
-            lengths = [len(row) for row in keep]
-            self.packed_keep = PackedTokens.from_sequences(None, keep)
-            self.count = sum(lengths) / len(lengths)
-        self.kept = KeptPixels(self.packed_keep, self.grid_size, self.patch_size)
-        self.sites = kernels.patch_sites(self.packed_keep.positions, self.packed_keep.cu_seqlens, self.grid_size)
-
-    def keep(self) -> Tensor | list[Tensor]:
-        """The kept patches: (B, K) int64, or a list where images differ, for which the host waits."""
-        return self.packed_keep.indices()
-
-    @property
-    def kept_pixels(self) -> KeptPixels | None:
-        """What the objective is told: None while nothing is stopped."""
-        return None if self.count == self.grid_size[0] * self.grid_size[1] else self.kept
-
-    def images(self) -> Tensor:
-        """All images as they are now: (B, C, H, W) in normalised space."""
-        return self.pair[self.current]
-
-    def _finite(self) -> Tensor:
-        """`images`, but pixels that are NaN or infinite as they were when the stage began."""
-        return torch.where(self.images().isfinite(), self.images(), self.begun)
-
-    def step(self, number: int, grad: Tensor, **prior) -> Tensor:
-        """One step of Adam on the kept patches, from the images of that number to the others, then into the range of
-        real pixels. Returns the prior, and takes the rest of its arguments, as `kernels.pixel_step`."""
-        return kernels.pixel_step(
-            self.pair[1 - number], *self.moments, self.steps, self.pair[number], grad, self.sites, self.lowest,
-            self.highest, patch_size=self.patch_size, backend=self.backend, **self.adam, **prior,
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def stop(self, attention: Tensor, stop: float | Mass) -> None:
-        """Go on with the patches that matter by their importance, (B, K) or packed (T,); leave the others for good."""
-        rows = torch.arange(len(self.sites), dtype=torch.int32, device=self.sites.device)
-        how = {"mass": stop.share} if isinstance(stop, Mass) else {"fraction": stop}
-        kept = select_patches(attention, replace(self.packed_keep, positions=rows), backend=self.backend, **how)
-        rows = kept.flatten() if isinstance(kept, Tensor) else torch.cat(kept)
-        self.moments = tuple(moment[rows] for moment in self.moments)
-        self.pair[1 - self.current].copy_(self.images())  # of which stopped pixels are a step behind
-        self.begun = self._finite()
-        positions = self.packed_keep.positions[rows].long()
-        self._keep(
-            positions.view(kept.shape) if isinstance(kept, Tensor) else list(positions.split([len(k) for k in kept]))
-        )
-
-    @torch.no_grad()
-    def results(self) -> Tensor:
-        """The images in [0, 1], stopped patches black: (B, C, H, W)."""
-        patches = (self.kept.gather(self._finite()) * self.std + self.mean).clamp(0, 1)
-        return self.kept.scatter(patches, torch.zeros_like(self.images()))
+def _check_numbers(iterations: int, lr: float, betas: tuple[float, float], jitter: float, flip: float) -> None:
+    if isinstance(iterations, bool) or not isinstance(iterations, int):
+        raise TypeError(f"iterations must be an integer, got {iterations!r}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    for name, share in (("jitter", jitter), ("flip", flip)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {share}")
 
 
-def _gradient(loss: Tensor, of: Tensor, scale: LossScale | None) -> Tensor:
-    """The gradient of a scalar loss, which is scaled for the backward pass where float16 needs it."""
-    if scale is None:
-        return torch.autograd.grad(loss, of)[0]
-    return scale.unscale(torch.autograd.grad(loss * scale.value, of)[0])
+def _gradients(loss: Tensor, inputs: tuple[Tensor, ...], current: InversionState) -> list[Tensor | None]:
+    """The gradients of a scalar loss, which is scaled for the backward pass where float16 needs it. None for an input
+    that the loss does not read."""
+    if current.loss_scale is None:
+        return list(torch.autograd.grad(loss, inputs, allow_unused=True))
+    grads = torch.autograd.grad(loss * current.loss_scale.value, inputs, allow_unused=True)
+    return current.loss_scale.unscale(*grads)
 
 
 def _first_non_finite(losses: Tensor) -> str:

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smi_fast.backbones.base import frozen
 from smi_fast.backbones.vit import AcceleratedViT, accelerate
-from smi_fast.inversion.inverter import Inverter, Stage, Step
+from smi_fast.inversion.inverter import Inverter, Step
+from smi_fast.inversion.state import Stage
 
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 FIRST_CALLS = 5  # a stage's first iterations load libraries, compile kernels, lay out weights and capture CUDA graphs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,21 +14,30 @@ SMALLEST, LARGEST = 2.0**-64, 2.0**24
 class LossScale:
     """The factor that a loss is multiplied by before its backward pass, adjusted as `torch.amp.GradScaler` does.
 
-    It is halved when a gradient overflows and doubled after 2000 iterations without. Unlike GradScaler's, a gradient
-    that overflows counts as zero, and the step is taken: so neither the host nor the optimiser has to be asked, and an
-    iteration can be captured in a CUDA graph.
+    It is halved when a gradient overflows and doubled after 2000 iterations without an overflow. Unlike GradScaler, it
+    counts a gradient that overflows as zero and lets the step be taken. So neither the host nor the optimiser has to be
+    asked, and an iteration can be captured in a CUDA graph.
     """
 
     def __init__(self, device: torch.device):
         self.value = torch.full((), INITIAL, device=device)
         self._finite_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
-    def unscale(self, grad: Tensor) -> Tensor:
-        """The gradient of the loss itself, in float32, out of that of the scaled loss; adjusts the scale."""
-        finite = grad.isfinite().all()
-        grad = torch.where(finite, grad.float() / self.value, 0.0)
+    def unscale(self, *grads: Tensor | None) -> list[Tensor | None]:
+        """The gradients of the loss itself, in float32, from those of the scaled loss. Adjusts the scale."""
+        finite = torch.stack([grad.isfinite().all() for grad in grads if grad is not None]).all()
+        grads = [None if grad is None else torch.where(finite, grad.float() / self.value, 0.0) for grad in grads]
         self._finite_in_a_row.add_(1).mul_(finite)
         grows = self._finite_in_a_row == INTERVAL
         self._finite_in_a_row.mul_(~grows)
         self.value.mul_(torch.where(finite, 1.0 + grows, 0.5)).clamp_(SMALLEST, LARGEST)
-        return grad
+        return grads
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the scale and of the count of iterations without an overflow."""
+        return {"value": self.value.clone(), "finite_in_a_row": self._finite_in_a_row.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.value.copy_(state["value"])
+        self._finite_in_a_row.copy_(state["finite_in_a_row"])

@@ -1,0 +1,75 @@
+"""Priors: what is minimised of the pixels alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smi_fast.kernels.pixels import NEIGHBOURS, pixel_pairs
+
+NORMS = ("batch", "image")
+PixelLoss = Callable[[Tensor, Tensor], Tensor]  # of images and of the mask of kept pixels
+
+
+@dataclass(frozen=True)
+class ImagePrior:
+    """tv_l2 * total variation + l2 * norm of the kept pixels, as in DeepInversion (Yin et al., CVPR 2020, Eq. 3).
+
+    Its gradient is part of the pixels' step (`kernels.pixel_step`). `total_variation` and `l2_norm` define the terms.
+
+    Args:
+        tv_l2: weight of the total variation.
+        l2: weight of the l2 norm.
+        norm: "batch" takes norms over the whole batch, as the published code does. "image" takes them over each image
+            and adds up the images, so that no image depends on the others.
+
+    Raises:
+        ValueError: a weight that is negative or not finite, or another norm.
+    """
+
+    tv_l2: float = 1e-4
+    l2: float = 0.0
+    norm: str = "batch"
+
+    def __post_init__(self):
+        for name, value in (("tv_l2", self.tv_l2), ("l2", self.l2)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+
+
+def total_variation(images: Tensor, kept: Tensor | None = None, norm: str = "batch") -> Tensor:
+    """The sum over four neighbour directions (two axes, two diagonals) of the l2 norm of the differences.
+
+    The gradient is 0 in a direction whose norm is 0. Gradients of any order are right.
+
+    Args:
+        images: (B, C, H, W).
+        kept: (B, 1, H, W) bool. Only pairs of pixels that are both kept count; None: all.
+        norm: over the "batch", or over each "image", whose norms are added up.
+
+    Returns:
+        A scalar.
+    """
+    total = images.new_zeros(())
+    for dy, dx in NEIGHBOURS:
+        first, second = pixel_pairs(images, dy, dx)
+        difference = first - second
+        if kept is not None:
+            difference = torch.where(torch.logical_and(*pixel_pairs(kept, dy, dx)), difference, 0.0)
+        total = total + _norm(difference, norm)
+    return total
+
+
+def l2_norm(images: Tensor, kept: Tensor | None = None, norm: str = "batch") -> Tensor:
+    """The l2 norm of the kept pixels; arguments and result are those of `total_variation`."""
+    return _norm(images if kept is None else torch.where(kept, images, 0.0), norm)
+
+
+def _norm(x: Tensor, norm: str) -> Tensor:
+    return torch.linalg.vector_norm(x) if norm == "batch" else torch.linalg.vector_norm(x.flatten(1), dim=1).sum()

@@ -1,0 +1,222 @@
+"""InversionState: all that an inversion carries from one iteration to the next, which can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smi_fast import kernels
+from smi_fast.backbones.pruning import Mass, keep_highest
+from smi_fast.grid import PatchGrid
+from smi_fast.inversion.scaling import LossScale
+from smi_fast.packed import PackedTokens, all_patches
+
+VERSION = 1  # of what `state_dict` returns
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Iterations between two stoppings, which all have the same shapes."""
+
+    start: int  # first iteration
+    end: int  # the iteration after the last one
+    patches: float | None  # kept patches an image, in the mean where images differ; None before the images decided
+    tokens: float | None  # patches and prefix tokens an image
+
+
+class InversionState:
+    """The images under optimisation, what Adam remembers of them, and where the schedule stands.
+
+    Two batches of images take turns: a step reads one and writes the kept pixels of the other. Stopped pixels are equal
+    in both and no step reaches them, so that nothing can change them.
+
+    Args:
+        images: (B, C, H, W) float32, what the inversion starts from, in the model's normalised space.
+        targets: (B,) int64, the classes.
+        grid: the patches of the images.
+        mean, std: the model's normalisation, one number a channel.
+        iterations: steps of the whole run.
+        seed: that the run's random numbers follow from.
+        scales_loss: whether the loss is scaled for its backward pass, as float16 needs it.
+
+    Attributes:
+        iteration: steps that are done, and the number of the next one.
+        keep: the patches that go on, without values.
+        exp_avg, exp_avg_sq: (T, C * ph * pw) float32, Adam's moments of the kept patches.
+        steps: (B,) int64, Adam's steps of each image.
+        importance: (T,) float32 of the kept patches where the last iteration has measured it, else None.
+        losses: (iterations,) float32 on the device.
+        history: the stages that have begun.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        grid: PatchGrid,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        iterations: int,
+        seed: int,
+        scales_loss: bool,
+    ):
+        (batch_size, channels), device = images.shape[:2], images.device
+        self.grid, self.targets, self.seed = grid, targets, seed
+        self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
+        self.lowest, self.highest = (-self.mean / self.std).flatten(), ((1 - self.mean) / self.std).flatten()
+        self.iteration = 0
+        self.pair = (images, images.clone())
+        self.current = 0  # which of the pair the next step reads
+        self.begun = images.clone()  # as the images were when the stage began, where they are finite
+        moments = batch_size * grid.num_patches, channels * grid.patch_size[0] * grid.patch_size[1]
+        self.exp_avg, self.exp_avg_sq = images.new_zeros(2, *moments)
+        self.steps = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.importance: Tensor | None = None
+        self.losses = torch.zeros(iterations, device=device)
+        self.history: list[Stage] = []
+        self.loss_scale = LossScale(device) if scales_loss else None
+        self._keep_only(all_patches(batch_size, grid.num_patches, device))
+
+    def _keep_only(self, keep: PackedTokens) -> None:
+        self.keep = keep
+        self.sites = self.grid.sites(keep)
+        self.mask = self.grid.mask(keep)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.targets)
+
+    @property
+    def patches(self) -> float:
+        """Kept patches an image, in the mean where images differ."""
+        return self.keep.max_seqlen if self.keep.is_uniform else len(self.keep.positions) / self.batch_size
+
+    @property
+    def clock(self) -> Tensor:
+        """(1,) int64, `iteration` as the device counts it: all images of a batch begin together."""
+        return self.steps[:1]
+
+    def images(self) -> Tensor:
+        """The images as they are now: (B, C, H, W) in normalised space."""
+        return self.pair[self.current]
+
+    def finite_images(self) -> Tensor:
+        """`images`, where pixels that are NaN or infinite are as they were when the stage began."""
+        return torch.where(self.images().isfinite(), self.images(), self.begun)
+
+    @torch.no_grad()
+    def results(self) -> Tensor:
+        """The images in [0, 1], stopped patches black: (B, C, H, W)."""
+        pixels = (self.finite_images() * self.std + self.mean).clamp(0, 1)
+        return torch.where(self.mask, pixels, 0.0)
+
+    def gather(self, number: int, view: Tensor | None, dtype: torch.dtype, backend: str) -> tuple[PackedTokens, Tensor]:
+        """The kept patches of the images of this number of the pair, seen through a view, and the inverse of the cells
+        that they are seen in, both as `kernels.gather_patches` gives them."""
+        patches, cells, inverse = kernels.gather_patches(
+            self.pair[number],
+            self.keep.positions,
+            self.keep.cu_seqlens,
+            view,
+            patch_size=self.grid.patch_size,
+            dtype=dtype,
+            return_inverse=True,
+            backend=backend,
+        )
+        return replace(self.keep, values=patches, positions=cells), inverse
+
+    def step(self, number: int, grad: Tensor, **how: Any) -> Tensor:
+        """One step of Adam on the kept patches, from the images of this number of the pair to the others, then into the
+        range of real pixels. Returns the prior. `how` holds further arguments of `kernels.pixel_step`."""
+        return kernels.pixel_step(
+            self.pair[1 - number],
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.steps,
+            self.pair[number],
+            grad,
+            self.sites,
+            self.lowest,
+            self.highest,
+            patch_size=self.grid.patch_size,
+            **how,
+        )
+
+    @torch.no_grad()
+    def stop(self, scores: Tensor, stop: float | Mass, backend: str) -> None:
+        """Go on with the patches of the highest scores (T,), and leave the others as they are for good."""
+        rows = torch.arange(len(self.sites), dtype=torch.int32, device=self.sites.device)
+        kept = keep_highest(replace(self.keep, positions=rows), scores, stop, backend=backend)
+        rows = kept.positions.long()
+        self.exp_avg, self.exp_avg_sq = self.exp_avg[rows], self.exp_avg_sq[rows]
+        self.pair[1 - self.current].copy_(self.images())  # stopped pixels were one step behind there
+        self.begun = self.finite_images()
+        self.importance = None
+        self._keep_only(replace(kept, positions=self.keep.positions[rows]))
+
+    def advance(self) -> None:
+        """A step is done: the next one reads what this one has written."""
+        self.iteration += 1
+        self.current = 1 - self.current
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that a run needs to go on: tensors on their device, numbers, lists and dictionaries, so that
+        `torch.load(..., weights_only=True)` reads it. Give it to `Inverter.run`."""
+        tensors = {
+            "targets": self.targets,
+            "images": self.images(),
+            "begun": self.begun,
+            "exp_avg": self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+            "steps": self.steps,
+            "positions": self.keep.positions,
+            "cu_seqlens": self.keep.cu_seqlens,
+            "losses": self.losses[: self.iteration],
+        }
+        return {
+            "version": VERSION,
+            "seed": self.seed,
+            "iteration": self.iteration,
+            "max_seqlen": self.keep.max_seqlen,
+            "history": [list(astuple(stage)) for stage in self.history],
+            "importance": None if self.importance is None else self.importance.clone(),
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
+            **{name: tensor.detach().clone() for name, tensor in tensors.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, on the device of this state.
+
+        Raises:
+            ValueError: the state is of another version, or of a run with other targets, another seed, other images or
+                fewer iterations; the message names what differs. This state is then as it was.
+        """
+        if state.get("version") != VERSION:
+            raise ValueError(f"the state is of version {state.get('version')}, this code reads version {VERSION}")
+        device = self.targets.device
+        tensors = {name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)}
+        for name, ours, theirs in (
+            ("targets", self.targets.tolist(), tensors["targets"].tolist()),
+            ("seed", self.seed, state["seed"]),
+            ("image size", tuple(self.images().shape[1:]), tuple(tensors["images"].shape[1:])),
+            ("loss scaling", self.loss_scale is not None, state["loss_scale"] is not None),
+        ):
+            if ours != theirs:
+                raise ValueError(f"the state is of a run whose {name} is {theirs}, not {ours}")
+        if state["iteration"] > len(self.losses):
+            raise ValueError(f"the state is at iteration {state['iteration']} of a run of only {len(self.losses)}")
+        self.iteration = state["iteration"]
+        self.pair, self.current = (tensors["images"].clone(), tensors["images"].clone()), 0
+        self.begun, self.steps = tensors["begun"].clone(), tensors["steps"].clone()
+        self.exp_avg, self.exp_avg_sq = tensors["exp_avg"].clone(), tensors["exp_avg_sq"].clone()
+        self.importance = tensors.get("importance")
+        self.losses[: self.iteration] = tensors["losses"]
+        self.history = [Stage(*stage) for stage in state["history"]]
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(state["loss_scale"])
+        self._keep_only(PackedTokens(None, tensors["positions"], tensors["cu_seqlens"], state["max_seqlen"]))
