@@ -21,6 +21,7 @@ class InversionSettings:
     betas: tuple[float, float] = (0.5, 0.99)  # of Adam
     tv_l2: float = 1e-4  # weight of the total variation prior
     l2: float = 0.0  # weight of the l2 prior
+    norm: str = "batch"  # what the priors take norms over: the "batch", as published, or each "image"
     jitter: float = 1 / 8  # largest shift of a view, as a share of the image's side
     flip: float = 0.5  # probability that a view is mirrored
     stopping: StoppingSchedule | str = "paper"  # when patches stop, as `Inverter` takes it
@@ -35,7 +36,7 @@ class InversionSettings:
         return Inverter(
             model,
             stopping=self.schedule,
-            objective=deep_inversion(tv_l2=self.tv_l2, l2=self.l2),
+            objective=deep_inversion(self.tv_l2, self.l2, self.norm),
             iterations=self.iterations,
             lr=self.lr,
             betas=self.betas,

@@ -12,7 +12,7 @@ from smi_fast.models import cifar10_vit
 
 def test_the_paper_has_the_published_settings():
     assert (PAPER.iterations, PAPER.lr, PAPER.betas) == (4000, 0.25, (0.5, 0.99))
-    assert (PAPER.tv_l2, PAPER.l2, PAPER.jitter, PAPER.flip) == (1e-4, 0.0, 1 / 8, 0.5)
+    assert (PAPER.tv_l2, PAPER.l2, PAPER.norm, PAPER.jitter, PAPER.flip) == (1e-4, 0.0, "batch", 1 / 8, 0.5)
     assert PAPER.schedule == StoppingSchedule({50: 0.3, 100: 0.3, 200: 0.3, 300: 0.3})
     assert settings_of("deit_base_patch16_224") == PAPER
 
@@ -24,13 +24,13 @@ def test_the_demo_is_for_the_model_inside_with_a_shorter_schedule():
 
 
 def test_an_inverter_has_every_setting():
-    settings = InversionSettings(7, 0.5, (0.1, 0.2), 0.25, 0.75, 0.0, 1.0, {3: 0.4})
+    settings = InversionSettings(7, 0.5, (0.1, 0.2), 0.25, 0.75, "image", 0.0, 1.0, {3: 0.4})
     assert not any(getattr(settings, field.name) == field.default for field in fields(settings))
     inverter = settings.inverter(cifar10_vit(pretrained=False, depth=1), progress=False)
     for name in ("iterations", "lr", "betas", "jitter", "flip"):
         assert getattr(inverter, name) == getattr(settings, name), name
     assert inverter.stopping == StoppingSchedule({3: 0.4})
-    assert (inverter.objective.tv_l2, inverter.objective.l2) == (0.25, 0.75)
+    assert (inverter.prior.tv_l2, inverter.prior.l2, inverter.prior.norm) == (0.25, 0.75, "image")
     assert not inverter.progress
 
 
