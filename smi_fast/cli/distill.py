@@ -15,7 +15,7 @@ from smi_fast.cli.arguments import count, finite, seed
 from smi_fast.cli.output import INTERRUPTED, Results, add_output
 from smi_fast.data.files import atomic_write, write_json
 from smi_fast.data.sparse import InvertedDataset
-from smi_fast.distillation.rounds import Round, distill
+from smi_fast.distillation import Round, distill
 from smi_fast.inversion.presets import InversionSettings
 from smi_fast.models import STUDENT_INSIDE
 from smi_fast.studies.plots import save_accuracy

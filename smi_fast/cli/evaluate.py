@@ -10,7 +10,7 @@ from torch import nn
 from smi_fast.cli import arguments
 from smi_fast.cli.output import add_quiet
 from smi_fast.models import MODEL_INSIDE
-from smi_fast.quantization.vit import QuantizedViT
+from smi_fast.quantization import QuantizedViT
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -12,7 +12,7 @@ from smi_fast.backbones.base import frozen
 from smi_fast.backbones.vit import AcceleratedViT
 from smi_fast.data.labelled import accuracy
 from smi_fast.data.sparse import InvertedDataset
-from smi_fast.distillation.rounds import Reader, distill
+from smi_fast.distillation import Reader, distill
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from smi_fast import InvertedDataset
-from smi_fast.quantization.vit import quantize
+from smi_fast.quantization import quantize
 from smi_fast.studies.page import Section
 from smi_fast.studies.reproduce import PRESETS, SECTIONS, reproduce
 
