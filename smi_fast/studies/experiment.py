@@ -120,8 +120,8 @@ class Experiment:
         check_supported(self.model)
         if self.student is not None:
             self.load("test", self.student.model)
-            if self.student.reader.patch_size != self.grid.patch_size:
-                ours, theirs = ("{}x{}".format(*part.patch_size) for part in (self.grid, self.student.reader))
+            if self.student.reader.grid != self.grid:
+                ours, theirs = ("{}x{}".format(*grid.patch_size) for grid in (self.grid, self.student.reader.grid))
                 raise ValueError(f"the model has patches of {ours}, the student of {theirs}")
         file = self.out / "about.json"
         if file.is_file():
