@@ -1,19 +1,19 @@
-"""Seeds: what is random in a batch follows from the run's seed and the batch's number, and from nothing else."""
+"""Seeds. All that is random in a batch follows from the seed of the run and the number of the batch."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-WORDS, WORD = 624, 8  # the words of a Mersenne Twister's state, and the bytes that torch takes for each
-STATE = slice(24, 24 + WORDS * WORD)  # where they are in a CPU generator's state, after its seed and two counters
+WORDS, WORD = 624, 8  # the words in a Mersenne Twister's state, and the bytes in which torch stores each
+STATE = slice(24, 24 + WORDS * WORD)  # their place in the state of a CPU generator, after its seed and two counters
 
 
 def check_seed(seed: int) -> int:
-    """The seed, if it is an integer of 64 bits.
+    """Check that a seed is an integer of 64 bits, and return it.
 
     Raises:
-        TypeError: the seed is no integer.
+        TypeError: the seed is not an integer.
         ValueError: the seed is negative or has more than 64 bits.
     """
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
@@ -24,10 +24,10 @@ def check_seed(seed: int) -> int:
 
 
 def batch_seed(seed: int, number: int) -> int:
-    """The seed (64 bits) of batch `number` of a run with `seed`.
+    """Return the seed (64 bits) of batch `number` in a run with `seed`.
 
-    It is hashed out of both (numpy's SeedSequence), so that batches of runs with neighbouring seeds have nothing in
-    common, as those of `seed + number` would.
+    It is a hash of both (numpy's SeedSequence). With `seed + number` instead, runs with neighbouring seeds would share
+    batches.
 
     Raises:
         TypeError, ValueError: as `check_seed`.
@@ -37,10 +37,10 @@ def batch_seed(seed: int, number: int) -> int:
 
 
 def seeded_generator(seed: int) -> torch.Generator:
-    """A generator on the CPU that depends on all 64 bits of the seed.
+    """Return a generator on the CPU whose numbers depend on all 64 bits of the seed.
 
-    For a seed of up to 32 bits it is `torch.Generator().manual_seed(seed)`. torch's Mersenne Twister ignores the other
-    bits, so of a longer seed the whole state is filled here.
+    For a seed of up to 32 bits it is `torch.Generator().manual_seed(seed)`. torch ignores any further bits, so for a
+    longer seed the whole state of its Mersenne Twister is filled here.
 
     Raises:
         TypeError, ValueError: as `check_seed`.

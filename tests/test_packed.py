@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smi_fast.packed import PackedTokens, pad, prepend, rows_behind_prefix, unpad
+from smi_fast.packed import PackedTokens
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -41,22 +41,20 @@ def test_sequences_of_differing_length_have_no_batch():
 @given(lengths)
 def test_padding_puts_each_token_at_its_slot_and_zeros_elsewhere(lengths):
     tokens = packed(lengths)
-    padded, mask = pad(tokens.values, tokens.cu_seqlens, tokens.max_seqlen)
+    padded, mask = tokens.pad(tokens.values)
     assert mask.sum(1).tolist() == lengths
     assert (padded[~mask] == 0).all()
     assert all(torch.equal(row[:n], s) for row, n, s in zip(padded, lengths, tokens.sequences(), strict=True))
-    assert torch.equal(unpad(padded, tokens.cu_seqlens, len(tokens.values)), tokens.values)
+    assert torch.equal(tokens.unpad(padded), tokens.values)
 
 
 @given(lengths, st.integers(0, 3))
 def test_prefix_tokens_stand_before_every_sequence_with_negative_positions(lengths, count):
     tokens, prefix = packed(lengths), torch.randn(count, 2)
-    longer = prepend(prefix, tokens)
+    longer = tokens.prepend(prefix)
     for ours, sequence in zip(longer.sequences(), tokens.sequences(), strict=True):
         assert torch.equal(ours, torch.cat((prefix, sequence)))
     positions = longer.positions.split([n + count for n in lengths])
     for ours, theirs in zip(positions, tokens.positions.split(lengths), strict=True):
         assert ours.tolist() == [*range(-count, 0), *theirs.tolist()]
-    rows = rows_behind_prefix(tokens.cu_seqlens, len(tokens.values), count)
-    assert torch.equal(longer.values[rows], tokens.values)
     assert longer.max_seqlen == max(lengths) + count

@@ -1,1 +1,1 @@
-"""Images: inverted ones, kept sparse, and labelled ones."""
+"""Inverted images, of which only the kept patches are stored, and labelled images."""

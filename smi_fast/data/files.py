@@ -1,4 +1,4 @@
-"""Files: written complete or not at all, compared with a checksum, and errors that name the file."""
+"""Files that are written complete or not at all, their checksums, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside `path` to write to. It replaces `path` once it is complete, and is removed after an
+    """Yield a temporary file beside `path`. It replaces `path` at the end of the `with` block, or is removed after an
     error.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
-        OSError: the file cannot be written, for example because the disk is full; the message names `path`.
+        OSError: the file cannot be written, for example because the disk is full. The message names `path`.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -35,7 +35,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        partial.chmod(mode)  # safetensors writes files that only their owner reads; follow the umask, as others do
+        partial.chmod(mode)  # as the umask says; safetensors writes files that only their owner can read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -52,7 +52,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike, record: dict) -> None:
-    """Write `record` as strict JSON, complete or not at all. JSON has no NaN and no infinity: they become null.
+    """Write `record` as strict JSON, complete or not at all. NaN and infinity, which JSON lacks, become null.
 
     Raises:
         OSError: as `atomic_write`.
@@ -70,10 +70,10 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The JSON object that a file holds.
+    """Read a file that holds a JSON object.
 
     Raises:
-        ValueError: the file holds no JSON object; the message names it.
+        ValueError: the file does not hold a JSON object. The message names it.
     """
     try:
         record = json.loads(Path(path).read_text())
@@ -85,11 +85,11 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 def read_image(path: str | os.PathLike, modes: tuple[str, ...] = ("RGB",)) -> Image.Image:
-    """A picture, decoded as a whole; converted to RGB unless its mode is one of `modes`.
+    """Read and decode a picture, and convert it to RGB unless its mode is one of `modes`.
 
     Raises:
-        ValueError: the file is no picture, is truncated, or has more pixels than Pillow's limit, which protects the
-            memory; the message names the file.
+        ValueError: the file is no picture, is truncated, or has more pixels than Pillow allows so that it does not fill
+            the memory. The message names the file.
     """
     try:
         with Image.open(path) as image:
@@ -99,10 +99,10 @@ def read_image(path: str | os.PathLike, modes: tuple[str, ...] = ("RGB",)) -> Im
 
 
 def checksum(tensor: Tensor, before: int = 0) -> int:
-    """CRC-32 of the bytes of a tensor on the CPU; `before` is the checksum of the bytes that precede them."""
+    """Return the CRC-32 of the bytes of a tensor on the CPU. `before` is the checksum of the bytes before them."""
     return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy(), before)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type where it has none."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

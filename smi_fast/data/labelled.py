@@ -1,4 +1,4 @@
-"""Labelled images, from a folder or by name, as a model wants them; and how many of them it classifies correctly."""
+"""Labelled images, read from a folder or by name and preprocessed for a model, and a model's accuracy on them."""
 
 from __future__ import annotations
 
@@ -19,33 +19,37 @@ from smi_fast.backbones.vit import AcceleratedViT
 from smi_fast.data.files import first_line, read_image
 
 NAMES = ("CIFAR10", "CIFAR100", "ImageNet")
-FOLDERS = {"train": ("train",), "test": ("test", "val")}  # of a split, the first that there is
+FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the names that the folder of a split may have
 
 
 def load_data(
     name_or_folder: str | Path, root: str | Path | None = None, *, split: str = "test", model: nn.Module
 ) -> Dataset:
-    """Labelled images, preprocessed as for the model's evaluation: (image (C, H, W) float32, label int).
+    """Read labelled images, preprocessed as timm preprocesses images to evaluate the model.
 
     Args:
-        name_or_folder: CIFAR10, CIFAR100 or ImageNet, as torchvision keeps them; or a folder that holds a folder of
-            images for each class (an ImageFolder), directly or for each split in `train` and `test` (or `val`). Classes
-            that lie there directly are taken for either split. Where the folders have the names of the model's classes,
-            labels follow the names, and classes may be missing; else they follow the alphabet.
-        root: where torchvision keeps the data set of that name. Nothing is downloaded.
-        split: "train" or "test"; of ImageNet, "test" is its validation split.
-        model: a timm model, or an `AcceleratedViT`, whose data config says how images are scaled, cropped and
-            normalised, and whose classes the labels are.
+        name_or_folder: CIFAR10, CIFAR100 or ImageNet, as torchvision stores them; or a folder with one folder of images
+            for each class (an ImageFolder). The class folders may lie in folders `train` and `test` (or `val`), one for
+            each split. If they lie in the folder itself, both splits are all of its images. If the class folders have
+            the names of the model's classes, labels follow the names and classes may be missing. Otherwise labels
+            follow the alphabet.
+        root: the folder in which torchvision keeps the data set of that name. Nothing is downloaded.
+        split: "train" or "test". For ImageNet, "test" is the validation split.
+        model: a timm model or an `AcceleratedViT`. Its data config says how images are scaled, cropped and normalised,
+            and the labels are its classes.
+
+    Returns:
+        A data set of samples (image (C, H, W) float32, label int).
 
     Raises:
-        ValueError: an unknown name, split or folder; no root, or no complete data set there; a folder without classes,
-            or with another number of them than the model. The message names it.
+        ValueError: the name, split or folder is unknown, `root` is missing or holds no complete data set, or the folder
+            has no classes or another number of them than the model. The message names it.
     """
     if split not in FOLDERS:
         raise ValueError(f"split must be train or test, got {split!r}")
     if isinstance(model, AcceleratedViT):
         model = model.model
-    transform = evaluation_transform(model)
+    transform = _evaluation_transform(model)
     name = {known.lower(): known for known in NAMES}.get(str(name_or_folder).lower())
     if root is not None:
         if name is None:
@@ -59,8 +63,8 @@ def load_data(
     raise ValueError(f"{name_or_folder!s} is neither a folder nor one of {', '.join(NAMES)}")
 
 
-def evaluation_transform(model: nn.Module) -> Callable:
-    """timm's preprocessing of a PIL image for the evaluation of a model of timm's, to the size that the model takes."""
+def _evaluation_transform(model: nn.Module) -> Callable:
+    """timm's preprocessing of a PIL image to evaluate a timm model, at the size that the model takes."""
     config = resolve_data_config(model=model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return create_transform(**config | ({"input_size": (config["input_size"][0], *size)} if size else {}))
@@ -69,12 +73,12 @@ def evaluation_transform(model: nn.Module) -> Callable:
 def accuracy(
     model: nn.Module | Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], *, progress: bool = True
 ) -> float:
-    """The share of images whose largest logit is their label, in [0, 1].
+    """Return the share of images whose largest logit is that of their label, in [0, 1].
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes). A module is in evaluation mode meanwhile, and is given
-            the images on its device.
-        loader: batches of images and labels (B,), such as a DataLoader, or a list of them.
+        model: maps images (B, C, H, W) to logits (B, classes). A module is in evaluation mode meanwhile, and the images
+            are moved to its device.
+        loader: yields batches of images and labels (B,), such as a DataLoader.
         progress: show a progress bar.
 
     Raises:
@@ -87,7 +91,7 @@ def accuracy(
     with frozen(model) if is_module else nullcontext(), torch.no_grad():
         for images, labels in tqdm(loader, "evaluating", disable=not progress, unit="batch", dynamic_ncols=True):
             logits = model(images.to(device=device))
-            right += (logits.argmax(1) == labels.to(logits.device)).sum()  # on the device: no batch waits
+            right += (logits.argmax(1) == labels.to(logits.device)).sum()  # stays on the device, so that nothing waits
             count += len(labels)
     if not count:
         raise ValueError("there are no images to evaluate on")
@@ -109,8 +113,8 @@ def _by_name(name: str, root: Path, split: str, model: nn.Module, transform: Cal
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    """The folder that holds the classes. One of a split holds folders, as one of a class that is called "train" does
-    not."""
+    """The folder that holds the class folders. A split's folder holds folders itself, unlike that of a class that is
+    called "train"."""
     candidates = {name: folder / name for names in FOLDERS.values() for name in names}
     splits = {name: path for name, path in candidates.items() if path.is_dir() and _folders(path)}
     if not splits:

@@ -304,7 +304,9 @@ class Inverter:
         """Choose the patches that go on, by what the iteration before has measured."""
         if not current.importance.isfinite().all():
             raise NonFiniteError(current.iteration, self._result(current))
-        chosen = scores(self.select, current.importance, current.keep, seed=current.seed, iteration=current.iteration)
+        chosen = scores(
+            self.select, current.importance, current.keep, stop, seed=current.seed, iteration=current.iteration
+        )
         current.stop(chosen, stop, self.backbone.backend)
 
     def _step(
@@ -323,6 +325,7 @@ class Inverter:
         elif self.prior is not None:
             loss = loss + self.prior(images, current.mask)
         grad, of_images = _gradients(loss, (patches, images), current)
+        grad = torch.zeros_like(patches) if grad is None else grad
         value = current.step(
             number,
             grad,

@@ -26,7 +26,9 @@ def check_strategy(select: str | Scores) -> str | Scores:
     return select
 
 
-def scores(select: str | Scores, importance: Tensor, keep: PackedTokens, *, seed: int, iteration: int) -> Tensor:
+def scores(
+    select: str | Scores, importance: Tensor, keep: PackedTokens, stop: float | Mass, *, seed: int, iteration: int
+) -> Tensor:
     """What patches are chosen by, (T,) float32: those with the highest scores go on.
 
     Args:
@@ -34,10 +36,11 @@ def scores(select: str | Scores, importance: Tensor, keep: PackedTokens, *, seed
             function of (importance, keep) that returns the scores.
         importance: (T,) float32 of the kept patches.
         keep: the kept patches.
+        stop: what the scores are for: a fraction of the patches, or the mass of the scores that goes on.
         seed, iteration: what random scores follow from.
 
     Raises:
-        ValueError: the function returns something else than one number a patch.
+        ValueError: the function returns something else than one finite number a patch, or negative ones for a mass.
     """
     if select == "attention":
         return importance
@@ -50,7 +53,12 @@ def scores(select: str | Scores, importance: Tensor, keep: PackedTokens, *, seed
     if not isinstance(chosen, Tensor) or chosen.shape != importance.shape:
         found = tuple(chosen.shape) if isinstance(chosen, Tensor) else f"a {type(chosen).__name__}"
         raise ValueError(f"select returned {found}, expected a score for each patch, {tuple(importance.shape)}")
-    return chosen.detach().float()
+    chosen = chosen.detach().float()
+    if not chosen.isfinite().all():
+        raise ValueError("select returned scores that are NaN or infinite")
+    if isinstance(stop, Mass) and (chosen < 0).any():
+        raise ValueError(f"select returned negative scores, of which {stop} cannot be kept")
+    return chosen
 
 
 def select_patches(

@@ -122,7 +122,7 @@ def test_the_loop_is_the_same_where_its_forward_pass_is_compiled(seed, monkeypat
         smi_fast.Inverter(accelerated(**model), objective=objective, compile=compile, **options)
         for compile in (True, False)
     ]
-    runs[0].fast.model.load_state_dict(runs[1].fast.model.state_dict())
+    runs[0].backbone.model.load_state_dict(runs[1].backbone.model.state_dict())
     compiled, eager = (run.run([0, 1]) for run in runs)
     assert torch.equal(compiled.keep, eager.keep)
     torch.testing.assert_close(compiled.losses, eager.losses, rtol=1e-4, atol=1e-4)

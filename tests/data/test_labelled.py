@@ -1,4 +1,4 @@
-"""Labelled images: pixels and labels as the model wants them, whatever the layout; and what accuracy counts."""
+"""Labelled images: pixels and labels as the model needs them, in every layout of folders; and accuracy."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def model(seed) -> torch.nn.Module:
 
 
 def write_classes(folder, names, count=2, size=(32, 32)) -> dict[str, np.ndarray]:
-    """Random images, `count` a class; returns them by class, uint8 (count, H, W, 3)."""
+    """Write `count` random images for each class, and return them by class, uint8 (count, H, W, 3)."""
     pixels = {name: np.random.default_rng().integers(0, 256, (count, *size, 3), dtype=np.uint8) for name in names}
     for name, images in pixels.items():
         (folder / name).mkdir(parents=True)
@@ -30,7 +30,7 @@ def write_classes(folder, names, count=2, size=(32, 32)) -> dict[str, np.ndarray
     return pixels
 
 
-def test_images_of_the_models_size_are_normalised_and_nothing_else(model, tmp_path):
+def test_images_of_the_models_size_are_only_normalised(model, tmp_path):
     pixels = write_classes(tmp_path, PLAIN_NAMES)
     dataset = load_data(tmp_path, model=model)
     assert len(dataset) == 20
@@ -42,8 +42,8 @@ def test_images_of_the_models_size_are_normalised_and_nothing_else(model, tmp_pa
         torch.testing.assert_close(image, torch.from_numpy(expected).permute(2, 0, 1).float(), rtol=1e-5, atol=1e-5)
 
 
-def test_other_images_are_scaled_and_cropped_as_timm_evaluates_the_model(seed, tmp_path):
-    """Bicubic to 160 / 0.95 = 168 pixels, the middle 160 of them, by PIL alone; for an accelerated model too."""
+def test_other_images_are_scaled_and_cropped_like_timms(seed, tmp_path):
+    """PIL alone scales to 160 / 0.95 = 168 pixels (bicubic) and crops the middle 160. The model is accelerated."""
     model = timm.create_model("test_vit", num_classes=1).eval()
     [image] = write_classes(tmp_path, ["all"], 1, (200, 200))["all"]
     config = model.pretrained_cfg
@@ -68,19 +68,19 @@ def test_a_class_may_be_called_train(model, tmp_path):
     assert [label for _, label in load_data(tmp_path, model=model)] == list(range(10))
 
 
-def test_labels_follow_the_models_class_names_not_the_alphabet(model, tmp_path):
+def test_labels_follow_the_models_class_names(model, tmp_path):
     model.pretrained_cfg["label_names"] = tuple(reversed(CIFAR10_CLASSES))
     write_classes(tmp_path, CIFAR10_CLASSES, 1)
     dataset = load_data(str(tmp_path), model=model)
     assert [label for _, label in dataset] == dataset.targets == list(range(9, -1, -1))
 
 
-def test_some_of_the_models_classes_are_enough_if_named_alike(model, tmp_path):
+def test_classes_may_be_missing(model, tmp_path):
     write_classes(tmp_path, ["truck", "cat"], 1)
     assert [label for _, label in load_data(tmp_path, model=model)] == [3, 9]
 
 
-def test_named_data_sets_are_torchvisions_own_split(model, tmp_path, monkeypatch):
+def test_a_named_data_set_has_torchvisions_split(model, tmp_path, monkeypatch):
     asked = []
 
     class Fake(torch.utils.data.TensorDataset):
@@ -98,7 +98,7 @@ def test_named_data_sets_are_torchvisions_own_split(model, tmp_path, monkeypatch
     assert asked == [(str(tmp_path), of) for of in which]
 
 
-def test_what_cannot_be_data_is_refused_in_one_sentence(model, tmp_path):
+def test_what_cannot_be_data_is_named(model, tmp_path):
     with pytest.raises(ValueError, match=r"CIFAR10 cannot be read from .*not found or corrupted"):
         load_data("CIFAR10", tmp_path, model=model)
     with pytest.raises(ValueError, match="ImageNet cannot be read from "):
@@ -144,7 +144,7 @@ def test_a_package_that_torchvision_lacks_is_named(model, tmp_path, monkeypatch)
         load_data("imagenet", tmp_path, model=model)
 
 
-def test_accuracy_is_the_share_of_images_whose_largest_logit_is_their_label(model, tmp_path):
+def test_accuracy_is_the_share_of_right_images(model, tmp_path):
     write_classes(tmp_path, PLAIN_NAMES, 3)
     dataset = load_data(tmp_path, model=model)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_accuracy_is_the_share_of_images_whose_largest_logit_is_their_label(mode
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_accuracy_takes_any_function_and_batches_that_differ_in_size(seed):
+def test_accuracy_takes_a_function_and_uneven_batches(seed):
     logits, labels = torch.rand(10, 4), torch.randint(4, (10,))
     batches = list(zip(logits.split([7, 3]), labels.split([7, 3]), strict=True))
     expected = np.mean(logits.numpy().argmax(1) == labels.numpy())

@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import smi_fast
-from smi_fast import Inverter, Mass, StoppingSchedule, deep_inversion, graphs, inversion
+from smi_fast import Inverter, Mass, StoppingSchedule, deep_inversion
+from smi_fast.inversion import graphs
+from smi_fast.inversion import inverter as inverter_module
 from smi_fast.inversion.graphs import Replayed
 from smi_fast.models import cifar10_vit
 
@@ -87,8 +89,8 @@ def test_an_iteration_replayed_by_its_operators_is_the_iteration(model, monkeypa
         "progress": False, **options,
     }  # fmt: skip
     expected = Inverter(model, **options).run([0, 3])
-    monkeypatch.setattr(inversion, "has_graphs", lambda device: True)
-    monkeypatch.setattr(inversion, "Replayed", Taped)
+    monkeypatch.setattr(inverter_module, "has_graphs", lambda device: True)
+    monkeypatch.setattr(inverter_module, "Replayed", Taped)
     Taped.replays = 0
     replayed = Inverter(model, **options).run([0, 3])
     assert Taped.replays >= 5
@@ -97,8 +99,8 @@ def test_an_iteration_replayed_by_its_operators_is_the_iteration(model, monkeypa
 
 
 def test_a_loss_that_reads_its_value_on_the_host_is_seen_by_the_tape(model, monkeypatch):
-    monkeypatch.setattr(inversion, "has_graphs", lambda device: True)
-    monkeypatch.setattr(inversion, "Replayed", Taped)
+    monkeypatch.setattr(inverter_module, "has_graphs", lambda device: True)
+    monkeypatch.setattr(inverter_module, "Replayed", Taped)
     inverter = Inverter(model, objective=lambda logits, images, targets: logits.mean() * logits.mean().item(),
                         stopping=StoppingSchedule.dense(), iterations=4, progress=False)  # fmt: skip
     with pytest.raises(AssertionError, match="_local_scalar_dense"):
@@ -199,7 +201,7 @@ def test_no_iteration_waits_for_the_gpu(model, objective, cuda_graphs):
         torch.cuda.set_sync_debug_mode("error" if inside else "default")
 
     try:
-        inverter.run([0, 1], forbid)
+        inverter.run([0, 1], callback=forbid)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -9,33 +9,23 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_objectives import total_variation_by_pairs
+from inversion_cases import grid_mask, small_model, total_variation_by_pairs
 from torch import nn
 
 import smi_fast
 from smi_fast import Inverter, Mass, StoppingSchedule, deep_inversion
-from smi_fast.models import cifar10_vit
+from smi_fast.inversion.views import apply_view, random_views
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 @pytest.fixture
 def model(seed) -> nn.Module:
-    """8x8 pixels in a grid of 4x4 patches, so that the oracle can be slow."""
-    model = cifar10_vit(False, img_size=8, patch_size=2, depth=2, embed_dim=32, num_heads=2, num_classes=5)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 1 / parameter.shape[-1] ** 0.5)
-    return model
+    return small_model()
 
 
 def quiet(model, **options) -> Inverter:
     return Inverter(model, progress=False, **options)
-
-
-def grid_mask(keep: torch.Tensor) -> torch.Tensor:
-    """Patch indices (B, K) of a 4x4 grid -> pixels (B, 1, 8, 8)."""
-    mask = torch.zeros(len(keep), 16, dtype=torch.bool).scatter_(1, keep, True)
-    return mask.view(-1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def oracle(model, targets, stops: dict, iterations: int, lr: float, tv_l2: float, l2: float, views, noise):
@@ -83,11 +73,10 @@ def oracle(model, targets, stops: dict, iterations: int, lr: float, tv_l2: float
 @pytest.mark.parametrize("stops", [{}, {2: 0.3, 5: 0.3, 6: 0.3}], ids=["dense", "sparse"])
 def test_the_loop_gives_the_images_keep_and_losses_of_the_dense_oracle(model, seed, stops):
     targets, iterations = torch.tensor([4, 0, 2]), 10
-    options = dict(objective=deep_inversion(1e-2, 1e-3), iterations=iterations, lr=0.05, jitter=1 / 2, seed=seed)
-    inverter = quiet(model, stopping=StoppingSchedule(stops), **options)
-    result = inverter.run(targets)
+    options = dict(objective=deep_inversion(1e-2, 1e-3), iterations=iterations, lr=0.05, jitter=1 / 2)
+    result = quiet(model, stopping=StoppingSchedule(stops), **options).run(targets, seed)
     generator = torch.Generator().manual_seed(seed)
-    views = inverter._draw_views(3, generator)
+    views = random_views(iterations, (8, 8), jitter=1 / 2, flip=0.5, generator=generator)
     noise = torch.randn(3, 3, 8, 8, generator=generator)
     images, keep, losses = oracle(model, targets, stops, iterations, 0.05, 1e-2, 1e-3, views, noise)
     assert torch.equal(result.keep, keep)
@@ -107,8 +96,8 @@ def test_the_loop_gives_the_images_keep_and_losses_of_the_dense_oracle(model, se
 )
 def test_stopped_pixels_never_change_again_bit_for_bit(model, stops, draw, per_image):
     schedule, seen = StoppingSchedule(sorted(stops.items())), []
-    inverter = quiet(model, stopping=schedule, iterations=9, jitter=1 / 2, seed=draw, view_per_image=per_image)
-    inverter.run([0, 1, 2, 3], lambda step: seen.append((step.keep, step._pixels.images().detach().clone())))
+    inverter = quiet(model, stopping=schedule, iterations=9, jitter=1 / 2, view_per_image=per_image)
+    inverter.run([0, 1, 2, 3], draw, lambda step: seen.append((step.keep, step.state_dict()["images"])))
     for (_, before), (keep, after) in itertools.pairwise(seen):
         stopped = ~grid_mask(keep).expand_as(before)
         assert torch.equal(before[stopped], after[stopped])
@@ -124,15 +113,15 @@ def test_stopping_by_attention_mass_keeps_the_fewest_patches_that_hold_it(model,
     seen = {}
 
     def note(step):
-        seen[step.iteration] = step.keep, step._pixels.images().detach().clone()
+        seen[step.iteration] = step.keep, step.state_dict()["images"]
 
     with torch.no_grad():
         model.blocks[-1].attn.qkv.weight.mul_(4)  # so that images differ in how many patches hold their attention
     schedule = StoppingSchedule({3: Mass(0.8), 5: 0.4})
-    inverter = quiet(model, stopping=schedule, iterations=8, seed=seed)
-    result = inverter.run([0, 1, 2, 3, 4] * 2, note)
+    inverter = quiet(model, stopping=schedule, iterations=8)
+    result = inverter.run([0, 1, 2, 3, 4] * 2, seed, note)
     _, images = seen[1]  # what iteration 2, which measures, has seen
-    _, importance = inverter.fast(images, return_attention=True)
+    _, importance = inverter.backbone(images, return_attention=True)
     keep = seen[3][0]
     assert len({len(row) for row in keep}) > 1
     for row, weights in zip(keep, importance, strict=True):
@@ -147,10 +136,7 @@ def test_stopping_by_attention_mass_keeps_the_fewest_patches_that_hold_it(model,
     ]  # fmt: skip
     for iteration in range(4, 8):
         rows, after = seen[iteration]
-        mask = torch.zeros(10, 16, dtype=torch.bool)
-        for image, row in enumerate(rows):
-            mask[image, row] = True
-        mask = mask.view(10, 1, 4, 1, 4, 1).expand(10, 3, 4, 2, 4, 2).reshape(10, 3, 8, 8)
+        mask = grid_mask(rows).expand(-1, 3, -1, -1)
         before = seen[iteration - 1][1]
         assert torch.equal(before[~mask], after[~mask])
         assert not torch.equal(before[mask], after[mask])
@@ -168,18 +154,22 @@ def test_results_are_in_range_and_black_where_stopped(model):
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(model):
-    runs = [quiet(model, stopping=StoppingSchedule({2: 0.3}), iterations=5, seed=s).run([1, 2]) for s in (7, 7, 8)]
+    runs = [quiet(model, stopping=StoppingSchedule({2: 0.3}), iterations=5).run([1, 2], s) for s in (7, 7, 8)]
     assert torch.equal(runs[0].images, runs[1].images)
     assert torch.equal(runs[0].losses, runs[1].losses)
     assert not torch.equal(runs[0].losses, runs[2].losses)
 
 
-def test_a_view_for_each_image_lets_an_image_not_depend_on_its_batch_size(model):
-    inverter = quiet(model, stopping=StoppingSchedule({2: 0.3}), iterations=5, view_per_image=True)
-    views = inverter._draw_views(3, torch.Generator().manual_seed(0))
-    assert views.shape == (5, 3, 3)
-    assert len(views.view(-1, 3).unique(dim=0)) > 5
-    assert inverter.run([0, 1, 2]).losses.isfinite().all()
+def test_each_image_may_be_seen_through_a_view_of_its_own(model, seed):
+    inverter = quiet(model, stopping="dense", iterations=3, view_per_image=True, objective=deep_inversion(0.0), lr=0.05)
+    result = inverter.run([0, 1, 2], seed)
+    generator = torch.Generator().manual_seed(seed)
+    views = random_views(3 * 3, (8, 8), generator=generator).view(3, 3, 3)
+    noise = torch.randn(3, 3, 8, 8, generator=generator)
+    seen = torch.cat([apply_view(noise[i : i + 1], views[0, i].tolist()) for i in range(3)])
+    expected = F.cross_entropy(model(seen), torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(result.losses[0], expected.detach(), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(views[:, 0], views[:, 1])
 
 
 def test_a_users_loss_is_minimised_on_kept_pixels_alone(model):
@@ -202,14 +192,14 @@ def test_weights_and_modes_are_as_before_also_after_an_error(model):
         assert not any(p.requires_grad for p in model.parameters())
         assert not any(m.training for m in model.modules())
 
-    inverter.run([0], check)
+    inverter.run([0], callback=check)
     assert ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]) == before
 
     def fail(step):
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
-        inverter.run([0], fail)
+        inverter.run([0], callback=fail)
     assert ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]) == before
     assert all(p.grad is None for p in model.parameters())
 
@@ -219,7 +209,7 @@ def test_ctrl_c_ends_the_run_with_what_there_is(model):
         if step.iteration == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    result = quiet(model, stopping=StoppingSchedule({2: 0.5, 6: 0.5}), iterations=9).run([0, 1], interrupt)
+    result = quiet(model, stopping=StoppingSchedule({2: 0.5, 6: 0.5}), iterations=9).run([0, 1], callback=interrupt)
     assert result.interrupted
     assert 4 <= len(result.losses) < 9
     assert result.keep.shape == (2, 8)
@@ -229,7 +219,7 @@ def test_ctrl_c_ends_the_run_with_what_there_is(model):
 def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
     steps, seconds = [], []
     inverter = quiet(model, stopping=StoppingSchedule({2: 0.5}), iterations=4)
-    result = inverter.run([0], lambda step: (steps.append(step), seconds.append(step.seconds())))
+    result = inverter.run([0], callback=lambda step: (steps.append(step), seconds.append(step.seconds())))
     assert [step.iteration for step in steps] == [0, 1, 2, 3]
     assert [step.tokens for step in steps] == [17, 17, 9, 9]
     assert torch.equal(torch.stack([step.loss for step in steps]), result.losses)
@@ -263,7 +253,7 @@ def test_wrong_arguments_are_refused_with_their_value(model, options, error, mes
 
 def test_an_accelerated_model_is_taken_as_it_is(model):
     fast = smi_fast.accelerate(model, dtype=torch.bfloat16)
-    assert quiet(fast).fast is fast
+    assert quiet(fast).backbone is fast
     with pytest.raises(ValueError, match="accelerated already"):
         quiet(fast, dtype=torch.float32)
 
@@ -302,7 +292,7 @@ def test_attention_that_is_not_finite_at_a_stopping_ends_the_run_and_keeps_the_i
     seen = []
     inverter = quiet(model, stopping={3: 0.3, 8: 0.3}, iterations=12, objective=loss)
     with pytest.raises(smi_fast.NonFiniteError, match=r"at iteration 8 .* nan from iteration 5") as caught:
-        inverter.run([0, 1], lambda step: seen.append(step.images()))
+        inverter.run([0, 1], callback=lambda step: seen.append(step.images()))
     result = caught.value.result
     assert caught.value.iteration == 8
     assert (len(result.losses), result.keep.shape, [stage.end for stage in result.history]) == (8, (2, 11), [3, 8])
@@ -312,18 +302,17 @@ def test_attention_that_is_not_finite_at_a_stopping_ends_the_run_and_keeps_the_i
 
 
 @pytest.mark.parametrize("weight", [1e-5, 1.0, 1e7], ids="loss times {:g}".format)
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "user"])
-def test_float16_inverts_as_float32_does(model, seed, monkeypatch, weight, fused):
+@pytest.mark.parametrize("reads_images", [False, True], ids=["logits", "images"])
+def test_float16_inverts_as_float32_does(model, seed, weight, reads_images):
     """Gradients of the light loss vanish in float16 and those of the heavy one overflow, unless the loss is scaled."""
 
-    def weighted(logits, targets):
-        return weight * F.cross_entropy(logits.float(), targets)
+    def weighted(logits, images, targets):
+        loss = F.cross_entropy(logits.float(), targets)
+        return weight * (loss + 1e-3 * images.abs().mean() if reads_images else loss)
 
-    monkeypatch.setattr(deep_inversion, "classification", lambda self, *arguments: weighted(*arguments))
-    objective = deep_inversion(tv_l2=0.0) if fused else lambda logits, images, targets: weighted(logits, targets)
-    options = dict(stopping={10: 0.3}, iterations=40, lr=0.01, objective=objective, seed=seed)
-    half, single = (quiet(model, dtype=dtype, **options).run([0, 3]) for dtype in (torch.float16, torch.float32))
-    start = quiet(model, **options | {"iterations": 11}).run([0, 3])  # a step before, to compare with
+    options = dict(stopping={10: 0.3}, iterations=40, lr=0.01, objective=weighted)
+    half, single = (quiet(model, dtype=dtype, **options).run([0, 3], seed) for dtype in (torch.float16, torch.float32))
+    start = quiet(model, **options | {"iterations": 11}).run([0, 3], seed)  # a step before, to compare with
     assert half.images.isfinite().all()
     assert (half.images - single.images).abs().mean() < 0.2 * (start.images - single.images).abs().mean()
 

@@ -1,84 +1,128 @@
-"""Loss terms against explicit loops."""
+"""Objectives and priors: whatever form a loss has, it goes through the same loop."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from inversion_cases import small_model
+from torch import nn
 
-from smi_fast import deep_inversion
-from smi_fast.inversion.objectives import KeptPixels, as_objective, l2_norm, total_variation
+from smi_fast import Inverter, deep_inversion
+from smi_fast.inversion.priors import ImagePrior, l2_norm, total_variation
 
-
-def total_variation_by_pairs(images: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Each pair of neighbouring pixels written out."""
-    batch, _, height, width = images.shape
-    total = images.new_zeros(())
-    for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        squares = [
-            (images[b, :, y, x] - images[b, :, y + dy, x + dx]).square().sum()
-            for b in range(batch)
-            for y in range(height - dy)
-            for x in range(width)
-            if 0 <= x + dx < width and kept[b, 0, y, x] and kept[b, 0, y + dy, x + dx]
-        ]
-        total = total + (torch.stack(squares).sum().sqrt() if squares else 0)
-    return total
+OPTIONS = {"stopping": {3: 0.3}, "iterations": 6, "lr": 0.05, "progress": False, "dtype": torch.float32}
 
 
 @pytest.fixture
-def images(seed) -> torch.Tensor:
-    return torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
+def model(seed) -> nn.Module:
+    return small_model()
 
 
-def random_kept(images: torch.Tensor, count: int) -> KeptPixels:
-    """`count` patches of 2x2 pixels an image."""
-    return KeptPixels(torch.stack([torch.randperm(12)[:count] for _ in images]), (3, 4), (2, 2))
+def cross_entropy(logits, images, targets):
+    return F.cross_entropy(logits, targets)
 
 
-@pytest.mark.parametrize("count", [1, 5, 11, 12, None])
-def test_total_variation_sums_the_norms_over_pairs_of_kept_pixels(images, count):
-    kept = None if count is None else random_kept(images, count)
-    mask = torch.ones(2, 1, 6, 8, dtype=torch.bool) if kept is None else kept.mask
-    ours, expected = total_variation(images, kept), total_variation_by_pairs(images, mask)
-    torch.testing.assert_close(ours, expected)
-    got, wanted = (torch.autograd.grad(3 * value, images)[0] for value in (ours, expected))
-    torch.testing.assert_close(got, wanted)
-    assert (got[~mask.expand_as(got)] == 0).all()
+def with_priors(logits, images, targets):
+    """What `deep_inversion(1e-2, 1e-3)` is before anything is stopped, as a function of a user's."""
+    return F.cross_entropy(logits, targets) + 1e-2 * total_variation(images) + 1e-3 * l2_norm(images)
 
 
-def test_the_mask_of_kept_pixels_is_that_of_their_patches(images):
-    kept = random_kept(images, 5)
-    for image in range(2):
-        for y in range(6):
-            for x in range(8):
-                assert kept.mask[image, 0, y, x] == ((y // 2) * 4 + x // 2 in kept.keep.indices()[image])
-    assert torch.equal(kept.scatter(kept.gather(images), torch.zeros_like(images)), images * kept.mask)
+@dataclass(frozen=True)
+class Smoothed(deep_inversion):
+    """A subclass, whose targets are smoothed."""
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs.logits, targets, label_smoothing=0.2)
 
 
-def test_gradients_are_zero_not_nan_where_a_norm_is_zero():
-    flat = torch.ones(1, 3, 4, 4, requires_grad=True)
-    assert torch.autograd.grad(total_variation(flat), flat)[0].abs().max() == 0
-    zero = torch.zeros(5, requires_grad=True)
-    assert torch.autograd.grad(l2_norm(zero), zero)[0].abs().max() == 0
+class OfFeatures:
+    """An objective that reads a place within the model, and has a prior of its own."""
+
+    features = ("blocks.0",)
+    prior = ImagePrior(1e-2)
+
+    def loss(self, outputs, targets):
+        tokens = outputs.features["blocks.0"]
+        assert tokens.positions[:2].tolist() == [-1, 0]
+        return tokens.values.square().mean() + F.cross_entropy(outputs.logits, targets)
 
 
-def test_deep_inversion_is_cross_entropy_and_the_weighted_priors(images):
-    logits, targets = torch.randn(2, 5, dtype=torch.float64), torch.tensor([3, 1])
-    kept = KeptPixels(torch.tensor([[1, 2, 5, 6], [1, 2, 5, 6]]), (3, 4), (2, 2))
-    loss = deep_inversion(tv_l2=0.3, l2=0.7).loss(logits, images, targets, kept)
-    expected = (
-        -logits.log_softmax(1)[[0, 1], targets].mean()
-        + 0.3 * total_variation_by_pairs(images, kept.mask)
-        + 0.7 * images[:, :, :4, 2:6].norm()
+def run(model, seed, **options):
+    return Inverter(model, **OPTIONS | options).run([0, 3, 1], seed)
+
+
+def assert_same(result, expected, exactly=False):
+    assert torch.equal(result.keep, expected.keep)
+    tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(result.losses, expected.losses, **tolerance)
+
+
+def test_a_users_loss_with_the_prior_is_deep_inversion(model, seed):
+    expected = run(model, seed, objective=deep_inversion(1e-2, 1e-3))
+    assert_same(run(model, seed, objective=cross_entropy, prior=ImagePrior(1e-2, 1e-3)), expected, exactly=True)
+    dense = {"stopping": "dense", "objective": deep_inversion(1e-2, 1e-3)}
+    assert_same(run(model, seed, objective=with_priors, stopping="dense"), run(model, seed, **dense))
+
+
+def test_a_prior_of_the_users_sees_the_kept_pixels(model, seed):
+    def prior(images, kept):
+        return 1e-2 * total_variation(images, kept) + 1e-3 * l2_norm(images, kept)
+
+    expected = run(model, seed, objective=deep_inversion(1e-2, 1e-3))
+    assert_same(run(model, seed, objective=cross_entropy, prior=prior), expected)
+
+
+def test_a_subclass_decides_the_loss_and_keeps_the_prior(model, seed):
+    def smoothed(logits, images, targets):
+        return F.cross_entropy(logits, targets, label_smoothing=0.2)
+
+    expected = run(model, seed, objective=smoothed, prior=ImagePrior(1e-2))
+    assert_same(run(model, seed, objective=Smoothed(1e-2)), expected, exactly=True)
+    assert not torch.equal(expected.losses, run(model, seed, objective=deep_inversion(1e-2)).losses)
+
+
+def test_an_objective_reads_features_with_their_gradient(model, seed):
+    images = []
+
+    def note(step):
+        images.append(step.state_dict()["images"])
+
+    Inverter(model, objective=OfFeatures(), **OPTIONS | {"stopping": "dense", "jitter": 0, "flip": 0}).run(
+        [0, 3], seed, note
     )
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        deep_inversion(tv_l2=0).loss(logits, images, targets, None).double(), F.cross_entropy(logits, targets)
-    )
+    x = images[0].requires_grad_()
+    first = []
+    hook = model.blocks[0].register_forward_hook(lambda module, args, output: first.append(output))
+    loss = F.cross_entropy(model(x), torch.tensor([0, 3])) + first[0].square().mean() + 1e-2 * total_variation(x)
+    hook.remove()
+    expected = torch.autograd.grad(loss, x)[0]
+    # Adam's second step goes along the mean of two gradients, so its direction tells the second one's sign where it is
+    # as large as the first; a loss without the features' gradient has other signs at a quarter of the pixels.
+    moved = images[1] - images[0].detach()
+    large = expected.abs() > expected.abs().quantile(0.9)
+    assert (moved[large].sign() == -expected[large].sign()).float().mean() > 0.9
 
 
-def test_a_plain_function_serves_as_an_objective(images):
-    objective = as_objective(lambda logits, images, targets: logits.sum() + images.sum() + targets.sum())
-    value = objective.loss(torch.ones(2), images, torch.tensor([4]), None)
-    torch.testing.assert_close(value, 6 + images.sum())
+def test_each_images_own_loss_does_not_depend_on_its_batch(model, seed):
+    options = {"objective": deep_inversion(1e-2, 1e-3, norm="image"), "jitter": 0, "flip": 0, "stopping": "dense"}
+    together = Inverter(model, **OPTIONS | options)
+    state = {}
+    result = together.run([0, 3, 1], seed, lambda step: state.setdefault(step.iteration, step.state_dict()))
+    for image, target in enumerate([0, 3, 1]):
+        own = dict(state[0], targets=torch.tensor([target]), cu_seqlens=torch.tensor([0, 16]).int())
+        for name in ("images", "begun", "steps"):
+            own[name] = state[0][name][image : image + 1]
+        for name in ("exp_avg", "exp_avg_sq", "positions"):
+            own[name] = state[0][name][16 * image : 16 * (image + 1)]
+        alone = Inverter(model, **OPTIONS | options).run([target], seed, state=own).images[0]
+        difference = (alone - result.images[image]).abs()
+        assert difference.mean() < 1e-4
+        assert difference.median() < 1e-6
+
+
+def test_what_is_no_objective_or_prior_is_refused_with_its_value(model):
     with pytest.raises(TypeError, match="42"):
-        as_objective(42)
+        Inverter(model, objective=42)
+    with pytest.raises(TypeError, match="43"):
+        Inverter(model, prior=43)

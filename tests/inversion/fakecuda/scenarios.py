@@ -45,7 +45,7 @@ def small_model() -> nn.Module:
 
 def run(model: nn.Module, targets=(0, 1, 2, 3), callback=lambda step: note(str(step.iteration)), **options) -> None:
     settings = {"stopping": STOPS, "iterations": ITERATIONS, "progress": False} | options
-    Inverter(model, **settings).run(list(targets), callback)
+    Inverter(model, **settings).run(list(targets), callback=callback)
 
 
 def waiting_loss(logits, images, targets):

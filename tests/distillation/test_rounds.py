@@ -1,60 +1,22 @@
-"""distill(): the student moves as it would without caches, on the kept patches alone; nothing else moves."""
+"""distill(): the student learns as it would without caches, from the kept patches only, and nothing else changes."""
 
 import copy
-import importlib
-import json
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from distillation_cases import CLASSES, SIZE, make_dataset, timm_logits, tiny
 from torch.utils.data import DataLoader, TensorDataset
 
 import smi_fast
-from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip
-from smi_fast.distillation.rounds import Pool, Reader, distill, transfer_loss
-from smi_fast.models import CIFAR10_CLASSES, MODEL_DIR, cifar10_student, cifar10_vit
+from smi_fast.data.sparse import InvertedDataset
+from smi_fast.distillation.rounds import distill
+from smi_fast.seeds import batch_seed
 
-ROOT = Path(__file__).parents[2]
-SIZE, PATCH, GRID, CLASSES = 16, 4, 4, 5
 QUIET = {"progress": False}
 
 
-def tiny(kind=VisionTransformer, mean=0.5, std=0.5, **overrides) -> torch.nn.Module:
-    """A ViT of random weights with pronounced opinions, float32, whose normalisation is given."""
-    arguments = (
-        dict(img_size=SIZE, patch_size=PATCH, embed_dim=24, depth=2, num_heads=3, num_classes=CLASSES) | overrides
-    )
-    model = kind(**arguments)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim < 2 else 1 / parameter.shape[-1] ** 0.5)
-    model.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": (mean,) * 3, "std": (std,) * 3}
-    return model.eval()
-
-
-def make_dataset(n=12, count=6, ragged=False, **kwargs) -> InvertedDataset:
-    counts = torch.randint(1, GRID**2 + 1, (n,)).tolist() if ragged else [count] * n
-    keep = [torch.randperm(GRID**2)[:c] for c in counts]
-    return InvertedDataset.from_images(
-        torch.rand(n, 3, SIZE, SIZE), keep, torch.arange(n) % CLASSES, (PATCH, PATCH), **kwargs
-    )
-
-
-def timm_logits(model, images, keep) -> torch.Tensor:
-    """Logits of one image from its kept patches (K,), by timm's own modules; pixels in [0, 1]."""
-    mean, std = model.pretrained_cfg["mean"][0], model.pretrained_cfg["std"][0]
-    x = model._pos_embed(model.patch_embed((images - mean) / std))
-    prefix = model.num_prefix_tokens
-    x = torch.cat((x[:, :prefix], x[:, prefix:][:, keep.long()]), 1)
-    return model.forward_head(model.norm(model.blocks(model.norm_pre(x))))
-
-
 def reference(teacher, student, dataset, steps, linear_probing, temperature=20.0, lr=0.1, momentum=0.9, decay=1e-4):
-    """Whole-batch transfer, everything computed anew in each step: timm's forward, Eq. 6 and SGD written out."""
+    """Train on all images in every step without caches: timm's forward pass, Eq. 6 and SGD written out."""
     parameters = list((student.head if linear_probing else student).parameters())
     velocity = [torch.zeros_like(p) for p in parameters]
     images, keeps = dataset.images(), [dataset[i][1] for i in range(len(dataset))]
@@ -70,21 +32,10 @@ def reference(teacher, student, dataset, steps, linear_probing, temperature=20.0
             parameter.data -= lr * v
 
 
-def test_the_loss_is_that_of_equation_6(seed):
-    s, t = np.random.default_rng(seed).normal(size=(2, 7, 5)) * 4
-    p, q = (np.exp(x / 20) / np.exp(x / 20).sum(1, keepdims=True) for x in (t, s))
-    expected = 400 * (p * np.log(p / q)).sum(1).mean()
-    student = torch.from_numpy(s).requires_grad_()
-    loss = transfer_loss(student, torch.from_numpy(t), 20)
-    assert loss.item() == pytest.approx(expected, rel=1e-9)
-    (grad,) = torch.autograd.grad(loss, student)
-    np.testing.assert_allclose(grad.numpy(), 20 * (q - p) / 7, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("linear_probing", [True, False])
 def test_training_equals_a_plain_loop_without_caches(seed, linear_probing, ragged):
-    """Teacher and student differ in normalisation, width and depth. All images in each step: order means nothing."""
+    """Teacher and student differ in normalisation, width and depth. Steps see all images, so order has no effect."""
     teacher, student = tiny(), tiny(mean=0.4, std=0.3, embed_dim=48, depth=1)
     expected, dataset = copy.deepcopy(student), make_dataset(ragged=ragged)
     distill(
@@ -103,7 +54,7 @@ def test_training_equals_a_plain_loop_without_caches(seed, linear_probing, ragge
         torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_linear_probing_moves_the_head_and_no_other_bit(seed):
+def test_linear_probing_moves_the_head_only(seed):
     teacher, student = tiny(), tiny()
     before = copy.deepcopy((teacher.state_dict(), student.state_dict()))
     student.train()
@@ -121,50 +72,7 @@ def test_linear_probing_moves_the_head_and_no_other_bit(seed):
             assert torch.equal(value, state[name]) != moves, name
 
 
-def test_both_views_of_an_image_are_read_as_timm_reads_whole_images(seed):
-    """Logits and features of the pool, plain and mirrored, against mirrored pixels at mirrored positions."""
-    teacher, student, dataset = tiny(), tiny(mean=0.3), make_dataset(ragged=True)
-    mirror = RandomHorizontalFlip(dataset.image_size, dataset.patch_size, p=1)
-    pool = Pool(Reader(teacher, (SIZE, SIZE)), Reader(student, (SIZE, SIZE)), mirror, True, batch_size=5)
-    pool.add(dataset)
-    cells = torch.arange(GRID**2).view(GRID, GRID)
-    for number in range(len(dataset)):
-        plain, kept = dataset.images([number]), dataset[number][1].long()
-        for view, (image, keep) in enumerate([(plain, kept), (plain.flip(-1), cells.flip(1).flatten()[kept])]):
-            with torch.no_grad():
-                expected = timm_logits(teacher, image, keep), timm_logits(student, image, keep)
-            found = pool.logits[view, [number]], pool.student_logits(torch.tensor([number]), torch.tensor([view]))
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_passes_over_the_pool_are_shuffled_and_complete(seed):
-    model = tiny()
-    pool = Pool(Reader(model, (SIZE, SIZE)), Reader(model, (SIZE, SIZE)), lambda sample: sample, True, batch_size=5)
-    pool.add(make_dataset(n=12))
-    draws = list(pool.draw(7, torch.Generator().manual_seed(seed)))
-    assert [len(index) for index, _ in draws] == [5] * 7
-    index, view = (torch.cat(parts) for parts in zip(*draws, strict=True))
-    assert sorted(index[:12].tolist()) == sorted(index[12:24].tolist()) == list(range(12))
-    assert index[:12].tolist() != index[12:24].tolist()
-    assert set(view.tolist()) == {0, 1}
-
-
-def test_a_distilled_student_is_probed_at_both_its_heads(seed):
-    student, dataset = tiny(VisionTransformerDistilled), make_dataset()
-    reader, tokens = Reader(student, (SIZE, SIZE)), InvertedDataset.collate([dataset[i] for i in range(12)])[0]
-    reader.fast.eval()
-    found = reader.logits(reader.features(lambda: reader(tokens)))
-    images = list(zip(dataset.images().split(1), [dataset[i][1] for i in range(12)], strict=True))
-    torch.testing.assert_close(
-        found, torch.cat([timm_logits(student, *image) for image in images]), rtol=1e-4, atol=1e-4
-    )
-    before = copy.deepcopy(student.state_dict())
-    distill(tiny(), student, dataset=dataset, rounds=1, steps=2, **QUIET)
-    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
-
-
-def test_a_student_with_the_teachers_trunk_learns_the_teachers_answers(seed):
+def test_a_student_learns_the_teachers_answers(seed):
     teacher = tiny()
     student = copy.deepcopy(teacher)
     torch.nn.init.zeros_(student.head.weight)
@@ -180,18 +88,17 @@ def test_a_student_with_the_teachers_trunk_learns_the_teachers_answers(seed):
     assert (taught - learnt).square().sum() < 0.1 * taught.square().sum()  # 1 before the transfer, 0.013 at worst after
 
 
-def inverter_of(teacher, seed=0, **overrides):
-    arguments = dict(iterations=4, stopping=smi_fast.StoppingSchedule({2: 0.5}), seed=seed, progress=False) | overrides
-    return smi_fast.Inverter(teacher, **arguments)
+def inverter_of(teacher, kind=smi_fast.Inverter):
+    return kind(teacher, iterations=4, stopping=smi_fast.StoppingSchedule({2: 0.5}), progress=False)
 
 
-def test_inversion_and_transfer_alternate_over_a_growing_pool(seed):
+def test_the_pool_grows_from_round_to_round(seed):
     teacher, student, told = tiny(), tiny(), []
     inverter = inverter_of(teacher)
     labels = torch.randint(CLASSES, (40,))
     data = [(images, labels[:20]) for images in torch.randn(1, 20, 3, SIZE, SIZE)]
     result = distill(
-        teacher, student, inverter=inverter, rounds=3, samples=7, steps=5, evaluate=data,
+        teacher, student, inverter=inverter, rounds=3, samples=7, steps=5, evaluate=data, seed=3,
         callback=lambda *args: told.append(args), **QUIET,
     )  # fmt: skip
     assert [(r.number, r.samples, r.iterations, r.steps) for r in result.history] == [
@@ -204,12 +111,22 @@ def test_inversion_and_transfer_alternate_over_a_growing_pool(seed):
     first, second, third = (batch.images() for batch in result.batches)
     assert not any(torch.equal(a, b) for a, b in ((first, second), (second, third)))
     assert all(len(batch[0][1]) == 8 for batch in result.batches)  # half of 16 patches
-    assert inverter.seed == 0
+    alone = inverter.run([number % CLASSES for number in range(7, 14)], seed=batch_seed(3, 1))
+    assert torch.equal(second, alone.images)
     assert all(r.inversion_seconds > 0 and r.transfer_seconds > 0 for r in result.history)
 
 
-def test_accuracy_is_the_students_after_each_round(seed):
-    """As timm counts it, for a loader with cached features, a loader without, and a function."""
+def test_the_inverters_own_bar_is_hidden(seed, capsys):
+    teacher = tiny()
+    inverter = inverter_of(teacher)
+    inverter.progress = True
+    distill(teacher, tiny(), inverter=inverter, rounds=1, samples=2, steps=1, **QUIET)
+    assert capsys.readouterr().err == ""
+    assert inverter.progress
+
+
+def test_accuracy_is_measured_after_each_round(seed):
+    """timm's own count equals that of a loader (whose features are kept in linear probing) and that of a function."""
     teacher, start, dataset = tiny(), tiny(), make_dataset(n=20)
     images, labels = torch.randn(40, 3, SIZE, SIZE), torch.randint(CLASSES, (40,))
     loader = DataLoader(TensorDataset(images, labels), batch_size=16)
@@ -235,7 +152,7 @@ def test_accuracy_is_the_students_after_each_round(seed):
         assert a.reaching(1.1) is None
 
 
-def test_a_stored_dataset_enters_the_pool_without_replacement(seed):
+def test_a_dataset_is_drawn_without_replacement(seed):
     dataset = make_dataset(n=10)
     result = distill(tiny(), tiny(), dataset=dataset, rounds=4, samples=4, steps=1, **QUIET)
     assert [r.samples for r in result.history] == [4, 8, 10, 10]
@@ -245,7 +162,7 @@ def test_a_stored_dataset_enters_the_pool_without_replacement(seed):
 
 
 @pytest.mark.parametrize("linear_probing", [True, False])
-def test_the_same_seed_gives_the_same_bits_and_leaves_torchs_own_draws_alone(seed, linear_probing):
+def test_the_seed_decides_every_bit_and_torchs_state_stays(seed, linear_probing):
     teacher, start = tiny(), tiny(proj_drop_rate=0.1)
     heads = []
     for of in (0, 0, 1):
@@ -262,11 +179,34 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_torchs_own_draws_alone(see
     assert not torch.equal(heads[0], heads[2])
 
 
+def test_all_64_bits_of_the_seed_decide_dropout(seed):
+    """One image and no flips, so that nothing but dropout is random."""
+    teacher, start, dataset = tiny(), tiny(proj_drop_rate=0.5), make_dataset(n=1)
+    heads = []
+    for of in (5, 5, 5 + 2**32):
+        student = copy.deepcopy(start)
+        options = dict(rounds=1, steps=2, flip=False, linear_probing=False, seed=of)
+        distill(teacher, student, dataset=dataset, **options, **QUIET)
+        heads.append(student.head.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
 @pytest.mark.parametrize("linear_probing", [True, False])
 @pytest.mark.parametrize("where", ["inverting", "evaluating"])
-def test_an_interrupt_leaves_the_rounds_that_were_finished(seed, linear_probing, where, monkeypatch):
+def test_an_interrupt_leaves_the_finished_rounds(seed, linear_probing, where):
     teacher, student, states = tiny(), tiny(), []
-    inversions = 0
+
+    class Interrupted(smi_fast.Inverter):
+        """Ctrl-C is pressed in the second iteration of the third round."""
+
+        def run(self, targets, seed=0, callback=None):
+            def interrupt(step):
+                callback(step)
+                if where == "inverting" and len(states) == 2 and step.iteration == 1:
+                    raise KeyboardInterrupt
+
+            return super().run(targets, seed=seed, callback=interrupt)
 
     def evaluate(_):
         if where == "evaluating" and len(states) == 2:
@@ -274,20 +214,8 @@ def test_an_interrupt_leaves_the_rounds_that_were_finished(seed, linear_probing,
         states.append(copy.deepcopy(student.state_dict()))
         return 0.0
 
-    def draw(self, *args, draw=smi_fast.Inverter._draw_views):
-        nonlocal inversions
-        inversions += 1
-        if where == "inverting" and inversions == 3:
-            monkeypatch.setattr(self, "_iterate", interrupted)
-        return draw(self, *args)
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(smi_fast.Inverter, "_draw_views", draw)
-    inverter = inverter_of(teacher, cuda_graphs=False)
     result = distill(
-        teacher, student, inverter=inverter, rounds=5, samples=4, steps=3, evaluate=evaluate,
+        teacher, student, inverter=inverter_of(teacher, Interrupted), rounds=5, samples=4, steps=3, evaluate=evaluate,
         linear_probing=linear_probing, **QUIET,
     )  # fmt: skip
     assert result.interrupted
@@ -296,7 +224,7 @@ def test_an_interrupt_leaves_the_rounds_that_were_finished(seed, linear_probing,
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_an_error_in_a_callback_leaves_modes_and_gradients_as_they_were(seed):
+def test_an_error_leaves_modes_and_gradients_as_they_were(seed):
     teacher, student = tiny(), tiny().train()
     with pytest.raises(ZeroDivisionError):
         distill(teacher, student, dataset=make_dataset(), steps=1, callback=lambda *_: 1 / 0, **QUIET)
@@ -304,7 +232,7 @@ def test_an_error_in_a_callback_leaves_modes_and_gradients_as_they_were(seed):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in student.parameters())
 
 
-def test_models_that_do_not_fit_are_refused_by_name(seed):
+def test_what_does_not_fit_is_named(seed):
     teacher, dataset = tiny(), make_dataset()
 
     def refused(match, student=None, teacher=teacher, error=ValueError, **arguments):
@@ -334,69 +262,11 @@ def test_models_that_do_not_fit_are_refused_by_name(seed):
         refused(f"{name}.*{value}", **{name: value})
 
 
-def test_a_dataset_of_the_teachers_normalisation_is_welcome(seed):
+def test_the_students_normalisation_may_differ(seed):
     dataset = make_dataset(metadata={"mean": [0.5] * 3, "std": [0.5] * 3})
     assert distill(tiny(), tiny(mean=0.1), dataset=dataset, rounds=1, steps=1, **QUIET).history
 
 
-def test_a_loss_that_is_not_finite_is_told(seed):
+def test_a_loss_that_is_not_finite_warns(seed):
     with pytest.warns(UserWarning, match=r"the loss is (nan|inf) in round 1; lr 1e\+30 is too high"):
         distill(tiny(), tiny(), dataset=make_dataset(), rounds=1, steps=9, lr=1e30, **QUIET)
-
-
-def test_the_student_inside_knows_no_class_and_is_not_the_teacher():
-    """Its head is zero, and its card holds the figures of the run."""
-    student, teacher = cifar10_student(), cifar10_vit()
-    assert not student.training
-    assert not any(parameter.any() for parameter in student.head.parameters())
-    assert student.pretrained_cfg["mean"] == teacher.pretrained_cfg["mean"]
-    for name, value in student.state_dict().items():
-        assert value.isfinite().all()
-        assert value.shape == teacher.state_dict()[name].shape
-        assert not torch.equal(value, teacher.state_dict()[name]), name
-    figures = json.loads((MODEL_DIR / "cifar10_student.json").read_text())
-    assert (
-        f"**{figures['test_accuracy_of_a_linear_probe']:.2%}".replace("%", " %**")
-        in (MODEL_DIR / "README.md").read_text()
-    )
-
-
-def test_the_students_recipe_gives_the_same_bits_when_it_was_stopped_and_ignores_labels(seed, tmp_path, monkeypatch):
-    """Three runs on random images: one as it is, one that goes on after an interruption, one with classes permuted."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    recipe = importlib.import_module("pretrain_student")
-    images = np.random.default_rng(seed).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
-    for number, name in enumerate(name for name in CIFAR10_CLASSES for _ in range(7)):
-        for split in ("train", "test") if number % 7 == 0 else ("train",):
-            (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[number]).save(tmp_path / split / name / f"{number}.png")
-    options = ["--words=8", "--components=4", "--epochs=2", "--batch-size=35", "--device=cpu"]
-
-    def run(name):
-        monkeypatch.setattr(sys, "argv", ["recipe", "--data", str(tmp_path), "--out", str(tmp_path / name), *options])
-        recipe.main()
-
-    def weights(name):
-        return torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
-
-    run("whole")
-    crop_flip, calls = recipe.crop_flip, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return crop_flip(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(recipe, "crop_flip", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run("stopped")
-    assert any(not torch.equal(value, weights("whole")[name]) for name, value in weights("stopped").items())
-    run("stopped")
-    read_split = recipe.read_split
-    monkeypatch.setattr(recipe, "read_split", lambda folder: (read_split(folder)[0], read_split(folder)[1].flip(0)))
-    run("other labels")
-    for name, value in weights("whole").items():
-        assert torch.equal(value, weights("stopped")[name])
-        assert torch.equal(value, weights("other labels")[name])

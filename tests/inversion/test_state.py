@@ -1,0 +1,114 @@
+"""A run that was saved goes on as if nothing had happened, in another process too."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from inversion_cases import small_model
+
+from smi_fast import Inverter, Mass, deep_inversion
+
+OPTIONS = {"iterations": 12, "lr": 0.05, "jitter": 1 / 2, "objective": deep_inversion(1e-2, 1e-3), "progress": False}
+RUNS = {
+    "dense": {"stopping": "dense"},
+    "sparse": {"stopping": {3: 0.3, 4: 0.3, 8: 0.3}},
+    "mass": {"stopping": {3: Mass(0.8), 8: 0.3}},
+    "random": {"stopping": {3: 0.3, 8: 0.3}, "select": "random"},
+    "views": {"stopping": {5: 0.3}, "view_per_image": True},
+    "bfloat16": {"stopping": {5: 0.3}, "dtype": torch.bfloat16},
+    "float16": {"stopping": {5: 0.3}, "dtype": torch.float16},
+    "norms": {"stopping": {5: Mass(0.8)}, "objective": deep_inversion(1e-2, 1e-3, norm="image")},
+    "triton": {"stopping": {2: 0.3, 4: Mass(0.8)}, "iterations": 6, "backend": "triton"},
+}
+
+
+@pytest.fixture
+def model(seed):
+    return small_model()
+
+
+def saved(state: dict) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def read(state: bytes) -> dict:
+    return torch.load(io.BytesIO(state), weights_only=True)
+
+
+def assert_same_bits(result, expected) -> None:
+    assert torch.equal(result.images, expected.images)
+    assert torch.equal(result.losses, expected.losses)
+    assert result.history == expected.history
+    rows = [list(r.keep) for r in (result, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_from_any_iteration_with_the_same_bits(model, seed, name):
+    states, targets = [], [4, 0, 2]
+    expected = Inverter(model, **OPTIONS | RUNS[name]).run(
+        targets, seed, lambda step: states.append(saved(step.state_dict()))
+    )
+    for state in states:
+        result = Inverter(model, **OPTIONS | RUNS[name]).run(targets, seed, state=read(state))
+        assert_same_bits(result, expected)
+
+
+def test_a_new_process_goes_on_with_the_same_bits(seed, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from smi_fast import Inverter, Mass\n"
+        "from smi_fast.models import cifar10_vit\n"
+        "torch.set_num_threads(1)\n"
+        "inverter = Inverter(cifar10_vit(), stopping={4: 0.3, 8: Mass(0.8)}, iterations=12, progress=False)\n"
+        "def save(step):\n"
+        "    if step.iteration == 7:\n"
+        "        torch.save(step.state_dict(), sys.argv[1])\n"
+        "state = torch.load(sys.argv[1], weights_only=True) if len(sys.argv) > 3 else None\n"
+        "result = inverter.run([1, 2], 7, save, state=state)\n"
+        "torch.save((result.images, result.losses), sys.argv[2])\n"
+    )
+    state = tmp_path / "state.pt"
+    for arguments in ([state, tmp_path / "whole.pt"], [state, tmp_path / "resumed.pt", "resume"]):
+        subprocess.run([sys.executable, script, *arguments], check=True)
+    whole, resumed = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "resumed"))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_a_saved_state_stays_as_it_was_while_the_run_goes_on(model, seed):
+    states = []
+    inverter = Inverter(model, **OPTIONS | RUNS["sparse"])
+    inverter.run([0, 1], seed, lambda step: states.append((step.state_dict(), saved(step.state_dict()))))
+    assert all(saved(state) == at_once for state, at_once in states)
+
+
+def test_going_on_does_not_change_the_state_that_it_was_given(model, seed):
+    options, states = OPTIONS | RUNS["float16"], []
+    Inverter(model, **options).run([0, 1], seed, lambda step: states.append(step.state_dict()))
+    before = saved(states[4])
+    first, second = (Inverter(model, **options).run([0, 1], seed, state=states[4]) for _ in range(2))
+    assert_same_bits(first, second)
+    assert saved(states[4]) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 99}, "version 99"),
+        ({"seed": 5}, "seed is 5"),
+        ({"targets": torch.tensor([0, 2])}, r"targets is \[0, 2\]"),
+        ({"images": torch.zeros(2, 3, 16, 16)}, r"image size is \(3, 16, 16\)"),
+        ({"iteration": 99}, "iteration 99"),
+    ],
+)
+def test_a_state_of_another_run_is_refused_by_what_differs(model, change, message):
+    inverter = Inverter(model, **OPTIONS | {"stopping": {3: 0.3}})
+    states = []
+    inverter.run([0, 1], 3, lambda step: states.append(step.state_dict()))
+    with pytest.raises(ValueError, match=message):
+        inverter.run([0, 1], 3, state=states[4] | change)
