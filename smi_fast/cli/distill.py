@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from smi_fast.cli import arguments
+import smi_fast.cli.arguments as arguments
 from smi_fast.cli.arguments import count, finite, seed
 from smi_fast.cli.output import INTERRUPTED, Results, add_output
 from smi_fast.data.files import atomic_write, write_json

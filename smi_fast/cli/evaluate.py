@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from smi_fast.cli import arguments
+import smi_fast.cli.arguments as arguments
 from smi_fast.cli.output import add_quiet
 from smi_fast.models import MODEL_INSIDE
 from smi_fast.quantization import QuantizedViT

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import smi_fast.cli.arguments as arguments
 from smi_fast import kernels
 from smi_fast.backbones.base import class_names
-from smi_fast.cli import arguments
 from smi_fast.cli.output import INTERRUPTED, Results, add_output
 from smi_fast.data.files import write_json
 from smi_fast.data.sparse import InvertedDataset

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import smi_fast.cli.arguments as arguments
 from smi_fast.backbones.vit import AcceleratedViT, accelerate
-from smi_fast.cli import arguments
 from smi_fast.cli.arguments import count, seed
 from smi_fast.cli.output import Results, add_output
 from smi_fast.data.files import atomic_write, write_json

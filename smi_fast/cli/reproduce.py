@@ -7,7 +7,7 @@ import sys
 
 from torch import nn
 
-from smi_fast.cli import arguments
+import smi_fast.cli.arguments as arguments
 from smi_fast.cli.output import INTERRUPTED, add_out, add_quiet, check_writable
 from smi_fast.models import STUDENT_INSIDE
 from smi_fast.studies.reproduce import PRESETS, SECTIONS, reproduce
