@@ -16,26 +16,19 @@ from statistics import mean
 import torch
 from report import as_text
 
-from smi_fast import Inverter, StoppingSchedule, accelerate, deep_inversion
+from smi_fast import accelerate
 from smi_fast.inversion.meter import confidences
 from smi_fast.inversion.presets import DEMO
-from smi_fast.models.loading import MODEL_INSIDE, load_model
+from smi_fast.models import MODEL_INSIDE
+from smi_fast.models.loading import load_model
 
 FINAL = 20  # iterations, of the last, over which the loss is averaged: views differ from one to the next
 
 
 def outcome(model: torch.nn.Module, dtype: torch.dtype, seed: int, images: int) -> dict[str, float]:
     """The mean loss of the last iterations, and the mean confidence of the float32 model."""
-    inverter = Inverter(
-        model,
-        stopping=StoppingSchedule.paper(DEMO.iterations),
-        objective=deep_inversion(tv_l2=DEMO.tv_l2),
-        iterations=DEMO.iterations,
-        lr=DEMO.lr,
-        dtype=dtype,
-        progress=False,
-    )
-    result = inverter.run(torch.arange(images) % model.num_classes, seed)
+    inverter = DEMO.inverter(model, dtype=dtype, progress=False)
+    result = inverter.run(torch.arange(images) % model.num_classes, seed=seed)
     exact = accelerate(model, dtype=torch.float32)
     confidence, _ = confidences(exact, result.images, result.keep, result.targets, inverter.mean, inverter.std)
     return {"loss": result.losses[-FINAL:].mean().item(), "confidence": confidence.mean().item()}

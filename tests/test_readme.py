@@ -1,4 +1,4 @@
-"""What the README shows runs, word for word and in its order, and what it counts is so."""
+"""What the README shows runs, word for word and in its order, and what it names is there."""
 
 import pickle
 import re
@@ -11,19 +11,20 @@ import pytest
 import timm
 import torch
 import torchvision
-from test_vit_coverage import NAMES, UNSUPPORTED
+from backbones.test_coverage import NAMES, UNSUPPORTED
 
 import smi_fast
-from smi_fast import reproduce
 from smi_fast.cli import main
+from smi_fast.inversion.presets import DEMO
 from smi_fast.models import CIFAR10_CLASSES
+from smi_fast.studies.reproduce import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 WRITES_TO = {"data", "results"}
 
-# What makes the README run in seconds and without a network. Everything else runs as it is written.
+# These changes make the README run in seconds and without a network. Everything else runs as it is written.
 FEWER_ITERATIONS = ("iterations = 4000", "iterations = 4")
 SHORTER = {  # options that are appended to a command
     "info": "",
@@ -33,13 +34,13 @@ SHORTER = {  # options that are appended to a command
     "distill": "--quiet --device cpu --rounds 1 --samples 4 --steps 1 --iterations 5",
     "reproduce": "--quiet --device cpu --sections table3",
 }
-SMALL = replace(reproduce.PRESETS["demo"], iterations=5, images=4, seeds=1, test_images=10)
-NOT_RUN = ("make", "cmake")  # make has tests of its own in test_package, cmake in test_cmake
+SMALL = replace(PRESETS["demo"], inversion=replace(DEMO, iterations=5), images=4, seeds=1, test_images=10)
+NOT_RUN = ("make", "cmake")  # test_package.py tests make, test_cmake.py tests cmake
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No download: timm's models have random weights, and CIFAR-10 has random images, in its own form on the disk."""
+    """Replace downloads: timm's models get random weights, and CIFAR-10 random images in its own form on the disk."""
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **other: create_model(name, **other))
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", write_cifar10)
@@ -47,11 +48,11 @@ def offline(monkeypatch):
         names = [name for name, _ in getattr(torchvision.datasets.CIFAR10, attribute)]
         monkeypatch.setattr(torchvision.datasets.CIFAR10, attribute, [(name, None) for name in names])
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "meta", torchvision.datasets.CIFAR10.meta | {"md5": None})
-    monkeypatch.setitem(reproduce.PRESETS, "demo", SMALL)
+    monkeypatch.setitem(PRESETS, "demo", SMALL)
 
 
 def write_cifar10(url: str, root: str, **other) -> None:
-    """Two random images of each class in each of the archive's files."""
+    """Write two random images of each class into each of the archive's files."""
     folder, labels = Path(root) / torchvision.datasets.CIFAR10.base_folder, 2 * list(range(10))
     folder.mkdir(parents=True)
     for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
@@ -63,7 +64,7 @@ def write_cifar10(url: str, root: str, **other) -> None:
 def commands(text: str, stubs: Path) -> list[list[str]]:
     """The words of each command in a block, as a shell reads them."""
     stubs.mkdir(exist_ok=True)
-    for name in ("smi-fast", *NOT_RUN):  # there are no other commands, so that one more is an error
+    for name in ("smi-fast", *NOT_RUN):  # any other command in the README is an error
         (stubs / name).write_text('#!/bin/sh\nprintf "%s\\t" "${0##*/}" "$@"\necho\n')
         (stubs / name).chmod(0o755)
     run = subprocess.run(["/bin/sh", "-ec", text], env={"PATH": str(stubs)}, capture_output=True, text=True, check=True)
@@ -71,7 +72,7 @@ def commands(text: str, stubs: Path) -> list[list[str]]:
 
 
 def run_readme(stubs: Path) -> dict:
-    """Run all blocks in the current folder, as one session of Python and one of a shell; returns Python's names."""
+    """Run all blocks in the current folder, as one session of Python and one of a shell. Returns Python's names."""
     names = {}
     for language, text in BLOCKS:
         if language == "python":
@@ -94,14 +95,14 @@ def copy_of_the_checkout(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["clean folder", "checkout"])
-def test_all_examples_run_in_order_and_again(place, offline, tmp_path, monkeypatch, seed):
+def test_all_blocks_run_in_order_and_again(place, offline, tmp_path, monkeypatch, seed):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     if place == "checkout":
         copy_of_the_checkout(Path.cwd())
     before = files(Path.cwd())
-    assert README.count(FEWER_ITERATIONS[0]) == 1
+    assert FEWER_ITERATIONS[0] in README
     for _ in range(2):
         names = run_readme(tmp_path / "stubs")
         assert names["logits"].shape == (2, 1000)
@@ -126,12 +127,12 @@ def test_make_has_the_targets_that_it_names():
     assert named <= targets
 
 
-def test_the_number_of_supported_models_is_the_one_that_the_coverage_test_walks():
+def test_the_supported_models_are_those_of_the_coverage_test():
     assert f"all {len(NAMES)} names" in README
     assert all(name in README for name in UNSUPPORTED)
 
 
-def test_the_files_and_pictures_that_it_links_to_are_there():
+def test_linked_files_are_there():
     links = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
     assert len(links) >= 4
     for link in links:

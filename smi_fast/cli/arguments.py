@@ -1,31 +1,31 @@
-"""Arguments that several commands share, and what is checked of them before anything is done."""
+"""The options that several commands share, and what the commands make of them."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
-import tempfile
-from contextlib import suppress
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 from smi_fast.data.files import first_line
-from smi_fast.inversion.objectives import deep_inversion
+from smi_fast.data.labelled import accuracy, load_data
 from smi_fast.inversion.presets import DEMO, PAPER, InversionSettings, settings_of
-from smi_fast.inversion.schedule import StoppingSchedule
-from smi_fast.models.loading import MODEL_INSIDE, load_model
+from smi_fast.models import MODEL_INSIDE
+from smi_fast.models.loading import load_model
 from smi_fast.seeds import check_seed
 
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 MAX_COUNT = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises its errors as ValueError, and whose help leaves out defaults of None and False."""
+    """An ArgumentParser that raises its errors as ValueError, and whose help leaves out the defaults None and False."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=_Help, **options)
@@ -41,7 +41,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def count(text: str) -> int:
-    """The type of an option that counts something."""
+    """Read an option that counts something."""
     value = _number(int, text, "an integer")
     if not 1 <= value <= MAX_COUNT:
         raise argparse.ArgumentTypeError(f"must be {'at least 1' if value < 1 else f'at most {MAX_COUNT}'}, got {text}")
@@ -49,7 +49,7 @@ def count(text: str) -> int:
 
 
 def finite(text: str) -> float:
-    """The type of an option that is a real number."""
+    """Read an option that is a real number."""
     value = _number(float, text, "a number")
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
@@ -57,7 +57,7 @@ def finite(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    """The type of a seed: 64 bits."""
+    """Read a seed of up to 64 bits."""
     value = _number(int, text, "an integer")
     try:
         return check_seed(value)
@@ -66,7 +66,7 @@ def seed(text: str) -> int:
 
 
 def device(text: str) -> torch.device:
-    """The type of an option that names a device which this machine has."""
+    """Read the name of a device that this machine has."""
     try:
         found = torch.device(text)
         if found.type not in ("cpu", "cuda"):
@@ -84,23 +84,30 @@ def _number(kind: type, text: str, what: str) -> int | float:
         raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
 
 
+def add_numbers(group: argparse._ActionsContainer, **options: tuple[Callable, float | None, str]) -> None:
+    """Add options that are numbers: the name of each with its type, its default and its help."""
+    for name, (kind, default, what) in options.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=what)
+
+
 def add_model(
     parser: argparse.ArgumentParser,
-    what: str = "a ViT or DeiT of timm's, or the model inside",
+    what: str = "name of a timm ViT or DeiT, or of the small ViT that comes with smi-fast",
     *,
     role: str = "model",
     default: str = MODEL_INSIDE,
 ) -> argparse._ArgumentGroup:
     """Add --model, --pretrained and --checkpoint; for another role --ROLE, --ROLE-pretrained and --ROLE-checkpoint."""
     group, prefix = parser.add_argument_group(role), "" if role == "model" else f"{role}-"
+    checkpoint = "read the weights from a safetensors or torch file"
     group.add_argument(f"--{role}", default=default, metavar="NAME", help=what)
-    group.add_argument(f"--{prefix}pretrained", action="store_true", help="download timm's weights for it")
-    group.add_argument(f"--{prefix}checkpoint", type=Path, metavar="FILE", help="weights: safetensors, or a torch file")
+    group.add_argument(f"--{prefix}pretrained", action="store_true", help="download timm's weights")
+    group.add_argument(f"--{prefix}checkpoint", type=Path, metavar="FILE", help=checkpoint)
     return group
 
 
 def model_of(args: argparse.Namespace, role: str = "model") -> nn.Module:
-    """The model that the options of `add_model` name, on the device of the command."""
+    """Load the model that the options of `add_model` name, onto the device of the command."""
     prefix = "" if role == "model" else f"{role}_"
     model = load_model(
         getattr(args, role),
@@ -111,106 +118,81 @@ def model_of(args: argparse.Namespace, role: str = "model") -> nn.Module:
     return model.to(args.device)
 
 
-def add_inversion(group: argparse._ArgumentGroup, lr: str) -> None:
-    """Add the settings of an inversion; `lr` is the option of its learning rate."""
-    for option, name, kind, what in (
-        ("--iterations", "iterations", count, "iterations of an inversion"),
-        (lr, "inversion_lr", finite, "learning rate of the pixels"),
-        ("--tv-l2", "tv_l2", finite, "weight of total variation"),
-    ):
-        field = name.removeprefix("inversion_")
-        defaults = f"default: {getattr(PAPER, field):g}, for {MODEL_INSIDE} {getattr(DEMO, field):g}"
-        group.add_argument(option, dest=name, type=kind, metavar="N", help=f"{what} ({defaults})")
-    group.add_argument("--l2", type=finite, default=0.0, metavar="N", help="weight of the l2 prior")
-    group.add_argument(
-        "--stopping",
-        default="paper",
-        metavar="SCHEDULE",
-        help="iteration:fraction,... such as 50:0.3,100:0.3; paper (scaled to the number of iterations); dense",
+INVERSION = {  # setting -> the type of its option, and what the help says about it
+    "iterations": (count, "number of iterations of an inversion"),
+    "lr": (finite, "learning rate of the pixels"),
+    "tv_l2": (finite, "weight of the total variation prior, which smooths the images"),
+    "l2": (finite, "weight of the l2 prior, which keeps pixels near the mean"),
+}
+
+
+def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
+    """Add the settings of an inversion; `lr` is the option for its learning rate."""
+    for field, (kind, what) in INVERSION.items():
+        option = lr if field == "lr" else f"--{field.replace('_', '-')}"
+        paper, demo = getattr(PAPER, field), getattr(DEMO, field)
+        what += f" (default: {paper:g}" + (")" if demo == paper else f", for {MODEL_INSIDE} {demo:g})")
+        group.add_argument(option, dest=f"inversion_{field}", type=kind, metavar="N", help=what)
+    what = (
+        "when patches stop: ITERATION:FRACTION pairs such as 50:0.3,100:0.3; paper for the published schedule, scaled "
+        "to the number of iterations; or dense to stop none (default: paper)"
     )
+    group.add_argument("--stopping", dest="inversion_stopping", metavar="SCHEDULE", help=what)
 
 
-def inversion_of(args: argparse.Namespace) -> tuple[InversionSettings, dict]:
-    """The settings that the options of `add_inversion` give, and the arguments of `Inverter` that follow from them."""
-    given = {"iterations": args.iterations, "lr": args.inversion_lr, "tv_l2": args.tv_l2}
-    settings = replace(settings_of(args.model), **{name: value for name, value in given.items() if value is not None})
-    return settings, {
-        "stopping": StoppingSchedule.parse(args.stopping, settings.iterations),
-        "objective": deep_inversion(tv_l2=settings.tv_l2, l2=args.l2),
-        "iterations": settings.iterations,
-        "lr": settings.lr,
-    }
+def inversion_settings(args: argparse.Namespace) -> InversionSettings:
+    """The settings for the command's model, with the options of `add_inversion` that were given in their place."""
+    settings = replace(settings_of(args.model), **given_inversion(args))
+    return replace(settings, stopping=settings.schedule)  # a schedule that cannot be read is refused here
 
 
-def add_data(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def given_inversion(args: argparse.Namespace) -> dict:
+    """The options of `add_inversion` that were given, by the names of the settings."""
+    values = {field: getattr(args, f"inversion_{field}") for field in (*INVERSION, "stopping")}
+    return {field: value for field, value in values.items() if value is not None}
+
+
+def add_data(
+    parser: argparse.ArgumentParser, what: str = "test images", *, required: bool = True, limit: bool = True
+) -> None:
+    """Add --data and --root, which name labelled images, and --limit, which takes some of the test images."""
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", metavar="DATA", required=required,
-        help="test images: a folder with one folder a class, or CIFAR10, CIFAR100 or ImageNet with --root",
-    )  # fmt: skip
-    data.add_argument("--root", type=Path, metavar="FOLDER", help="where torchvision keeps the data set of that name")
-    data.add_argument("--limit", type=count, metavar="N", help="of the test images, N at equal distances; all of them")
+    what += ": a folder that holds a folder for each class, or CIFAR10, CIFAR100 or ImageNet with --root"
+    data.add_argument("--data", metavar="DATA", required=required, help=what)
+    data.add_argument("--root", type=Path, metavar="FOLDER", help="folder where torchvision keeps the data set")
+    if limit:
+        add_numbers(data, limit=(count, None, "use N evenly spaced test images instead of all"))
+
+
+def load_test_images(args: argparse.Namespace, model: nn.Module) -> DataLoader:
+    """The test images that the options of `add_data` name, preprocessed for the model."""
+    data = load_data(args.data, args.root, split="test", model=model)
+    if args.limit is not None and args.limit < len(data):
+        data = Subset(data, torch.linspace(0, len(data) - 1, args.limit).long().tolist())
+    return DataLoader(data, args.batch_size)
+
+
+def timed_accuracy(model: nn.Module, test: DataLoader, progress: bool) -> dict[str, float]:
+    """The accuracy of the model in [0, 1], and the seconds that the evaluation took."""
+    started = time.perf_counter()
+    return {"accuracy": accuracy(model, test, progress=progress), "seconds": time.perf_counter() - started}
 
 
 def add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add --device."""
     machine = parser.add_argument_group("machine")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    machine.add_argument("--device", type=device, default=default, help="cpu, cuda, cuda:1, ...")
+    machine.add_argument("--device", type=device, default=default, help="where to compute: cpu, cuda, cuda:1, ...")
     return machine
 
 
-def add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, default=Path(default), metavar="FOLDER", help="where the results go")
-    output.add_argument("--overwrite", action="store_true", help="replace results in a folder that is not empty")
-    output.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def check_out(out: Path, overwrite: bool, files: tuple[str, ...]) -> None:
-    """Check that the files can be written to the folder `out` at the end, before the work that leads to them.
+def check_memory(option: str, images: int, shape: Sequence[int]) -> None:
+    """Check that so many float32 images of this shape fit into the machine's memory at all.
 
     Raises:
-        ValueError: `out` is no folder, cannot be made or written to, or is not empty and `overwrite` is false.
+        ValueError: They do not. The message names the option that asks for them.
     """
-    check_writable(out)
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"--out: the folder {out} is not empty; --overwrite replaces the results in it")
-    for name in files:
-        if (out / name).is_dir():
-            raise ValueError(f"--out: {out / name} is a folder, where a file of that name is to be written")
-
-
-def check_writable(out: Path) -> None:
-    """Make the folder `out`, write a file to it, and leave everything as it was.
-
-    Raises:
-        ValueError: this is not possible; the message says why.
-    """
-    if "\0" in str(out):
-        raise ValueError(f"--out: {str(out)!r} holds a NUL byte")
-    try:
-        if os.path.lexists(out) and not out.is_dir():
-            raise ValueError(f"--out: {out} is {'a link to nothing' if out.is_symlink() else 'a file, not a folder'}")
-        missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=out) as probe:
-                probe.write(b"results")
-        finally:
-            for folder in missing:
-                with suppress(OSError):  # another run may have made it, or use it
-                    folder.rmdir()
-    except OSError as error:
-        raise ValueError(f"--out: {out} cannot be written to: {error.strerror}") from error
-
-
-def check_memory(option: str, images: int, values: int) -> None:
-    """Check that so many images, of so many float32 values each, fit into the machine's memory at all.
-
-    Raises:
-        ValueError: they do not.
-    """
-    needed, there = 4 * images * values, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, there = 4 * images * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise ValueError(
             f"{option}: {images} images take {needed / 2**30:.0f} GiB, the machine's memory has {there / 2**30:.0f}"

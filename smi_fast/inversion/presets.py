@@ -1,26 +1,60 @@
-"""The settings of an inversion for each model, once, for Python and for every command."""
+"""The settings of each method, once, for Python, for every command and for the studies."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from smi_fast.models.loading import MODEL_INSIDE
+from torch import nn
+
+from smi_fast.inversion.inverter import Inverter
+from smi_fast.inversion.objectives import deep_inversion
+from smi_fast.inversion.schedule import StoppingSchedule, as_schedule
+from smi_fast.models import MODEL_INSIDE
 
 
 @dataclass(frozen=True)
 class InversionSettings:
-    """How long an inversion is, and how strong."""
+    """The settings of an inversion. The defaults are those of Sparse Model Inversion (Hu et al., ICML 2024)."""
 
-    iterations: int
-    lr: float  # Adam's step size
-    tv_l2: float  # the weight of total variation
+    iterations: int = 4000
+    lr: float = 0.25  # Adam's step size, in normalised pixel space
+    betas: tuple[float, float] = (0.5, 0.99)  # of Adam
+    tv_l2: float = 1e-4  # weight of the total variation prior
+    l2: float = 0.0  # weight of the l2 prior
+    norm: str = "batch"  # what the priors take norms over: the "batch", as published, or each "image"
+    jitter: float = 1 / 8  # largest shift of a view, as a share of the image's side
+    flip: float = 0.5  # probability that a view is mirrored
+    stopping: StoppingSchedule | str = "paper"  # when patches stop, as `Inverter` takes it
+
+    @property
+    def schedule(self) -> StoppingSchedule:
+        """When patches stop. The text "paper" stands for the published schedule, scaled to `iterations`."""
+        return as_schedule(self.stopping, self.iterations)
+
+    def inverter(self, model: nn.Module, **options) -> Inverter:
+        """Make an `Inverter` of the model with these settings. `options` are further arguments of `Inverter`."""
+        return Inverter(
+            model,
+            stopping=self.schedule,
+            objective=deep_inversion(self.tv_l2, self.l2, self.norm),
+            iterations=self.iterations,
+            lr=self.lr,
+            betas=self.betas,
+            jitter=self.jitter,
+            flip=self.flip,
+            **options,
+        )
+
+    def record(self) -> dict:
+        """The settings as a report holds them: values that JSON knows."""
+        return asdict(self) | {"betas": list(self.betas), "stopping": str(self.schedule)}
 
 
-PAPER = InversionSettings(iterations=4000, lr=0.25, tv_l2=1e-4)
-# A small model of small images is sure sooner, and needs a smoother prior and smaller steps.
+PAPER = InversionSettings()
+# A small model of small images becomes sure of its targets sooner, and needs a smoother prior and smaller steps.
 DEMO = InversionSettings(iterations=600, lr=0.1, tv_l2=1e-3)
 
 
 def settings_of(model: str) -> InversionSettings:
-    """The settings for a model of this name: the demo's for the model inside, the paper's for any other."""
+    """The settings for the model of this name: the demo's for the model in this package, the paper's for any other."""
     return DEMO if model == MODEL_INSIDE else PAPER

@@ -1,8 +1,7 @@
-"""The models inside: a small ViT trained on CIFAR-10, and a student that does not know its classes, so that everything
-runs without a download.
+"""The models that come with the package: a small ViT for CIFAR-10, and a student for it, trained without labels.
 
-`README.md` beside this file holds their model cards; `examples/train_cifar10.py` and `examples/pretrain_student.py` are
-the recipes.
+They let every command and example run without a download. `README.md` beside this file holds their model cards, and
+`examples/train_cifar10.py` and `examples/pretrain_student.py` hold the recipes that trained them.
 """
 
 from __future__ import annotations
@@ -13,26 +12,31 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 MODEL_DIR = Path(__file__).parent
+MODEL_INSIDE, STUDENT_INSIDE = "cifar10_vit", "cifar10_student"  # the names by which `load_model` knows them
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def cifar10_vit(pretrained: bool = True, **overrides) -> VisionTransformer:
-    """A timm VisionTransformer for CIFAR-10: 32x32 pixels, 8x8 patches of 4x4, width 192, 6 blocks, 3 heads, 2.7 M
-    parameters, in evaluation mode.
+    """A classifier of CIFAR-10 in evaluation mode: timm's VisionTransformer with 2.7 M parameters.
+
+    Images have 32x32 pixels and 8x8 patches of 4x4 pixels; the model has width 192, 6 blocks and 3 heads.
 
     Args:
-        pretrained: load the weights of this package (stored as float16, returned as float32).
-        overrides: further arguments of timm's VisionTransformer, such as `patch_drop_rate`.
+        pretrained: whether to load the weights that come with the package. They are stored as float16 and returned as
+            float32.
+        overrides: further arguments for timm's VisionTransformer, such as `patch_drop_rate`.
     """
-    return _vit("cifar10_vit", pretrained, overrides)
+    return _vit(MODEL_INSIDE, pretrained, overrides)
 
 
 def cifar10_student(pretrained: bool = True, **overrides) -> VisionTransformer:
-    """A student for `cifar10_vit`, of the same architecture, in evaluation mode: it was trained on the same images
-    without their labels, and its head is zero. Arguments are those of `cifar10_vit`."""
-    return _vit("cifar10_student", pretrained, overrides)
+    """A student for `cifar10_vit`, with the same architecture and arguments, in evaluation mode.
+
+    It was trained on the same images without their labels, and the weights of its head are zero.
+    """
+    return _vit(STUDENT_INSIDE, pretrained, overrides)
 
 
 def _vit(name: str, pretrained: bool, overrides: dict) -> VisionTransformer:

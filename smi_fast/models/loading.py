@@ -1,4 +1,4 @@
-"""Models by name: the one inside, or timm's with downloaded or local weights."""
+"""load_model(): a model by its name, with weights from this package, from timm's download or from a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from timm.models import load_state_dict
 from torch import nn
 
 from smi_fast.data.files import first_line
-from smi_fast.models import cifar10_student, cifar10_vit
+from smi_fast.models import MODEL_INSIDE, STUDENT_INSIDE, cifar10_student, cifar10_vit
 
-MODEL_INSIDE, STUDENT_INSIDE = "cifar10_vit", "cifar10_student"
 INSIDE = {MODEL_INSIDE: cifar10_vit, STUDENT_INSIDE: cifar10_student}
-SHOWN = 3  # names that a message lists, of those that it counts
+SHOWN = 3  # A message lists this many names of weights and counts the rest.
 
 
 def load_model(
@@ -27,18 +26,19 @@ def load_model(
     checkpoint: str | Path | None = None,
     options: tuple[str, str] = ("pretrained=True", "checkpoint"),
 ) -> nn.Module:
-    """A model in evaluation mode, on the CPU, with weights.
+    """Load a model with its weights, in evaluation mode, on the CPU.
 
     Args:
-        name: `cifar10_vit` or `cifar10_student`, the models inside, or one of timm's names.
-        pretrained: download timm's weights for it.
-        checkpoint: read the weights from a safetensors file, or from a torch file, which is read with weights_only. The
-            number of classes is taken from the weights.
-        options: what a message calls the two arguments before, such as the options of a command.
+        name: `cifar10_vit` or `cifar10_student`, which come with the package, or a name that timm knows.
+        pretrained: whether to download timm's weights for the model.
+        checkpoint: a safetensors file or a torch file with the weights. A torch file is read with weights_only. The
+            model gets as many classes as the weights have.
+        options: how an error message calls the arguments `pretrained` and `checkpoint`, such as the options of a
+            command.
 
     Raises:
-        ValueError: an unknown name; neither or both sources of weights; a file that is missing, truncated or of another
-            model; no network. The message says which.
+        ValueError: The name is unknown, weights are given twice or not at all, the file is missing, damaged or belongs
+            to another model, or the download fails. The message says which.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"give either {options[0]} or {options[1]}, not both")
@@ -50,11 +50,11 @@ def load_model(
         return INSIDE[name]()
     if not pretrained:
         raise ValueError(f"{name} needs weights: {options[0]} downloads timm's, {options[1]} reads a file")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry would be a line
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # otherwise each retry prints a line
     try:
         return timm.create_model(name, pretrained=True).eval()
-    except Exception as error:  # the hub, its client and timm raise a dozen types between them
-        raise ValueError(f"the pretrained weights of {name} cannot be had: {first_line(error)}") from error
+    except Exception as error:  # The hub, its client and timm raise a dozen types of errors.
+        raise ValueError(f"the pretrained weights of {name} cannot be downloaded: {first_line(error)}") from error
 
 
 def _check_name(name: str) -> None:
@@ -69,26 +69,26 @@ def _from_checkpoint(name: str, path: Path) -> nn.Module:
     try:
         config = timm.get_pretrained_cfg(name)
         model = _build(name, weights, "head" if config is None else config.classifier)
-    except RuntimeError as error:  # timm's, for a name whose tag it does not know
+    except RuntimeError as error:  # timm raises it for a name whose tag it does not know.
         raise ValueError(f"{name} cannot be made: {first_line(error)}") from error
-    contradiction = _contradiction(model, weights)
-    if contradiction is not None:
-        raise ValueError(f"the checkpoint {path} does not fit {name}: {contradiction}")
+    mismatch = _load_weights(model, weights)
+    if mismatch is not None:
+        raise ValueError(f"the checkpoint {path} does not fit {name}: {mismatch}")
     return model.eval()
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a safetensors or torch file. Nothing but weights is ever unpickled."""
+    """Read the state dict from a safetensors or torch file. Nothing but weights is ever unpickled."""
     if not path.is_file():
-        raise ValueError(f"the checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
+        raise ValueError(f"the checkpoint {path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about forms of pickles; what comes of them is checked
+            warnings.simplefilter("ignore")  # torch warns about old forms of pickles; the content is checked below
             weights = load_state_dict(str(path), device="cpu", weights_only=True)
-    except (AttributeError, TypeError):  # no dict, or one whose keys are not names
+    except (AttributeError, TypeError):  # The file holds no dict, or a dict whose keys are not names.
         weights = None
-    except Exception as error:  # damaged pickles raise almost anything
-        unsafe = "weights_only" in str(error)  # timm's own message advises to load the file all the same
+    except Exception as error:  # A damaged pickle can raise almost any error.
+        unsafe = "weights_only" in str(error)  # torch's message advises to load the file with weights_only=False
         reason = "it is damaged, or holds more than weights" if unsafe else first_line(error)
         raise ValueError(f"the checkpoint {path} cannot be read: {reason}") from error
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
@@ -97,7 +97,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _build(name: str, weights: dict[str, torch.Tensor], classifier: str | tuple[str, ...] | None) -> nn.Module:
-    """A model with as many classes as the classifier (the first, if there are two) has in the weights."""
+    """Make a model with as many classes as its classifier has in the weights. Of two classifiers the first counts."""
     first = classifier if isinstance(classifier, str) else next(iter(classifier or ()), None)
     weight = weights.get(f"{first}.weight")
     classes = {"num_classes": len(weight)} if weight is not None and weight.ndim else {}
@@ -106,8 +106,8 @@ def _build(name: str, weights: dict[str, torch.Tensor], classifier: str | tuple[
     return timm.create_model(name, **classes)
 
 
-def _contradiction(model: nn.Module, weights: dict[str, torch.Tensor]) -> str | None:
-    """Load the weights. Returns the first way in which they are not those of the model, in words; None if they are."""
+def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> str | None:
+    """Load the weights into the model. Returns None, or a text about the first weight that does not fit the model."""
     for name, tensor in model.state_dict().items():
         found = weights.get(name, tensor)
         if found.shape != tensor.shape:
@@ -120,7 +120,7 @@ def _contradiction(model: nn.Module, weights: dict[str, torch.Tensor]) -> str | 
         if wrong:
             return f"its weight {name} holds {wrong} values that are NaN or infinite"
     missing, unknown = model.load_state_dict(weights, strict=False)
-    for names, what in ((missing, "it lacks"), (unknown, "the model has no")):
+    for names, what in ((missing, "it lacks"), (unknown, "the model does not have")):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             return f"{what} {', '.join(names[:SHOWN])}{more}"

@@ -1,1 +1,1 @@
-"""The papers' comparisons, written as pages."""
+"""The comparisons of the paper, written as pages."""

@@ -1,4 +1,4 @@
-"""A page of results: sections of text, a table and plots, as Markdown and PNG."""
+"""A page of results in Markdown: sections with a text, a table and plots."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smi_fast.data.files import atomic_write
+from smi_fast.studies.plots import save_panels
 
 Value = float | str | list[float | None]
 
 
 @dataclass
 class Section:
-    """What a section shows; `dataclasses.asdict` of it is what its JSON file holds.
+    """What a section shows. Its JSON file holds it as `dataclasses.asdict` gives it.
 
     Args:
-        columns: heading -> how its numbers are formatted, such as ".2f"; "" for text.
-        rows: a value for each column: text, a number, or a list of numbers, one a seed, None where there is none.
+        title: the heading.
+        text: what the table shows.
+        columns: heading -> the format of its numbers, such as ".2f", or "" for text.
+        rows: a value for each column: a text, a number, or a list with a number for each seed, None where it has none.
         notes: sentences below the table.
-        panels: plots side by side: {"x": label, "y": label, "lines": {name: (x, mean, standard deviation)}}.
-        picture: file name of a PNG that lies in the page's folder.
-        curves: numbers that other sections read: name -> one list a seed.
-        seconds: that it took.
+        panels: plots side by side, as `save_panels` takes them.
+        picture: the file name of a PNG in the page's folder.
+        curves: numbers that other sections read: name -> a list for each seed.
+        seconds: how long it took to make the section.
     """
 
     title: str
@@ -37,8 +40,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, introduction: str, sections: dict[str, Section]) -> None:
-    """Write the Markdown, and beside it the plots of each section under its name, if matplotlib (the extra `viz`) is
-    there."""
+    """Write the Markdown file, and beside it the plots of each section under its name, if matplotlib is installed."""
     blocks = [f"# {title}", introduction]
     for name, section in sections.items():
         blocks += [f"## {section.title}", section.text, table(section.columns, section.rows)]
@@ -47,19 +49,20 @@ def write_page(path: Path, title: str, introduction: str, sections: dict[str, Se
         if section.panels and save_panels(section.panels, path.parent / f"{name}.png"):
             blocks.append(f"![{section.title}]({name}.png)")
         if section.picture:
-            blocks.append(f"![Images of: {section.title}]({section.picture})")
+            blocks.append(f"![Images of {section.title}]({section.picture})")
     with atomic_write(path) as partial:
         partial.write_text("\n\n".join(blocks) + "\n")
 
 
 def table(columns: dict[str, str], rows: list[list[Value]]) -> str:
+    """A table in Markdown; see `Section` for columns and rows."""
     lines = [list(columns), ["---:" if form else ":---" for form in columns.values()]]
     lines += [[cell(value, form) for value, form in zip(row, columns.values(), strict=True)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(value: Value, form: str) -> str:
-    """Text as it is, a number formatted, a list as mean ± standard deviation of the numbers that there are."""
+    """The text of a cell. A list of numbers becomes their mean ± standard deviation, without those that are None."""
     if isinstance(value, str):
         return value
     values = value if isinstance(value, list) else [value]
@@ -73,26 +76,5 @@ def cell(value: Value, form: str) -> str:
 
 
 def spread(values: list[list[float]]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each list."""
+    """The mean and the standard deviation of each list."""
     return [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-
-
-def save_panels(panels: list[dict], path: Path) -> bool:
-    """Whether it was written: False where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for label, (x, mean, deviation) in panel["lines"].items():
-            axes.errorbar(x, mean, deviation, label=label, marker="o", markersize=3, linewidth=1.2, capsize=2)
-        axes.set_xlabel(panel["x"])
-        axes.set_ylabel(panel["y"])
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(panel["lines"]) > 1:
-            axes.legend(frameon=False, fontsize="small")
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
-    return True

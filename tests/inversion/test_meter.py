@@ -1,29 +1,34 @@
-"""What a run's report says of speed: the table of stages that smi-fast invert prints."""
+"""The meter measures speeds of stages without their first calls, and durations that add up to the run's."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from smi_fast import Inverter, StoppingSchedule
-from smi_fast.inversion.inverter import Stage, Step
-from smi_fast.inversion.meter import StageMeter, stage_records
+from smi_fast import Inverter, StoppingSchedule, accelerate
+from smi_fast.inversion.inverter import Stage
+from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
 
 
-def metered(monkeypatch, *runs: list[tuple[Stage, list[float]]]) -> list[dict]:
-    """The records of stages whose iterations take the given seconds, by a clock that only they advance."""
+def speeds(monkeypatch, *runs: list[tuple[Stage, list[float]]]) -> list[float]:
+    """Iterations per second of stages whose iterations take these seconds, by a clock that only they advance."""
     now, meter = 100.0, StageMeter(torch.device("cpu"))
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     for stages in runs:
-        meter.begin_batch()
-        started = now
-        for stage, durations in stages:
-            for iteration, seconds in enumerate(durations, stage.start):
-                now += seconds
-                meter(Step(iteration, stage, torch.tensor(0.0), None, started))
-        meter.end_batch()
-    return stage_records(list(meter.costs.values()))
+        with meter.batch():
+            for stage, durations in stages:
+                for iteration, seconds in enumerate(durations, stage.start):
+                    now += seconds
+                    meter(SimpleNamespace(iteration=iteration, stage=stage))
+    return [cost.iterations_per_second for cost in meter.costs.values()]
+
+
+def vit() -> VisionTransformer:
+    model = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3).eval()
+    model.pretrained_cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "input_size": (3, 16, 16)}
+    return model
 
 
 @pytest.mark.parametrize(
@@ -31,31 +36,66 @@ def metered(monkeypatch, *runs: list[tuple[Stage, list[float]]]) -> list[dict]:
 )
 def test_the_first_calls_of_a_stage_are_not_in_its_speed(cold, monkeypatch):
     dense, sparse = Stage(0, 8, 64, 65), Stage(8, 100, 14, 15)
-    first, last = metered(monkeypatch, [(dense, cold), (sparse, [*[0.7] * 6, *[0.05] * 86])])
-    assert first["iterations_per_second"] == pytest.approx(5)
-    assert last["iterations_per_second"] == pytest.approx(20)
-    assert (first["speedup_over_dense"], last["speedup_over_dense"]) == (1, pytest.approx(4))
+    assert speeds(monkeypatch, [(dense, cold), (sparse, [*[0.7] * 6, *[0.05] * 86])]) == pytest.approx([5, 20])
 
 
-def test_the_speed_of_a_stage_is_that_over_all_batches_also_of_one_that_was_interrupted(monkeypatch):
+def test_a_stages_speed_is_over_all_batches_even_an_interrupted_one(monkeypatch):
     stage, then = Stage(0, 3, 64, 65), Stage(3, 9, 14, 15)
     whole, interrupted = [(stage, [9.0, 3.0, 3.0]), (then, [0.5] * 6)], [(stage, [2.0, 2.0])]
-    first, last = metered(monkeypatch, whole, interrupted)
-    assert first["iterations_per_second"] == pytest.approx(1 / 3.0)  # all are first calls: the median of both batches
-    assert last["iterations_per_second"] == pytest.approx(1 / 0.5)
+    # all iterations are first calls, so that the median is over all of both batches
+    assert speeds(monkeypatch, whole, interrupted) == pytest.approx([1 / 3.0, 1 / 0.5])
 
 
 def test_the_durations_of_iterations_add_up_to_the_time_of_the_run(device, seed):
-    model = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3).to(device)
-    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "input_size": (3, 16, 16)}
-    inverter = Inverter(model, stopping=StoppingSchedule({4: 0.5}), iterations=12, progress=False)
+    inverter = Inverter(vit().to(device), stopping=StoppingSchedule({4: 0.5}), iterations=12, progress=False)
     meter, ends = StageMeter(device), []
     before = time.perf_counter()
-    meter.begin_batch()
-    inverter.run([0, 1], lambda step: [meter(step), ends.append(step.seconds())])
-    meter.end_batch()
+    with meter.batch():
+        inverter.run([0, 1], callback=lambda step: [meter(step), ends.append(step.seconds())])
     elapsed = time.perf_counter() - before
     durations = [seconds for cost in meter.costs.values() for seconds in cost.durations]
     assert [cost.iterations for cost in meter.costs.values()] == [4, 8]
     assert min(durations) > 0
     assert 0.5 * ends[-1] < sum(durations) < elapsed
+
+
+def test_an_error_ends_the_stage_that_it_interrupts():
+    meter, stage = StageMeter(torch.device("cpu")), Stage(0, 9, 64, 65)
+
+    def run() -> None:
+        with meter.batch():
+            meter(SimpleNamespace(iteration=0, stage=stage))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run()
+    assert [cost.iterations for cost in meter.costs.values()] == [1]
+
+
+@pytest.mark.parametrize("kept", [16, 5])
+def test_operations_are_those_of_the_products_counted_by_hand(kept, seed):
+    inverter = Inverter(vit(), stopping=StoppingSchedule.dense(), iterations=1, progress=False)
+    width, tokens = 32, kept + 1
+    block = 12 * width**2 * tokens + 2 * tokens**2 * width  # multiply-adds: linear layers and attention
+    last = 2 * width**2 * tokens + 10 * width**2 + 2 * tokens * width  # keys and values of all tokens, the rest of one
+    forward = block + last + 48 * width * kept + 3 * width
+    backward = forward + 2 * tokens**2 * width + 2 * tokens * width  # the products of attention have two inputs each
+    flops = iteration_flops(inverter, Stage(0, 1, kept, tokens), batch_size=3)
+    assert flops == pytest.approx(3 * 2 * (forward + backward), rel=0.01)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
+def test_confidences_are_timms_on_the_kept_patches(ragged, device, seed):
+    model, images, targets = vit().to(device), torch.rand(2, 3, 16, 16), torch.tensor([2, 0])
+    keep = [torch.tensor([1, 5, 9]), torch.tensor([2, 3, 11][: 2 if ragged else 3])]
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    expected = []
+    for image, kept in zip(((images - mean) / std).to(device), keep, strict=True):
+        tokens = model.patch_embed(image[None])[:, kept] + model.pos_embed[:, 1:][:, kept]
+        prefix = model.cls_token + model.pos_embed[:, :1]
+        logits = model.forward_head(model.norm(model.blocks(torch.cat((prefix, tokens), 1))))
+        expected.append(logits.softmax(1)[0].detach().cpu())
+    fast, given = accelerate(model, dtype=torch.float32), keep if ragged else torch.stack(keep)
+    got, predicted = confidences(fast, images, given, targets, mean.flatten().tolist(), std.flatten().tolist())
+    torch.testing.assert_close(got, torch.stack([p[t] for p, t in zip(expected, targets, strict=True)]))
+    assert predicted.tolist() == [int(p.argmax()) for p in expected]

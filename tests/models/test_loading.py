@@ -1,4 +1,4 @@
-"""Models by name and weights from files: the real ones load, broken ones are named."""
+"""load_model() loads models by name and weights from files, and names what is wrong with a broken file."""
 
 import secrets
 from contextlib import suppress
@@ -106,7 +106,7 @@ def test_a_file_that_holds_other_things_than_weights_is_refused_in_one_sentence(
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         load_model("test_vit", checkpoint=tmp_path)
 
 

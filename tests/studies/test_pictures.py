@@ -1,16 +1,13 @@
-"""Pictures hold the right pixels in the right places, are written completely, and need matplotlib only for curves."""
+"""Pictures hold the right pixels in the right places, and are written completely or not at all."""
 
 import os
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from smi_fast.studies.pictures import GAP, save_curve, save_grid, save_process
-
-HISTORY = [dict(iteration=t, loss=5.0 / t, tokens=65.0 if t < 50 else 46.0) for t in range(1, 101)]
+from smi_fast.studies.pictures import GAP, save_grid, save_process
 
 
 def random_images(seed, *shape):
@@ -99,61 +96,13 @@ def test_a_long_title_widens_its_columns_instead_of_being_cut(seed, tmp_path):
     assert (picture[:, -GAP:] == 255).all()
 
 
-def colours(picture):
-    """The saturated colours of a picture, that is without its greys."""
-    pixels = picture.reshape(-1, 3)
-    return {tuple(c) for c in np.unique(pixels[np.ptp(pixels, axis=1) > 100], axis=0).tolist()}
-
-
-def test_a_curve_shows_loss_and_tokens(tmp_path):
-    assert save_curve(HISTORY, tmp_path / "curve.png") is True
-    with Image.open(tmp_path / "curve.png") as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
-    assert {(0x1F, 0x5F, 0xA8), (0xD9, 0x82, 0x2B)} <= colours(pixels)
-
-
-def test_the_curve_plots_the_numbers_of_the_history(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures = []
-    savefig = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k)))
-    negative = [record | dict(loss=1 - record["iteration"]) for record in HISTORY]
-    for history in (HISTORY, HISTORY[:1], negative):
-        assert save_curve(history, tmp_path / "curve.png")
-        left, right = figures.pop().axes
-        for axes, key in ((left, "loss"), (right, "tokens")):
-            [line] = axes.lines
-            assert list(line.get_xdata()) == [record["iteration"] for record in history]
-            assert list(line.get_ydata()) == [record[key] for record in history]
-        assert right.lines[0].get_drawstyle() == "steps-post"
-        assert left.get_yscale() == ("linear" if history is negative else "log")
-
-
-def test_a_curve_leaves_the_state_of_pyplot_alone(tmp_path):
-    from matplotlib import pyplot
-
-    before, backend = pyplot.get_fignums(), pyplot.get_backend()
-    save_curve(HISTORY, tmp_path / "curve.png")
-    assert pyplot.get_fignums() == before
-    assert pyplot.get_backend() == backend
-
-
-def test_without_matplotlib_no_curve_is_written_and_nothing_is_raised(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    assert save_curve(HISTORY, tmp_path / "curve.png") is False
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize(
     "save",
     [
         lambda path: save_grid(torch.zeros(1, 3, 8, 8), path, 1),
         lambda path: save_process([torch.zeros(1, 3, 8, 8)], path, ["start"]),
-        lambda path: save_curve(HISTORY, path),
     ],
-    ids=["grid", "process", "curve"],
+    ids=["grid", "process"],
 )
 def test_pictures_are_written_completely_or_not_at_all(tmp_path, monkeypatch, save):
     path = tmp_path / "picture.png"
@@ -189,7 +138,6 @@ IMAGES = torch.zeros(3, 3, 8, 8)
         (lambda path: save_process([], path, []), "0 titles for 0 snapshots"),
         (lambda path: save_process([IMAGES], path, ["a", "b"]), "2 titles for 1 snapshots"),
         (lambda path: save_process([IMAGES, IMAGES[:1]], path, ["a", "b"]), "snapshots differ in shape"),
-        (lambda path: save_curve([], path), "the history is empty"),
     ],
 )
 def test_a_wrong_argument_is_named_and_nothing_is_written(tmp_path, call, message):

@@ -1,0 +1,114 @@
+"""smi-fast distill: a student that learns from a teacher on inverted images alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+import smi_fast.cli.arguments as arguments
+from smi_fast.cli.arguments import count, finite, seed
+from smi_fast.cli.output import INTERRUPTED, Results, add_output
+from smi_fast.data.files import atomic_write, write_json
+from smi_fast.data.sparse import InvertedDataset
+from smi_fast.distillation import Round, distill
+from smi_fast.inversion.presets import InversionSettings
+from smi_fast.models import STUDENT_INSIDE
+from smi_fast.studies.plots import save_accuracy
+from smi_fast.studies.report import as_text, device_name, versions
+
+FILES = ("student.safetensors", "accuracy.png", "report.json")
+TRANSFER = {  # argument of `distill` -> type, default, and what the help says about it
+    "rounds": (count, 10, "number of rounds; each inverts images, then trains the student"),
+    "steps": (count, 200, "number of training steps of the student in a round"),
+    "batch_size": (count, 128, "number of images in a step"),
+    "temperature": (finite, 20.0, "temperature of the softmax whose outputs the student learns"),
+    "lr": (finite, 0.1, "learning rate of the student, which SGD trains"),
+    "momentum": (finite, 0.9, "momentum of SGD"),
+    "weight_decay": (finite, 1e-4, "weight decay of SGD"),
+    "seed": (seed, 0, "seed for the inversion and for the student's training"),
+}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("distill", help="teach a student with inverted images alone")
+    parser.set_defaults(run=run)
+    arguments.add_model(parser, "name of the teacher: a timm ViT or DeiT, or the small ViT that comes with smi-fast")
+    what = "name of the student: a timm ViT or DeiT, or the ViT trained without labels that comes with smi-fast"
+    student = arguments.add_model(parser, what, role="student", default=STUDENT_INSIDE)
+    student.add_argument("--fine-tune", action="store_true", help="train the whole student, not only its head")
+    images = parser.add_argument_group("images")
+    what = "learn from inverted images that are stored here instead of fresh ones"
+    images.add_argument("--dataset", type=Path, metavar="PATH", help=what)
+    what = "number of fresh images in each round (default: 128, or all images of --dataset)"
+    arguments.add_numbers(images, samples=(count, None, what))
+    arguments.add_inversion(images, lr="--inversion-lr")
+    arguments.add_numbers(parser.add_argument_group("transfer"), **TRANSFER)
+    arguments.add_data(parser)
+    arguments.add_device(parser)
+    add_output(parser, "smi-fast-distilled")
+
+
+def run(args: argparse.Namespace) -> int:
+    results, inversion = Results(args, FILES), arguments.inversion_settings(args)
+    teacher, student = arguments.model_of(args), arguments.model_of(args, "student")
+    source = image_source(args, teacher, inversion)
+    test = arguments.load_test_images(args, student)
+    settings = {name: getattr(args, name) for name in ("samples", *TRANSFER)}
+    record = {
+        "teacher": args.model, "student": args.student, "fine_tune": args.fine_tune, "images": str(args.dataset),
+        "settings": settings, "test_images": len(test.dataset), "device": device_name(args.device),
+        "versions": versions(), "rounds": [],
+    }  # fmt: skip
+    if args.dataset is None:
+        record["images"] = f"inverted, stopping {inversion.stopping}, {inversion.iterations} iterations"
+        record["inversion"] = inversion.record()
+
+    def save_round(finished: Round, batch: object) -> None:
+        """Save what is finished, whatever happens next."""
+        record["rounds"].append(asdict(finished))
+        results.write("student.safetensors", lambda path: save_weights(student, path))
+        results.write("report.json", lambda path: write_json(path, record))
+
+    result = distill(
+        teacher, student, linear_probing=not args.fine_tune, evaluate=test, callback=save_round,
+        progress=not args.quiet, **source, **settings,
+    )  # fmt: skip
+    if not result.history:
+        raise KeyboardInterrupt
+    points = [(finished.samples, finished.accuracy) for finished in result.history]
+    results.write("accuracy.png", lambda path: save_accuracy({args.student: points}, path))
+    print(table(result.history), results, sep="\n")
+    return INTERRUPTED if result.interrupted else 0
+
+
+def image_source(args: argparse.Namespace, teacher: nn.Module, inversion: InversionSettings) -> dict:
+    """The argument of `distill` that gives the images: a stored dataset, or an inverter of the teacher."""
+    if args.dataset is None:
+        inverter = inversion.inverter(teacher, progress=False)
+        arguments.check_memory("--samples", args.samples or 1, (len(inverter.mean), *inverter.image_size))
+        return {"inverter": inverter}
+    for name in arguments.given_inversion(args):
+        option = "inversion-lr" if name == "lr" else name.replace("_", "-")
+        raise ValueError(f"--{option} is a setting of an inversion, but the images of --dataset are inverted already")
+    dataset = InvertedDataset.load(args.dataset)
+    dataset.verify()
+    return {"dataset": dataset}
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    with atomic_write(path) as partial:
+        save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, partial)
+
+
+def table(history: Sequence[Round]) -> str:
+    """What each round came to, as text."""
+    rows = [("round", "samples", "iterations", "loss", "accuracy", "inversion s", "transfer s")]
+    for r in history:
+        seconds = (f"{r.inversion_seconds:.1f}", f"{r.transfer_seconds:.1f}")
+        rows.append((str(r.number), str(r.samples), str(r.iterations), f"{r.loss:.3g}", f"{r.accuracy:.2%}", *seconds))
+    return as_text(rows)

@@ -1,0 +1,62 @@
+"""smi-fast reproduce: the paper's comparisons on a model and data at hand, as one page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from torch import nn
+
+import smi_fast.cli.arguments as arguments
+from smi_fast.cli.output import INTERRUPTED, add_out, add_quiet, check_writable
+from smi_fast.models import STUDENT_INSIDE
+from smi_fast.studies.reproduce import PRESETS, SECTIONS, reproduce
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("reproduce", help="repeat the paper's comparisons and write them as one page")
+    parser.set_defaults(run=run)
+    arguments.add_model(parser)
+    what = "name of the student: a timm ViT or DeiT, the ViT trained without labels that comes with smi-fast, or none"
+    arguments.add_model(parser, what, role="student", default=STUDENT_INSIDE)
+    arguments.add_data(parser, "labelled images with a training and a test split", limit=False)
+    what = "size of the comparisons: paper, as published, or demo, which takes minutes"
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="demo", help=what)
+    what = f"sections of the page, from {','.join(SECTIONS)} (default: all)"
+    parser.add_argument("--sections", metavar="LIST", help=what)
+    arguments.add_device(parser)
+    what = "folder for the page; an interrupted run goes on from what is finished there"
+    add_out(parser, "smi-fast-reproduction", what)
+    add_quiet(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_writable(args.out)
+    model = arguments.model_of(args)
+    student, note = student_of(args, model.num_classes)
+    sections = None if args.sections is None else [part.strip() for part in args.sections.split(",")]
+    try:
+        page = reproduce(
+            model, args.data, args.out, root=args.root, student=student, student_note=note, settings=args.preset,
+            sections=sections, progress=not args.quiet,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        if not (args.out / "about.json").exists():
+            raise
+        message = f"interrupted: what is finished is in {args.out}, and the same command goes on from there"
+        print(message, file=sys.stderr)
+        return INTERRUPTED
+    print(f"wrote {page}")
+    return 0
+
+
+def student_of(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module | None, str]:
+    """The student, with a new head where it has other classes than the model, and what the page says about it."""
+    if args.student == "none":
+        return None, ""
+    student = arguments.model_of(args, "student")
+    if args.student == STUDENT_INSIDE:
+        return student, "It was trained on the same training images without their labels."
+    if student.num_classes != num_classes:
+        student.reset_classifier(num_classes)
+    return student, ""

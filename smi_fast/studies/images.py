@@ -1,0 +1,61 @@
+"""The images that a comparison feeds: inverted, real, and noise, whole or with a part of their patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smi_fast.backbones.base import frozen
+from smi_fast.data.sparse import InvertedDataset
+from smi_fast.studies.experiment import BATCH, Experiment, Variant
+from smi_fast.studies.pictures import save_grid
+
+
+def inverted_pool(run: Experiment, variant: Variant) -> InvertedDataset:
+    """The inverted images of all rounds of a transfer."""
+    for number in range(run.settings.rounds):
+        run.inverted(variant, number, run.settings.samples)
+    return InvertedDataset.load(run.out / "inverted" / f"{variant.name}-{run.settings.samples}")
+
+
+def real_images(run: Experiment, count: int, seed: int) -> InvertedDataset:
+    """Random images of the training split."""
+    data = run.load("train")
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
+    images, labels = zip(*(data[number] for number in chosen.tolist()), strict=True)
+    return whole_images(run, torch.stack(images), torch.tensor(labels))
+
+
+def noise(run: Experiment, count: int, seed: int) -> Tensor:
+    """Standard normal noise in normalised space, (count, C, H, W), as the published code calibrates with."""
+    shape = (count, run.fast.num_channels, *run.grid.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole_images(run: Experiment, images: Tensor, targets: Tensor) -> InvertedDataset:
+    """Normalised images with all their patches. Values outside the range of pixels are clamped to it."""
+    return _dataset(run, (images * run.std + run.mean).clamp(0, 1), None, targets)
+
+
+@torch.no_grad()
+def most_attended(run: Experiment, dataset: InvertedDataset, count: int) -> InvertedDataset:
+    """The images with only those `count` patches of each that get the most of the class token's attention."""
+    images, keep = dataset.images(), []
+    with frozen(run.fast):
+        for batch in images.split(BATCH):
+            _, attention = run.fast(((batch - run.mean) / run.std).to(run.device), return_attention=True)
+            keep.append(attention.topk(count).indices.sort().values.cpu())
+    return _dataset(run, images, torch.cat(keep), dataset.targets)
+
+
+def save_rows(path: Path, sets: dict[str, InvertedDataset]) -> None:
+    """Write a PNG with a row of up to ten images of each set, labelled by its name."""
+    columns = min(10, *map(len, sets.values()))
+    images = torch.cat([dataset.images(range(columns)) for dataset in sets.values()])
+    save_grid(images, path, columns, list(sets))
+
+
+def _dataset(run: Experiment, images: Tensor, keep: Tensor | None, targets: Tensor) -> InvertedDataset:
+    return InvertedDataset.from_images(images, keep, targets, run.grid.patch_size, run.normalisation)

@@ -1,0 +1,53 @@
+"""Table 8: the speed of inversions."""
+
+from __future__ import annotations
+
+import statistics
+from itertools import pairwise, product
+
+import timm
+import torch
+
+from smi_fast.backbones.vit import AcceleratedViT, accelerate
+from smi_fast.inversion.inverter import Inverter
+from smi_fast.inversion.schedule import StoppingSchedule
+from smi_fast.studies.experiment import Experiment, name_of
+from smi_fast.studies.page import Section
+
+PAPER_SPEEDUP = "The paper reports up to 3.79 times for its models on its GPUs (abstract)."
+
+
+def table8(run: Experiment) -> Section:
+    s, rows, iterations = run.settings, [], run.settings.inversion.iterations
+    models = {name_of(run.model): run.fast}
+    for name in s.speed_models:
+        models[f"{name}, random weights"] = accelerate(timm.create_model(name).eval().to(run.device))
+    for (name, fast), size in product(models.items(), s.speed_batches):
+        dense, sparse = (
+            inversion_seconds(fast, variant.stopping, iterations, size, s.speed_iterations)
+            for variant in (run.dense, run.sparse)
+        )
+        rows.append([name, size, iterations / dense, iterations / sparse, dense / sparse])
+    return Section(
+        "Table 8: speed by batch size and model",
+        f"The speed is that of an inversion of {iterations} iterations, computed from the median of "
+        f"{s.speed_iterations} timed ones in each of its stages. Dense and sparse inversions are timed in turn.",
+        {"model": "", "batch": "d", "dense, iterations/s": ".2f", "sparse, iterations/s": ".2f", "times faster": ".2f"},
+        rows,
+        [PAPER_SPEEDUP],
+    )
+
+
+def inversion_seconds(
+    fast: AcceleratedViT, stopping: StoppingSchedule, iterations: int, batch_size: int, timed: int
+) -> float:
+    """The seconds that the iterations of an inversion take, from the median of a few timed ones in each stage."""
+    stops = {timed * number: fraction for number, fraction in enumerate(stopping.stops.values(), 1)}
+    count = timed * (len(stops) + 1)
+    short = Inverter(fast, stopping=StoppingSchedule(stops), iterations=count, progress=False)
+    moments, targets = [0.0], torch.zeros(batch_size, dtype=torch.int64)
+    if short.run(targets, callback=lambda step: moments.append(step.seconds())).interrupted:
+        raise KeyboardInterrupt
+    durations = [after - before for before, after in pairwise(moments)]
+    lengths = [end - start for start, end in pairwise([0, *stopping.stops, iterations])]
+    return sum(n * statistics.median(durations[k * timed : (k + 1) * timed]) for k, n in enumerate(lengths))

@@ -1,0 +1,97 @@
+"""smi-fast distill trains a student, keeps every round on the disk, and says what a failure or Ctrl-C left there."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from smi_fast.cli import main
+from smi_fast.models import cifar10_vit
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def student(tmp_path, seed):
+    """A student with random weights, and the options that name it."""
+    model = cifar10_vit(pretrained=False)
+    save_file(model.state_dict(), tmp_path / "student.safetensors")
+    return model, ["--student", "cifar10_vit", "--student-checkpoint", str(tmp_path / "student.safetensors")]
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["fresh", "stored"])
+def test_the_head_learns_and_every_round_is_kept(
+    stored, student, data, inverted, accuracy_by_hand, tmp_path, capsys
+):  # fmt: skip
+    (model, options), out = student, tmp_path / "out"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = ["--dataset", str(inverted), "--samples", "10"] if stored else ["--iterations", "4", "--samples", "10"]
+    arguments = [*options, "--rounds", "2", "--steps", "3", *images, "--data", str(data)]
+    assert main(["distill", *arguments, "--out", str(out), "--quiet"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    record = json.loads((out / "report.json").read_text())
+    assert [r["samples"] for r in record["rounds"]] == [10, 20]
+    assert [r["iterations"] for r in record["rounds"]] == ([0, 0] if stored else [4, 8])
+    trained = load_file(out / "student.safetensors")
+    changed = {name for name, value in trained.items() if not torch.equal(value, before[name])}
+    assert changed == {"head.weight", "head.bias"}
+    model.load_state_dict(trained)
+    assert record["rounds"][-1]["accuracy"] == accuracy_by_hand(model)
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_records_the_inversion_unless_images_are_stored(data, inverted, tmp_path):
+    how = ["--rounds", "1", "--steps", "1", "--samples", "2", "--data", str(data), "--quiet"]
+    assert main(["distill", "--iterations", "3", "--tv-l2", "0.5", *how, "--out", str(tmp_path / "fresh")]) == 0
+    assert main(["distill", "--dataset", str(inverted), *how, "--out", str(tmp_path / "stored")]) == 0
+    fresh, stored = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("fresh", "stored"))
+    expected = {"iterations": 3, "lr": 0.1, "tv_l2": 0.5, "l2": 0.0, "stopping": "1:0.3,2:0.3"}
+    assert fresh["inversion"] | expected == fresh["inversion"]
+    assert fresh["images"] == "inverted, stopping 1:0.3,2:0.3, 3 iterations"
+    assert "inversion" not in stored
+    assert stored["images"] == str(inverted)
+
+
+def test_ctrl_c_says_what_is_kept(data, inverted, tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smi_fast.cli.distill.save_accuracy", interrupt)
+    how = ["--dataset", str(inverted), "--rounds", "1", "--steps", "1", "--data", str(data)]
+    assert main(["distill", *how, "--out", str(tmp_path / "out"), "--quiet"]) == 130
+    assert "after it wrote student.safetensors, report.json" in capsys.readouterr().err
+
+
+def test_a_damaged_dataset_is_found_before_anything_is_written(student, data, inverted, refused, tmp_path):
+    damaged = tmp_path / "damaged.safetensors"
+    content = bytearray((inverted / "inverted.safetensors").read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    refused(["distill", "--dataset", str(damaged), "--data", str(data), *student[1]], "damaged.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds: must be at least 1, got 0"),
+        (["--student", "cifar10_vit", "--dataset", "EMPTY"], "no .safetensors"),
+        (["--lr", "inf"], "--lr: must be a finite number, got inf"),
+        (["--dataset", "INVERTED", "--tv-l2", "1"], "--tv-l2 is a setting of an inversion"),
+        (["--dataset", "INVERTED", "--inversion-lr", "1"], "--inversion-lr is a setting of an inversion"),
+        (["--dataset", "INVERTED", "--stopping", "dense"], "--stopping is a setting of an inversion"),
+        (["--stopping", "nonsense"], "cannot read 'nonsense'"),
+        (["--student", "deit_tiny_patch16_224"], "--student-pretrained downloads timm's"),
+        (["--student", "test_resnet", "--student-checkpoint", "RESNET"], "resnet.ResNet, not"),
+        (["--samples", "2147483647"], "--samples: 2147483647 images take"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence(arguments, message, data, inverted, refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    resnet = tmp_path / "resnet.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), resnet)
+    places = {"RESNET": resnet, "INVERTED": inverted, "EMPTY": tmp_path / "empty"}
+    arguments = [str(places.get(argument, argument)) for argument in arguments]
+    refused(["distill", "--data", str(data), *arguments], message)

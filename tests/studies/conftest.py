@@ -1,0 +1,55 @@
+"""Two small ViTs, a small labelled data set, and comparisons small enough to run in seconds."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+from smi_fast.inversion.presets import InversionSettings
+from smi_fast.studies.experiment import Settings
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def make_vit(name: str, **other) -> VisionTransformer:
+    size = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3) | other
+    model = VisionTransformer(**size).eval()
+    model.pretrained_cfg = {
+        "architecture": name, "input_size": (3, 16, 16), "mean": MEAN, "std": STD, "interpolation": "bicubic",
+        "crop_pct": 1.0, "num_classes": 3,
+    }  # fmt: skip
+    return model
+
+
+@pytest.fixture(scope="session")
+def vit():
+    """A function that makes a ViT of 4x4 patches and 3 classes with random weights."""
+    return make_vit
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return Settings(
+        InversionSettings(iterations=20, lr=0.1, tv_l2=1e-3), images=4, seeds=2, test_images=None, rounds=2, samples=4,
+        steps=3, batch_size=4, real_images=6, ablation_seeds=2, ablation_test_images=7, ablation_steps=2,
+        fractions=(0.5,), removal_images=8, speed_models=(), speed_batches=(2,), speed_iterations=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def models():
+    """A teacher and a student."""
+    torch.manual_seed(int(np.random.SeedSequence().entropy % 2**31))
+    return make_vit("teacher"), make_vit("student")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with four random images of each of three classes in a training and a test split."""
+    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng()
+    for split, label, number in ((s, c, n) for s in ("train", "test") for c in "abc" for n in range(4)):
+        (folder / split / label).mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+    return folder
