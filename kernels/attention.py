@@ -45,7 +45,7 @@ def attention(
         float32: each head's softmax row of the first token, which sums to 1 in each sequence and carries no gradient.
 
     Raises:
-        ValueError: a shape, dtype, device or size is none of the above.
+        ValueError: a shape, dtype, device or size is not as described above.
     """
     _check_attention(qkv, cu_seqlens, max_seqlen)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
@@ -91,7 +91,7 @@ def attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale:
     ragged = tokens != batch * max_seqlen
     if ragged:
         slots, mask = padding(cu_seqlens, max_seqlen, tokens)
-        mask = mask[:, None, None]  # (B, 1, 1, N): which keys there are
+        mask = mask[:, None, None]  # (B, 1, 1, N), True where there is a key
         qkv = qkv.new_zeros(batch * max_seqlen, *qkv.shape[1:]).index_copy(0, slots, qkv)
     q, k, v = qkv.unflatten(0, (batch, max_seqlen)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(0, 1)
@@ -99,7 +99,7 @@ def attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale:
 
 
 def _suits_kept_softmax(qkv: Tensor, batch: int, max_seqlen: int) -> bool:
-    """Whether `_KeptSoftmax` saves enough time over torch's fused form to be worth the memory that it keeps."""
+    """Return whether `_KeptSoftmax` saves enough time over torch's fused form to be worth the memory that it keeps."""
     return (
         qkv.device.type == "cpu"
         and qkv.dtype in (torch.float32, torch.bfloat16)
@@ -160,15 +160,15 @@ def class_attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, 
 
 @jit
 def _softmax_statistics(highests, shares, row, inside):
-    """The highest score and 1 / sum of the softmax rows at an index [BM]. Both are 0 where `inside` [BM] is False."""
+    """Load the highest score and 1 / sum of the softmax rows `row` [BM]. Both are 0 where `inside` [BM] is False."""
     return tl.load(highests + row, mask=inside, other=0.0), tl.load(shares + row, mask=inside, other=0.0)
 
 
 @jit
 def _probabilities(q, k, n, length, highest, share, scale_log2):
-    """The softmax [BM, BN] of queries [BM, BD] over the keys n [BN, BD], again from the statistics of its rows [BM].
+    """Recompute the softmax [BM, BN] of queries [BM, BD] over the keys n [BN, BD] from the statistics [BM] of its rows.
 
-    Past the end of the keys k is zero, but a score of 0 can lie so far above the highest that p would be infinite.
+    Past the last key, k and the score are 0, which can be so far above the highest score that p would be infinite.
     """
     scores = dot(q, tl.trans(k)) * scale_log2  # [BM, BN]
     return tl.where(n[None, :] < length, tl.exp2(scores - highest[:, None]) * share[:, None], 0.0)
@@ -282,8 +282,8 @@ def _blocks_forward_kernel(
 def _store_class_row(row, qkv, length, width, scale_log2, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
     """Store the softmax row of a sequence's first token, which is as long as the sequence.
 
-    The scores are summed in another order here than by the products of tiles, and large scores then differ. So the row
-    is normalised by its own maximum and total. Its scores wait in the output until both are known.
+    The scores are summed in another order here than in the products of tiles, so large scores differ. The row is
+    therefore normalised by its own maximum and total. Its scores are kept in the output until both are known.
     """
     query = load_row(qkv, D, BD)  # [BD]
     highest, total = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
@@ -323,7 +323,7 @@ def _tile_backward_kernel(
     p = softmax(scale q k^T), do = grad_out, dp = do v^T and ds = scale p (dp - rowsum(p dp))
     (FlashAttention: Dao et al. 2022, appendix B.2).
 
-    Everything fits one tile, so p is computed again and the forward pass has to keep nothing but its input. For a
+    Everything fits one tile, so p is recomputed, and the forward pass has to keep only its input. For a
     sequence of N tokens, a program reads q, k, v and grad_out once and writes dq, dk and dv once, 7 N D elements in
     all. It computes 10 N^2 D operations.
     """
@@ -367,11 +367,11 @@ def _rows_backward_kernel(
     BN: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr,
 ):
-    """The gradients of `_tile_backward_kernel` for a sequence of up to BM tokens, with rowsum(out do) for rowsum(p dp),
-    which is the same (FlashAttention: Dao et al. 2022, algorithm 4, with all queries at once).
+    """The gradients of `_tile_backward_kernel` for a sequence of up to BM tokens, computed with rowsum(out do), which
+    equals rowsum(p dp) (FlashAttention: Dao et al. 2022, algorithm 4, with all queries at once).
 
-    The queries stay in registers while the keys pass in blocks of BN. So dk and dv of a block are complete when it has
-    passed, and dq is complete at the end, without atomics and without a second kernel. For a sequence of N tokens, a
+    The queries stay in registers while the loop runs over blocks of BN keys. Each step completes dk and dv of a block,
+    and the loop completes dq, so neither atomics nor a second kernel are needed. For a sequence of N tokens, a
     program reads q, k, v, out and grad_out once and writes dq, dk and dv once, 8 N D elements in all. It computes
     10 N^2 D operations.
     """
@@ -396,7 +396,7 @@ def _rows_backward_kernel(
             dp = dot(do, tl.trans(v))  # [BM, BN]
             ds = (p * (dp - delta[:, None]) * scale).to(q.dtype)  # [BM, BN]
             dq += dot(ds, k)
-            # Tensor cores of sm_90 take 64 rows or more. Where a block has fewer keys, the channels become the rows.
+            # Tensor cores of sm_90 need 64 rows or more. If a block has fewer keys, the channels become the rows.
             if CHANNELS_FIRST:
                 dv = tl.trans(dot(tl.trans(do), p.to(do.dtype)))  # [BN, BD]
                 dk = tl.trans(dot(tl.trans(q), ds))  # [BN, BD]
@@ -516,7 +516,7 @@ def _blocks_dkv_kernel(
 def launch_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, with_class: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward pass in Triton.
+    """Run the forward pass in Triton.
 
     Returns:
         out (T, H, D); the class attention, (H, T) float32 if `with_class` and (H, 0) otherwise; and the statistics of
@@ -551,7 +551,7 @@ def _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class):
 
 
 def needs_statistics(qkv: Tensor, max_seqlen: int) -> bool:
-    """Whether the backward pass reads out and the softmax's statistics. It does not where one tile holds a sequence."""
+    """Return whether the backward pass reads `out` and the softmax's statistics. It does not if one tile is enough."""
     return not attention_has_form("tile", "attention_backward", qkv, max_seqlen)
 
 
@@ -564,7 +564,7 @@ def launch_attention_backward(
     max_seqlen: int,
     scale: float,
 ) -> Tensor:
-    """The backward pass in Triton: the gradient (T, 3, H, D) of qkv, every element of which is written once.
+    """Compute the gradient (T, 3, H, D) of qkv in Triton, writing each element once.
 
     Args:
         grad_out: (T, H, D), the gradient of out.

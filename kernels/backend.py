@@ -30,7 +30,7 @@ if INTERPRETED:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that an operation runs on, "triton" or "torch".
+    """Return the backend that an operation runs on, "triton" or "torch".
 
     Args:
         backend: "auto" chooses Triton on a CUDA device if it can be imported, and plain torch otherwise.
@@ -54,7 +54,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 def triton_status() -> str:
-    """A sentence that says whether backend "auto" uses Triton on this machine, and why."""
+    """Return a sentence that says whether backend "auto" uses Triton on this machine, and why."""
     if triton is None:
         return "Triton is not in use: the package triton cannot be imported."
     if not torch.cuda.is_available():
@@ -87,14 +87,14 @@ def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
         return
     first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     with torch.cuda.device_of(first):
-        kernel.run(grid=grid, warmup=False, **arguments)  # as kernel[grid](**arguments), with one copy of them fewer
+        kernel.run(grid=grid, warmup=False, **arguments)  # like kernel[grid](**arguments), but copies them once less
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Collect the launches of this process instead of running them, to see or to compile them.
 
-    Since no kernel runs, tensors may be on the device "meta", and what would be written stays unwritten.
+    No kernel runs, so tensors may be on the device "meta", and outputs are left unwritten.
     """
     global _recording
     before, _recording = _recording, []
@@ -105,10 +105,10 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least n >= 1."""
+    """Return the smallest power of two that is at least n, for n >= 1."""
     return 1 << (n - 1).bit_length()

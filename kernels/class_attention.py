@@ -41,7 +41,7 @@ def class_attention(
         (H, T) float32: each head's softmax row, which sums to 1 in each sequence and carries no gradient.
 
     Raises:
-        ValueError: a shape, dtype, device or size is none of the above.
+        ValueError: a shape, dtype, device or size is not as described above.
     """
     _check_class_attention(q, kv, cu_seqlens, max_seqlen)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -153,7 +153,7 @@ def _class_forward_kernel(
         k = load_rows(kv, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
         v = load_rows(kv + heads * D, n, length, 2 * heads * D, D, BD).to(tl.float32)  # [BN, BD]
         scores = scores_of_row(query, k, n, length, scale_log2)  # [BN]
-        highest = tl.maximum(tl.max(scores, 0), -1e38)  # finite in an empty sequence too
+        highest = tl.maximum(tl.max(scores, 0), -1e38)  # finite also for an empty sequence
         p = tl.exp2(scores - highest)  # [BN]
         share = 1 / tl.maximum(tl.sum(p, 0), 1e-30)
         p *= share
@@ -218,8 +218,8 @@ def _class_backward_kernel(
 def launch_class_attention(
     q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward pass in Triton: out (B, H, D), the attention (H, T) float32, and the statistics (B, H, 2) float32 of
-    the softmax, which the backward pass reads."""
+    """Run the forward pass in Triton. Returns out (B, H, D), the attention (H, T) float32, and the statistics
+    (B, H, 2) float32 of the softmax, which the backward pass reads."""
     (batch, heads, head_dim), tokens = q.shape, len(kv)
     out, attention, statistics = _fake_class_attention(q, kv, cu_seqlens, max_seqlen, scale)
     if batch:
@@ -251,8 +251,8 @@ def launch_class_attention_backward(
     max_seqlen: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The backward pass in Triton: the gradients (B, H, D) of q and (T, 2, H, D) of kv, every element of which is
-    written once. `statistics` (B, H, 2) are those that `launch_class_attention` returned."""
+    """Compute the gradients (B, H, D) of q and (T, 2, H, D) of kv in Triton, writing each element once. `statistics`
+    (B, H, 2) is what `launch_class_attention` returned."""
     batch, heads, head_dim = q.shape
     grad_q, grad_kv = _fake_class_attention_backward(grad_out, q, kv, statistics, cu_seqlens, max_seqlen, scale)
     if batch:

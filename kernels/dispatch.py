@@ -1,4 +1,4 @@
-"""Which form of a kernel runs, and with which tiles. A table answers, by architecture and size; nothing is autotuned.
+"""Look up which form of a kernel runs, and with which tiles, by architecture and size. Nothing is autotuned.
 
 `dispatch.json` holds, for each architecture, where its figures come from ("source") and a list of rows for each
 operation. A row says what it is for (sizes `up_to` a number and, for attention, the dtype and the head_dim), which
@@ -21,14 +21,14 @@ from torch import Tensor
 from .backend import next_power_of_2
 
 TABLE = Path(__file__).with_name("dispatch.json")
-DESCRIBES = ("up_to", "dtype", "head_dim", "form")  # the fields of a row that are no constants of a kernel
+DESCRIBES = ("up_to", "dtype", "head_dim", "form")  # the fields of a row that are not constants of a kernel
 INTERPRETED_AS = "sm_90"  # the architecture that is assumed where there is no GPU
 _overrides: dict[str, tuple[str, dict[str, Any]]] = {}
 Kind = tuple[tuple[str, Any], ...]  # the fields besides its size that a row has to match, sorted by name
 
 
 def choose(operation: str, device: torch.device, size: int, **kind) -> tuple[str, dict[str, Any]]:
-    """The form of an operation, and a copy of the constants to launch it with.
+    """Return the form of an operation, and a copy of the constants to launch it with.
 
     Args:
         operation: the name of a list in the table, such as "attention_forward".
@@ -48,7 +48,7 @@ def choose(operation: str, device: torch.device, size: int, **kind) -> tuple[str
 
 @contextmanager
 def override(choices: dict[str, tuple[str, dict[str, Any]]]) -> Iterator[None]:
-    """Let `choose` answer with these forms and constants instead of the table's, to tune, to test and to compile."""
+    """Make `choose` return these forms and constants instead of the table's, to tune, test or compile kernels."""
     before = dict(_overrides)
     _overrides.update(choices)
     try:
@@ -59,12 +59,12 @@ def override(choices: dict[str, tuple[str, dict[str, Any]]]) -> Iterator[None]:
 
 
 def choose_attention(operation: str, qkv: Tensor, max_seqlen: int) -> tuple[str, dict[str, Any]]:
-    """`choose` for the dtype and the head dim of a tensor (..., D)."""
+    """Call `choose` for the dtype and the head dim of a tensor (..., D)."""
     return choose(operation, qkv.device, max_seqlen, **_attention_kind(qkv))
 
 
 def attention_has_form(form: str, operation: str, qkv: Tensor, max_seqlen: int) -> bool:
-    """Whether `choose_attention` takes this form.
+    """Return whether `choose_attention` chooses this form.
 
     `max_seqlen` is compared only with the lengths at which the answer changes. It may be a symbol while torch.compile
     traces, and the graph then serves all lengths that have the same answer.
@@ -84,21 +84,21 @@ def _attention_kind(qkv: Tensor) -> dict[str, Any]:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """How many channels a tile has: the least power of two that holds a head, and no less than a product takes."""
+    """Return the channels of a tile: the smallest power of two that holds a head, at least the 16 that tl.dot needs."""
     return max(16, next_power_of_2(head_dim))
 
 
 @lru_cache
 def architecture(device: torch.device) -> str:
-    """The architecture of the table whose rows a device uses."""
+    """Return the architecture whose rows of the table a device uses."""
     if device.type != "cuda":
         return INTERPRETED_AS
     return nearest(*torch.cuda.get_device_capability(device))
 
 
 def nearest(major: int, minor: int) -> str:
-    """The architecture of the table for a compute capability: its own or the nearest older one, else the oldest. So
-    sm_103 uses the rows of sm_100, sm_87 those of sm_86, and sm_75 those of sm_80."""
+    """Return the architecture of the table for a compute capability: its own, the nearest older one, or the oldest.
+    For example, sm_103 uses the rows of sm_100, sm_87 the rows of sm_86, and sm_75 the rows of sm_80."""
     capability = 10 * major + minor
     known = sorted(int(name.removeprefix("sm_")) for name in table())
     return f"sm_{max((other for other in known if other <= capability), default=known[0])}"
@@ -106,7 +106,7 @@ def nearest(major: int, minor: int) -> str:
 
 @lru_cache
 def table() -> dict[str, dict[str, Any]]:
-    """The contents of `dispatch.json`."""
+    """Return the contents of `dispatch.json`."""
     return json.loads(TABLE.read_text())
 
 
@@ -119,19 +119,19 @@ def _choose(operation: str, arch: str, size: int, kind: Kind) -> tuple[str, dict
 
 
 def rows_of(operation: str, arch: str, **kind) -> list[dict[str, Any]]:
-    """The rows of the table for one kind of an operation on an architecture, the least `up_to` first."""
+    """Return the rows of the table for one kind of an operation on an architecture, sorted by `up_to`."""
     rows = [row for row in table()[arch][operation] if kind.items() <= row.items()]
     return sorted(rows, key=lambda row: row["up_to"])
 
 
 @lru_cache
 def _runs(form: str, operation: str, arch: str, kind: Kind) -> list[tuple[int, bool]]:
-    """The sizes up to which the rows are, in turn, all of this form or all of others, each with which of the two."""
+    """Group consecutive rows by whether they have this form. Return each group's largest `up_to`, and whether."""
     answers = [(row["up_to"], row.get("form", "") == form) for row in rows_of(operation, arch, **dict(kind))]
     return [list(run)[-1] for _, run in groupby(answers, key=lambda answer: answer[1])]
 
 
 def choice_of(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The form and the constants in a row of the table."""
+    """Return the form and the constants in a row of the table."""
     form, constants = row.get("form", ""), {name: value for name, value in row.items() if name not in DESCRIBES}
     return form, constants

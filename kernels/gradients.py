@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def first_order(backward: Callable) -> Callable:
-    """Make a backward pass refuse second-order gradients, and return undefined gradients for an undefined one.
+    """Make a backward pass refuse second-order gradients, and return only None if the output's gradient is None.
 
     Gradients of gradients need create_graph=True, and only then is grad mode on during a backward pass. The refusal
     happens there, because it cannot happen later: `torch.autograd.function.once_differentiable` raises only if the
@@ -26,7 +26,7 @@ def first_order(backward: Callable) -> Callable:
 
     @wraps(backward)
     def refusing(ctx, grad: Tensor | None, *others: Tensor | None):
-        # While torch.compile traces, grad mode says nothing. torch itself refuses a double backward of its graphs.
+        # Grad mode says nothing while torch.compile traces. torch itself refuses a double backward of its graphs.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "smi_fast's operations have first-order gradients only, and create_graph=True asks for more: for "

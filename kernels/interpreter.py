@@ -1,4 +1,4 @@
-"""Corrects how Triton's interpreter computes in bfloat16: it rounds toward zero, and multiplies tiles as integers."""
+"""A correction of Triton's interpreter, which rounds to bfloat16 toward zero and multiplies such tiles as integers."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Matrix products with weights. The backward pass computes no gradient of weights that are frozen.
 
 On a CPU, float32 products with frozen weights run in oneDNN, which on some CPUs is twice as fast as the BLAS that torch
-uses for them. They are called as 1x1 convolutions over the rows, never as oneDNN's inner product. For some shapes and
+uses for them. They are computed as 1x1 convolutions over the rows, never as oneDNN's inner product. For some shapes and
 for transposed weights, the inner product falls back to a generated kernel (`gemm:jit`) that uses the stack pointer to
 address the heap. If a signal handler interrupts that kernel, it overwrites what the stack pointer points to, and the
-process aborts. The convolutions (`brgconv_1x1`) and the bfloat16 products (`brg_matmul`) keep their stack.
+process aborts. The convolutions (`brgconv_1x1`) and the bfloat16 products (`brg_matmul`) use the stack normally.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class PackedWeight:
     """A weight (N, K) that does not change between products, laid out in memory for oneDNN.
 
     Args:
-        weight: float32 or bfloat16, if `can_pack` allows it. A float32 weight is read again whenever an input has
-            another number of rows than the one before.
+        weight: float32 or bfloat16, if `can_pack` allows it. A float32 weight is read again whenever the number of rows
+            of the input changes.
     """
 
     def __init__(self, weight: Tensor):
@@ -136,7 +136,7 @@ if HAS_ONEDNN:  # torch's FlopCounterMode only knows its public products
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """2 M N K operations forward, and as many backward, for the input alone. Gradients of any order are right."""
+    """A product of 2 M N K operations, and as many for the gradient of its input. Gradients of any order are right."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -150,7 +150,7 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 class _PackedLinear(torch.autograd.Function):
-    """Like `_OneDnnLinear`, with a weight that is laid out for the product and for its gradient."""
+    """A product like `_OneDnnLinear`'s, with a weight that is laid out for the product and for its gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, product: _Layout, gradient: _Layout, bias: Tensor | None) -> Tensor:
@@ -164,7 +164,7 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def _compiled_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute the product as an operator: torch's compiler only accepts oneDNN's for weights it has packed itself."""
+    """Compute the product as our operator. torch's compiler accepts oneDNN's only for weights that it has packed."""
     return _onednn(x, weight, bias)
 
 

@@ -29,19 +29,19 @@ def gather_patches(
 
     Args:
         images: (B, C, H, W) of a floating dtype. The gradient flows to the pixels that were read and is zero elsewhere.
-        positions: (T,) int32 patch-grid indices, row-major, packed by image. An image has no position twice.
+        positions: (T,) int32 patch-grid indices, row-major, packed by image. Those of one image are distinct.
         cu_seqlens: (B + 1,) int32 cumulative counts: image b has `positions[cu_seqlens[b]:cu_seqlens[b + 1]]`.
         view: (dy, dx, flip), int32 or int64, of shape (3,) for all images or (B, 3). None is the plain view. The values
             are read on their device.
         patch_size: (ph, pw), which divide (H, W).
         dtype: the dtype of the patches, by default that of the images.
-        return_inverse: whether to return the inverse of the cells as well.
+        return_inverse: whether to return the inverse of the cells too.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        The patches, (T, C * ph * pw) in the order of a convolution's weight (C, ph, pw), and their cells, (T,) int32:
-        the grid cell at which each was cut out (for the position embedding). With `return_inverse` also the inverse,
-        (B, rows, columns) int32: the row of the patch that was cut out at each cell, or -1. `pixel_step` takes it.
+        The patches, (T, C * ph * pw) in the order of a convolution's weight (C, ph, pw), and their cells, (T,) int32,
+        the grid cell at which each patch was cut out (for the position embedding). With `return_inverse` also the
+        inverse for `pixel_step`, (B, rows, columns) int32: the index t of the patch cut out at each cell, or -1.
 
     Raises:
         ValueError: if an argument has another shape, dtype, device or size.
@@ -92,8 +92,8 @@ def _check_patches(images, positions, cu_seqlens, view, patch_size) -> None:
 def view_cells(positions: Tensor, view: Tensor, grid_size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
     """Compute the grid cell in which each patch is seen through a view.
 
-    It is the cell nearest to where the view moves the patch's centre, with wrapping at the borders; half a patch is
-    rounded up. No two positions share a cell.
+    It is the cell nearest to where the view moves the patch's centre, wrapped at the borders, where half a patch is
+    rounded up. Different positions have different cells.
 
     Args:
         positions: (...) patch-grid indices, row-major.
@@ -131,7 +131,7 @@ def patches_reference(
     if view is None:
         cells = positions.clone()
         y = (cells // columns * ph)[:, None] + torch.arange(ph, device=device)  # (T, ph)
-        # A row of a patch is a run of pw pixels; run number x in its row of the image.
+        # A row of a patch is a run of pw pixels, the one with number x in its row of the image.
         x = cells % columns
         runs = (planes[:, :, None] * height + y[:, None]) * columns + x[:, None, None]  # (T, C, ph)
         patches = gather_rows(images.reshape(-1, pw), runs.flatten())
@@ -151,7 +151,7 @@ def patches_reference(
 
 
 def inverse_reference(cells: Tensor, cu_seqlens: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Compute which row of the patches lies in each cell: (B, rows, columns) int32, -1 where none does."""
+    """Compute the index t of the patch in each cell: (B, rows, columns) int32, -1 where there is none."""
     batch, size = len(cu_seqlens) - 1, grid_size[0] * grid_size[1]
     inverse = torch.full((batch * size,), -1, dtype=torch.int32, device=cells.device)
     taken = sequence_of_tokens(cu_seqlens, len(cells)) * size + cells
@@ -161,19 +161,19 @@ def inverse_reference(cells: Tensor, cu_seqlens: Tensor, grid_size: tuple[int, i
 
 @jit
 def _modulo(a, n):
-    """a modulo n in 0..n-1, for negative a too."""
+    """Compute a modulo n in 0..n-1, also for negative a."""
     return ((a % n) + n) % n
 
 
 @jit
 def wrap(a, n):
-    """a modulo n for a in 0..2n-1. Where a < n, a - n as an unsigned integer is greater than any a."""
+    """Compute a modulo n for a in 0..2n-1. If a < n, then a - n as an unsigned integer is greater than a."""
     return tl.minimum(a.to(tl.uint32), (a - n).to(tl.uint32)).to(tl.int32)
 
 
 @jit
 def load_view(view, image, stride_image, height, width):
-    """An image's view: dy in 0..height-1, dx in 0..width-1, and whether it mirrors."""
+    """Load an image's view: dy in 0..height-1, dx in 0..width-1, and whether the view is mirrored."""
     view += image * stride_image
     dy = _modulo(tl.load(view), height).to(tl.int32)
     dx = _modulo(tl.load(view + 1), width).to(tl.int32)
@@ -185,7 +185,7 @@ def _cell(
     position, dy, dx, flip,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, VIEW: tl.constexpr,
 ):  # fmt: skip
-    """The row and column of the cell that `view_cells` defines, for dy in 0..height-1 and dx in 0..width-1."""
+    """Compute the row and column of the cell that `view_cells` defines, for dy in 0..height-1 and dx in 0..width-1."""
     row, column = position // COLUMNS, position % COLUMNS
     if VIEW:
         row = wrap(row + (2 * dy + PH) // (2 * PH), ROWS)
@@ -199,8 +199,8 @@ def _pixel_offsets(
     row, column, e, dy, dx, flip, stride_channel, stride_y, stride_x,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, VIEW: tl.constexpr,
 ):  # fmt: skip
-    """Where in the image the pixels of the viewed image's patches lie: offsets [BT, BE] of the elements e [BE] of the
-    patches in the cells (row, column) [BT]."""
+    """Compute the offsets [BT, BE] in the image of the elements e [BE] of patches that are seen through a view in the
+    cells (row, column) [BT]."""
     height, width = ROWS * PH, COLUMNS * PW
     y, x = row * PH, column * PW  # [BT], the first pixel of the patch
     along_y, along_x = e // PW % PH, e % PW  # [BE]
@@ -227,11 +227,11 @@ def _gather_kernel(
     VIEW: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """patches[t, (c, i, j)] = viewed image[c, row ph + i, column pw + j] for the cell (row, column) of each patch t;
-    the cells themselves; and their inverse, inverse[cells[t]] = t and -1 elsewhere. Defined in `patches_reference` and
-    `inverse_reference`.
+    the cells; and their inverse, where inverse[cells[t]] = t and -1 elsewhere. `patches_reference` and
+    `inverse_reference` define them.
 
-    The grid is (images, blocks of BT patches). Reads and writes each of T C PH PW pixels once, and writes two integers
-    a patch and one a cell; computes nothing but addresses.
+    The grid is (images, blocks of BT patches). All programs together read and write each of T C PH PW pixels once, and
+    write two integers for each patch and one for each cell. They compute only addresses.
     """
     image = tl.program_id(0).to(tl.int64)
     start = tl.load(cu_seqlens + image).to(tl.int64)
@@ -260,8 +260,8 @@ def _gather_kernel(
     row, column = _cell(position, dy, dx, flip, ROWS, COLUMNS, PH, PW, VIEW)
     images += image * stride_image
     patches += (start + t)[:, None] * (C * PH * PW)  # [BT, 1]
-    # A view shifts pixels off their alignment. The tile is flat then, so that neighbouring threads take neighbouring
-    # pixels. Without a view a thread takes 16 bytes.
+    # A view breaks the alignment of pixels. The tile is then flat, so that neighbouring threads access neighbouring
+    # pixels. Without a view, each thread accesses 16 bytes.
     SHAPE: tl.constexpr = [BT * BE] if VIEW else [BT, BE]
     for block in range(0, C * PH * PW, BE):
         e = block + tl.arange(0, BE)  # [BE], elements of a patch in the order (C, PH, PW)
@@ -282,10 +282,10 @@ def _gather_backward_kernel(
     VIEW: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """grad[the pixel that patches[t, e] was read from] = patch_grad[t, e], 0 elsewhere: the gradient of
-    `patches_reference`. A pixel is seen in one place, so nothing is added up.
+    `patches_reference`. Each pixel is read at most once, so no gradients are added up.
 
-    The grid is (images, blocks of BT cells). Reads the T C PH PW gradients of the patches once and writes those of all
-    B C H W pixels once; computes nothing but addresses.
+    The grid is (images, blocks of BT cells). All programs together read the T C PH PW gradients of the patches once and
+    write the gradients of all B C H W pixels once. They compute only addresses.
     """
     image = tl.program_id(0).to(tl.int64)
     height, width = ROWS * PH, COLUMNS * PW
@@ -297,8 +297,8 @@ def _gather_backward_kernel(
     token = tl.load(inverse + image * (ROWS * COLUMNS) + cell, mask=in_grid, other=-1).to(tl.int64)  # [BT]
     grad += image * (C * height * width)
     patch_grad += token[:, None] * (C * PH * PW)  # [BT, 1]
-    # A view shifts pixels off their alignment. The tile is flat then, so that neighbouring threads take neighbouring
-    # pixels. Without a view a thread takes 16 bytes.
+    # A view breaks the alignment of pixels. The tile is then flat, so that neighbouring threads access neighbouring
+    # pixels. Without a view, each thread accesses 16 bytes.
     SHAPE: tl.constexpr = [BT * BE] if VIEW else [BT, BE]
     for block in range(0, C * PH * PW, BE):
         e = block + tl.arange(0, BE)  # [BE], elements of a patch in the order (C, PH, PW)
@@ -313,7 +313,7 @@ def _gather_backward_kernel(
 
 
 def view_stride(view: Tensor | None) -> int:
-    """The stride from one image's view to the next, 0 where all images share one."""
+    """Return the stride from one image's view to the next, which is 0 if all images share a view."""
     return view.stride(0) if view is not None and view.dim() == 2 else 0
 
 

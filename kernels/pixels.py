@@ -1,14 +1,14 @@
 """One step on the kept pixels: the gradient of the image prior (total variation, l2), Adam, and the pixels' range.
 
 The pixels live in two image batches that take turns. A step reads one batch and writes the kept pixels of the other, so
-a neighbour is always read as it was before the step, and no pixel is copied without being stepped. `gather_patches`
+a neighbour is always read as it was before the step, and no pixel is copied without taking a step. `gather_patches`
 reads the images in place. Stopped pixels have the same values in both batches, and no step touches them. The moments of
 Adam are packed, (T, C * ph * pw). The gradient of the prior needs norms over the batch or over each image, so a step
 takes at least two passes: the first adds up squares, and the second does everything else.
 
 With a gradient of G bytes, a step moves 28 + G bytes for each kept pixel. The first pass reads 4 bytes. The second one
-reads 4 (the pixel), 8 (the moments) and G, and writes 12. Any optimiser step moves at least 24 + G of them; the other 4
-are the price of the norms.
+reads 4 (the pixel), 8 (the moments) and G, and writes 12. Any step of Adam moves at least 24 + G bytes; the other 4 are
+the price of the norms.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .dispatch import choose
 from .patches import check_images, check_view, load_view, view_stride, wrap
 from .rows import sequence_of_tokens
 
-# The neighbours that total variation compares: right, down, and the two diagonals. (dy, dx) from the upper pixel.
+# The neighbours that total variation compares, as (dy, dx) from the upper pixel: right, down, and the two diagonals.
 NEIGHBOURS = ((0, 1), (1, 0), (1, -1), (1, 1))
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 SUMS = len(NEIGHBOURS) + 1  # sums of squared differences in each direction, and the sum of squared pixels
@@ -36,7 +36,7 @@ def patch_sites(positions: Tensor, cu_seqlens: Tensor, grid_size: tuple[int, int
     """Compute where each kept patch lies and which of its neighbours are kept; one result serves many steps.
 
     Args:
-        positions: (T,) int32 patch-grid indices, row-major, packed by image. An image has no position twice.
+        positions: (T,) int32 patch-grid indices, row-major, packed by image. Those of one image are distinct.
         cu_seqlens: (B + 1,) int32 cumulative counts.
         grid_size: (rows, columns) of the patch grid.
 
@@ -98,10 +98,10 @@ def pixel_step(
     gradient of a norm that is 0 is 0.
 
     Args:
-        next_images: (B, C, H, W); the kept pixels are written. The others should have the values that images has.
+        next_images: (B, C, H, W); the kept pixels are written. The other pixels should equal those of images.
         exp_avg, exp_avg_sq: (T, C * ph * pw), the moments of Adam, zero before the first step; updated in place.
-        step: (B,) int32 or int64, the number of steps that each image has taken; counted up by one. One element is a
-            count that all images share.
+        step: (B,) int32 or int64, the number of steps that each image has taken, which is increased by one. A single
+            element is a count that all images share.
         images: (B, C, H, W) float32, contiguous; not written. Pixels of stopped patches are not read.
         grad: (T, C * ph * pw) or (T, C, ph, pw) of any floating dtype, the gradient of the model's loss. Without a view
             it belongs to the kept patches; with a view, to the patches that `gather_patches` saw through it.
@@ -116,7 +116,7 @@ def pixel_step(
         lr, betas, eps: the settings of Adam.
         tv_l2, l2: the weights of the prior.
         norm: "batch": each norm in the prior runs over the whole batch, as published. "image": each norm runs over one
-            image, and the prior is the sum over the images; the step of an image then depends on that image alone.
+            image, and the prior is the sum over the images. The step of an image then depends on no other image.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -248,11 +248,11 @@ def pixel_step_reference(
 def prior_reference(
     images: Tensor, sites: Tensor, ph: int, pw: int, tv_l2: float, l2: float, norm: str = "batch"
 ) -> tuple[Tensor, Tensor]:
-    """Compute the prior of the kept pixels, a scalar, and its gradient there, (T, C, ph, pw)."""
+    """Compute the prior of the kept pixels, a scalar, and its gradient for them, (T, C, ph, pw)."""
     image, row, column, bits = sites.long().unbind(1)
     windows = F.pad(images, (1, 1, 1, 1)).unfold(2, ph + 2, ph).unfold(3, pw + 2, pw)
     tiles = windows[image, :, row, column]  # (T, C, ph + 2, pw + 2)
-    # For each pixel of a tile, which of the nine patches around it the pixel lies in.
+    # Each pixel of a tile lies in one of 3 x 3 patches, whose bit in the site says whether it is kept.
     down, right = (torch.arange(size + 2, device=images.device) for size in (ph, pw))
     bit = 3 * ((down > 0).int() + (down > ph).int())[:, None] + (right > 0).int() + (right > pw).int()
     kept = (bits[:, None, None, None] >> bit) & 1 != 0  # (T, 1, ph + 2, pw + 2)
@@ -273,7 +273,7 @@ def prior_reference(
 
 
 def norm_of_batch(x: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Compute weight * the l2 norm of all elements of x, and the factor that makes x its gradient: 0 at a norm of 0."""
+    """Compute weight * the l2 norm of x, and weight / norm (0 for norm 0), which turns x into the gradient."""
     norm = torch.linalg.vector_norm(x)
     return weight * norm, torch.where(norm == 0, 0, weight / norm)
 
@@ -281,15 +281,15 @@ def norm_of_batch(x: Tensor, weight: float) -> tuple[Tensor, Tensor]:
 def norm_of_images(
     x: Tensor, weight: float, *, image: Tensor, cell: Tensor, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Compute weight * the sum over images of their l2 norms, and the factors that make x its gradient.
+    """Compute weight * the sum of the images' l2 norms, and the factors that turn x into its gradient.
 
-    The squares of a patch are put into its cell of the image's grid before they are added up, so that a norm does not
+    The squares of a patch are put into its cell of the image's grid before they are added up. A norm then does not
     depend on the order of the patches or on other images, and no sum needs atomics.
 
     Args:
-        x: (T, C, height, width), elements of each patch.
+        x: (T, C, height, width), the elements of each patch.
         image, cell: (T,) int64, the image of each patch and its index in the image's grid.
-        shape: (B, patches of a grid).
+        shape: (B, number of patches in a grid).
 
     Returns:
         A scalar, and (T, 1, 1, 1), 0 where the norm of the patch's image is 0.
@@ -310,7 +310,7 @@ def variation_of_tiles(
 
     Args:
         tiles: (T, C, ph + 2, pw + 2), kept patches with a pixel around them.
-        kept: (T, 1, ph + 2, pw + 2) bool, which pixels are kept. The values of others do not matter.
+        kept: (T, 1, ph + 2, pw + 2) bool, which pixels are kept. The values of other pixels do not matter.
         weighted_norm: maps differences (T, C, height, width) and the weight to a value and a factor, as
             `norm_of_batch` does.
 
@@ -333,7 +333,7 @@ def variation_of_tiles(
 
 
 def zero_unless(condition: Tensor, x: Tensor) -> Tensor:
-    """Compute torch.where(condition, x, 0) on the bits of x, which takes a CPU an eighth of the time."""
+    """Compute torch.where(condition, x, 0) on the bits of x, which on a CPU takes an eighth of the time."""
     if x.dtype not in BITS:
         return torch.where(condition, x, 0)
     bits = BITS[x.dtype]
@@ -351,7 +351,7 @@ def pixel_pairs(x: Tensor, dy: int, dx: int) -> tuple[Tensor, Tensor]:
 def viewed_gradient_reference(
     grad: Tensor, sites: Tensor, inverse: Tensor, view: Tensor, channels: int, ph: int, pw: int
 ) -> Tensor:
-    """Map the gradient of the patches that were seen through a view to the kept pixels: (T, C * ph * pw)."""
+    """Map the gradient of patches that were seen through a view to the kept pixels: (T, C * ph * pw)."""
     batch, rows, columns = inverse.shape
     height, width = rows * ph, columns * pw
     image, row, column = sites[:, :3].long().unbind(1)
@@ -371,15 +371,15 @@ def viewed_gradient_reference(
 
 @jit
 def _element(block, C: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, BE: tl.constexpr):
-    """The elements [1, BE] of a block of a patch in the order (C, PH, PW), a mask of those within the patch, and their
-    channel, row and column."""
+    """Return the elements [1, BE] of a block of a patch in the order (C, PH, PW), a mask of the elements that lie
+    within the patch, and the channel, row and column of each."""
     e = block * BE + tl.arange(0, BE)[None, :]  # [1, BE]
     return e, e < C * PH * PW, e // (PH * PW), e // PW % PH, e % PW
 
 
 @jit
 def _bits(y, x, dy: tl.constexpr, dx: tl.constexpr, there, PH: tl.constexpr, PW: tl.constexpr):
-    """The bit of a site [1, BE] that says whether the pixel (dy, dx) from (y, x) is kept; 0 outside of the patch."""
+    """Return the bit [1, BE] of a site that says whether the pixel (y + dy, x + dx) is kept, 0 outside the patch."""
     r = tl.where(y + dy < 0, 0, tl.where(y + dy >= PH, 2, 1))
     c = tl.where(x + dx < 0, 0, tl.where(x + dx >= PW, 2, 1))
     return tl.where(there, 1 << (3 * r + c), 0)
@@ -387,8 +387,8 @@ def _bits(y, x, dy: tl.constexpr, dx: tl.constexpr, there, PH: tl.constexpr, PW:
 
 @jit
 def _site(sites, t, last):
-    """Image, row, column and neighbours of patches [BT, 1]. From `last` on, no bit of the neighbours is set, not even
-    that of the patch itself."""
+    """Load the image, row, column and neighbours of patches [BT, 1]. From `last` on, no bit of the neighbours is set,
+    not even the bit of the patch itself."""
     image = tl.load(sites + 4 * t, mask=t < last, other=0)
     row = tl.load(sites + 4 * t + 1, mask=t < last, other=0)
     column = tl.load(sites + 4 * t + 2, mask=t < last, other=0)
@@ -397,11 +397,11 @@ def _site(sites, t, last):
 
 @jit
 def _patches_of_norm(sites, patches, halvings, IMAGE_NORM: tl.constexpr):
-    """The range of the patches whose pixels share their norms: all patches, or those of the image that is the first
-    axis of the grid, which `halvings` = ceil(log2(patches + 1)) loads find among the sites, sorted by image."""
+    """Return the range of the patches that share their norms: all, or those of the image that is this program's index
+    on the first axis. A search of `halvings` = ceil(log2(patches + 1)) loads finds it in the sites, sorted by image."""
     first, last = 0, patches
     if IMAGE_NORM:
-        wanted = tl.program_id(0) + tl.arange(0, 2)  # [2], this image and the next: the first patch of each is sought
+        wanted = tl.program_id(0) + tl.arange(0, 2)  # [2], this image and the next: find each one's first patch
         low, high = tl.zeros([2], tl.int32), tl.full([2], patches, tl.int32)
         for _ in range(halvings):
             middle = (low + high) // 2
@@ -413,14 +413,14 @@ def _patches_of_norm(sites, patches, halvings, IMAGE_NORM: tl.constexpr):
 
 @jit
 def _difference(pixels, source, kept, bit):
-    """Pixels minus a neighbour [BT, BE], 0 where the neighbour is not kept."""
+    """Compute pixels minus a neighbour [BT, BE], or 0 where the neighbour is not kept."""
     mask = (kept & bit) != 0
     return tl.where(mask, pixels - tl.load(source, mask=mask, other=0.0), 0.0)
 
 
 @jit
 def _power(base: tl.constexpr, n):
-    """base ** n in float64, by squaring."""
+    """Compute base ** n in float64 by repeated squaring."""
     factor = tl.full([], base, tl.float64)
     power = tl.full(n.shape, 1.0, tl.float64)
     for bit in range(31):
@@ -439,12 +439,12 @@ def _prior_sums_kernel(
     BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """sums = sum over kept p of x[p]^2, and of (x[p] - x[p + d])^2 for each direction d in which p + d is kept as well;
-    step = t + 1; corrections = lr / (1 - beta1^(t + 1)) and 1 / sqrt(1 - beta2^(t + 1)), where t is the step before.
+    step = t + 1; corrections = lr / (1 - beta1^(t + 1)) and 1 / sqrt(1 - beta2^(t + 1)), where t is the old step.
 
-    Defined in `prior_reference`, after R_prior in Yin et al., CVPR 2020, and in `pixel_step_reference`, after Kingma &
-    Ba 2015, Algorithm 1. The grid is (images or 1, blocks of a patch, programs that share the patches), and each
-    program has partial sums of its own. It reads each of the T C PH PW kept pixels once, besides four neighbours from
-    the cache, and writes five sums a program; 14 operations a pixel. The first program counts the steps.
+    `prior_reference` defines them, after R_prior in Yin et al., CVPR 2020, and `pixel_step_reference`, after Kingma &
+    Ba 2015, Algorithm 1. The grid is (images or 1, blocks of a patch, programs that share the patches). All programs
+    together read each of the T C PH PW kept pixels once, besides four neighbours from the cache, and compute 14
+    operations for each. Each program writes five partial sums of its own. The first program counts the steps.
     """
     W: tl.constexpr = COLUMNS * PW
     _, there, channel, y, x = _element(tl.program_id(1), C, PH, PW, BE)
@@ -494,14 +494,14 @@ def _prior_sums_kernel(
 
 @jit
 def _norm(sums, parts, BP: tl.constexpr):
-    """A norm from its partial sums of squares, which are always added up in the same order."""
+    """Compute a norm from its partial sums of squares, which are always added up in the same order."""
     p = tl.arange(0, BP)  # [BP]
     return tl.sqrt_rn(tl.sum(tl.load(sums + p, mask=p < parts, other=0.0), 0))
 
 
 @jit
 def _scale(weight, norm):
-    """The factor that makes x the gradient of weight * norm(x): weight / norm, and 0 where the norm is 0."""
+    """Return the factor that turns x into the gradient of weight * norm(x): weight / norm, or 0 if the norm is 0."""
     return tl.where(norm == 0, 0.0, tl.div_rn(weight, tl.where(norm == 0, 1.0, norm)))
 
 
@@ -510,8 +510,8 @@ def _shift(
     view, image, stride_image, y, x,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
 ):  # fmt: skip
-    """How many cells a view moves pixels (y, x) of a patch down and right, whether it mirrors, and where in the patch
-    of the viewed image they are seen."""
+    """Return by how many cells a view moves pixels (y, x) of a patch down and right, whether it mirrors them, and where
+    within a patch of the viewed image they are seen."""
     dy, dx, flip = load_view(view, image, stride_image, ROWS * PH, COLUMNS * PW)
     y, x = y + dy % PH, x + dx % PW  # up to twice a patch
     down, right = dy // PH + (y >= PH).to(tl.int32), dx // PW + (x >= PW).to(tl.int32)
@@ -521,7 +521,7 @@ def _shift(
 
 @jit
 def _seen_cell(row, column, down, right, flip, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The cell of the viewed image in which pixels of the patch at (row, column) are seen."""
+    """Return the cell of the viewed image in which pixels of the patch at (row, column) are seen."""
     column = wrap(column + right, COLUMNS)
     return wrap(row + down, ROWS) * COLUMNS + tl.where(flip, COLUMNS - 1 - column, column)
 
@@ -537,14 +537,14 @@ def _pixel_step_kernel(
     TV: tl.constexpr, L2: tl.constexpr, IMAGE_NORM: tl.constexpr,
     BP: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Adam on each kept pixel x with the gradient g of loss and prior, clamped to the channel's range:
+    """Take a step of Adam on each kept pixel x with the gradient g of loss and prior, and clamp x to its range:
     m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, x = x - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t))
     + eps).
 
-    Defined in `pixel_step_reference`, after Kingma & Ba 2015, Algorithm 1; the prior is R_prior in Yin et al., CVPR
-    2020. The grid is (images or 1, blocks of a patch, programs that share the patches). Reads pixel, gradient and two
-    moments of T C PH PW kept pixels once, besides eight neighbours from the cache, and writes pixel and moments:
-    24 bytes a pixel and the gradients, about 50 operations.
+    `pixel_step_reference` defines it, after Kingma & Ba 2015, Algorithm 1; the prior is R_prior in Yin et al., CVPR
+    2020. The grid is (images or 1, blocks of a patch, programs that share the patches). All programs together read the
+    value, gradient and moments of T C PH PW kept pixels once, besides eight neighbours from the cache, and write value
+    and moments. For each pixel that is 24 bytes and the gradients, and about 50 operations.
     """
     W: tl.constexpr = COLUMNS * PW
     E: tl.constexpr = C * PH * PW
@@ -565,7 +565,7 @@ def _pixel_step_kernel(
         scale = _scale(l2, norm)
     if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         tl.store(prior + tl.program_id(0), value)
-    # What depends on a pixel's place in its patch is computed once for all patches.
+    # Values that depend only on a pixel's place in its patch are computed once for all patches.
     e, there, channel, y, x = _element(tl.program_id(1), C, PH, PW, BE)
     within = channel * (ROWS * PH * W) + y * W + x  # [1, BE]
     low = tl.load(lowest + channel, mask=there, other=0.0)
@@ -597,7 +597,7 @@ def _pixel_step_kernel(
                 )
                 cell = _seen_cell(row, column, each_down, each_right, each_flip, ROWS, COLUMNS)
                 seen_at = channel * (PH * PW) + each_seen
-            # Flat, or the compiler finds no order in these addresses and moves what it loads from thread to thread.
+            # In a tile that is not flat the compiler sees no order in the addresses, and threads exchange their values.
             cell = tl.reshape(image * (ROWS * COLUMNS) + cell, [BT * BE])
             token = tl.load(inverse + cell, mask=tl.reshape(mask, [BT * BE]), other=-1)
             seen_at = tl.reshape(tl.broadcast_to(seen_at, [BT, BE]), [BT * BE])
@@ -626,7 +626,7 @@ def _pixel_step_kernel(
         correction = tl.load(corrections + image * corrections_stride + 1)
         denominator = tl.sqrt_rn(second_moment) * correction + eps
         pixels -= step_size * tl.div_rn(first_moment, denominator)
-        # Not tl.clamp, which makes a number of NaN.
+        # tl.clamp would turn NaN into a number.
         pixels = tl.where(pixels < low, low, pixels)
         pixels = tl.where(pixels > high, high, pixels)
         tl.store(next_images + place, pixels, mask=mask)
@@ -634,18 +634,18 @@ def _pixel_step_kernel(
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    """The multiprocessors of a GPU. Without a GPU it is the number of an H200's."""
+    """Return the number of multiprocessors of a GPU. Without a GPU, it is that of an H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _tiles(
     operation: str, device: torch.device, patches: int, elements: int, groups: int
 ) -> tuple[dict[str, int], tuple[int, int, int]]:
-    """Constants of a kernel, and its grid: groups of patches, blocks of a patch, and programs that share a group.
+    """Return a kernel's constants, and its grid: groups of patches, blocks of a patch, and programs that share a group.
 
-    A program takes BT patches at a time and BE elements of each: one a thread, because a pixel's neighbours to the left
-    and right cannot be read in wider accesses. A multiprocessor runs PER_SM programs at the same time; beyond that, no
-    more programs share a group.
+    A program takes BT patches at a time and BE elements of each. Each thread takes one element, because a pixel's
+    neighbours to the left and right cannot be read in wider accesses. A multiprocessor runs PER_SM programs at the same
+    time, and no more programs than run at once share a group.
     """
     _, tiles = choose(operation, device, elements)
     blocks = cdiv(elements, tiles["BE"])
@@ -654,7 +654,7 @@ def _tiles(
 
 
 def _scratch(images: Tensor, groups: int, parts: int, counts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The prior of each group of patches, the sums of each program, and the corrections of Adam's bias."""
+    """Allocate the prior of each group of patches, the sums of each program, and the corrections of Adam's bias."""
     return images.new_empty(groups), images.new_empty(SUMS, groups, parts), images.new_empty(counts, 2)
 
 
@@ -666,13 +666,13 @@ def launch_pixel_step(
     lr: float, beta1: float, beta2: float, eps: float, tv_l2: float, l2: float,
     pixel_grad: Tensor | None = None, norm: str = "batch",
 ) -> Tensor:  # fmt: skip
-    """Do what `pixel_step_reference` does in two launches, and one more where the priors of images are added up."""
+    """Do what `pixel_step_reference` does in two launches, and in a third one if priors of images are added up."""
     batch, channels, height, width = images.shape
     size, shape = channels * ph * pw, dict(C=channels, ROWS=height // ph, COLUMNS=width // pw, PH=ph, PW=pw)
     has_prior, has_tv = bool(tv_l2 or l2), tv_l2 != 0
     image_norm = norm == "image" and has_prior
     groups, halvings = max(1, batch) if image_norm else 1, len(sites).bit_length()
-    # Without a prior there is nothing to sum up, but there are steps to count.
+    # Without a prior, the first kernel only counts the steps.
     patches = len(sites) if has_prior else 0
     tiles, grid = _tiles("prior_sums", images.device, patches, size, groups)
     if image_norm:

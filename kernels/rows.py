@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def cumulative_lengths(lengths: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
-    """Add up the lengths of B sequences: (B + 1,) int32, beginning with 0.
+    """Return the cumulative lengths of B sequences: (B + 1,) int32, beginning with 0.
 
     Args:
         lengths: B integers, which are copied to the device without waiting for it, or a tensor (B,) of integers.
@@ -44,15 +44,15 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         zeros = grad.new_zeros(ctx.shape)
-        # Both copy rows. For single elements a scatter takes a CPU half the time.
+        # Both calls copy rows. On a CPU, a scatter of single elements takes half the time.
         return zeros.scatter_(0, rows, grad) if zeros.dim() == 1 else zeros.index_copy_(0, rows, grad), None
 
 
 def gather_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """Return `values[rows]` for values (M, ...) and indices (T,) int64, of which no two may be equal.
+    """Return `values[rows]` for values (M, ...) and indices (T,) int64, which must be distinct.
 
     The backward pass of plain indexing adds up the gradients of rows that were picked twice. With distinct rows the
-    gradient is a copy, which is faster and does not depend on an order.
+    gradient is a copy, which is faster and does not depend on the order of a sum.
     """
     return _GatherRows.apply(values, rows)
 
@@ -67,7 +67,7 @@ def padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> tuple[Tensor, T
     """Compute where packed tokens lie in a batch that is padded to N = max_seqlen tokens a sequence.
 
     Returns:
-        The place of each token among the B * N of the padded batch, (T,) int64, and whether a place is taken by a
+        The place of each token among the B * N places of the padded batch, (T,) int64, and whether each place holds a
         token, (B, N) bool.
     """
     sequence = sequence_of_tokens(cu_seqlens, tokens)

@@ -14,8 +14,8 @@ from .gradients import first_order
 from .rows import cumulative_lengths, gather_rows, padding, uniform_lengths
 
 MAX_CANDIDATES = 4096
-LEAST_MASS = 2.0**-60  # a total is below 2^52, so this share of it is less than one unit, as any smaller share is
-FIXED_POINT_BITS = 40  # the bits of an importance: 4096 of them sum to at most 2^52, up to which float64 is exact
+LEAST_MASS = 2.0**-60  # totals are below 2^52 units, so this share and all smaller ones are less than one unit
+FIXED_POINT_BITS = 40  # bits of an importance: 4096 importances sum to at most 2^52, up to which float64 is exact
 
 
 def select_tokens(
@@ -32,20 +32,20 @@ def select_tokens(
 ) -> tuple[Tensor | None, Tensor, Tensor, int]:
     """Keep the most important candidates of each image, and gather their tokens.
 
-    Importance is the mean of `attention` over the heads, in float32. The candidates with the highest importance stay;
-    of two that are equal, the one with the lower index stays. The result is in ascending order of index. The choice is
+    Importance is the mean of `attention` over the heads, in float32. The candidates with the highest importance stay.
+    If two have the same importance, the lower index takes precedence. The result is in ascending order of index. It is
     the same on every device and backend, and for an image it does not depend on the rest of the batch.
 
     Args:
         attention: (B, H, N) or (B, N) in float32, bfloat16 or float16, the class token's attention to each of up to
             4096 candidates. No gradient flows to it.
-        values: (B, P + N, C) tokens of any floating dtype, prefix tokens first. Gradients flow to those that stay.
+        values: (B, P + N, C) tokens of any floating dtype, prefix tokens first. Gradients flow to the tokens that stay.
         positions: (B, N) int32 or int64, the index of each candidate in the patch grid; 0..N-1 by default.
-        k: how many candidates of each image stay, 1..N: one number, or B numbers.
+        k: how many candidates of each image stay, 1..N: one number for all images, or B numbers.
         mass: keep the fewest candidates whose importance sums to at least this share, in (0, 1], of the image's total,
             or one candidate if the total is zero. This synchronises with the host once, to learn how many stay.
             Importance is rounded down to units of about 2^-40 of the image's greatest, so that sums are exact.
-        num_prefix_tokens: P, the number of tokens in front that always stay; token p of them gets position p - P.
+        num_prefix_tokens: P, the number of tokens in front that always stay. Prefix token p gets position p - P.
         cu_seqlens: (B + 1,) int32 for a packed input. Then attention is (H, T) or (T,), values (T, C) and positions
             (T,), for all tokens of all sequences. The attention to prefix tokens is ignored. Their positions, if
             given, are kept.
@@ -57,9 +57,9 @@ def select_tokens(
         cu_seqlens (B + 1,) int32; and the length of the longest sequence.
 
     Raises:
-        ValueError: if an argument has another shape, dtype, device or value. On a CPU also if an importance is NaN
-            (with `mass`: or negative or infinite), or if a packed sequence has fewer than k candidates. On a GPU these
-            two are device-side assertions.
+        ValueError: if an argument has another shape, dtype, device or value. On a CPU, also if an importance is NaN
+            (or, with `mass`, negative or infinite) or if a packed sequence has fewer than k candidates. On a GPU, these
+            two checks are device-side assertions.
     """
     if attention.dim() == (2 if cu_seqlens is None else 1):
         attention = attention.unsqueeze(-2)
@@ -67,7 +67,7 @@ def select_tokens(
     _check_selection(attention, values, positions, k, mass, num_prefix_tokens, cu_seqlens, max_seqlen)
     if cu_seqlens is None:
         max_seqlen = num_prefix_tokens + attention.shape[-1]
-    max_seqlen = max(max_seqlen, num_prefix_tokens + 1)  # it can only be less for a packed batch of no images
+    max_seqlen = max(max_seqlen, num_prefix_tokens + 1)  # it is less only for a packed batch without images
     plain = resolve_backend(backend, attention.device) == "torch"
     starts = limits = lengths = None
     if mass is None and not isinstance(k, int):
@@ -137,7 +137,7 @@ def _check_selection(attention, values, positions, k, mass, num_prefix_tokens, c
 
 
 def _assert_valid(attention, cu_seqlens, starts, k, mass, num_prefix_tokens, max_seqlen) -> None:
-    """Check what compiled kernels assert on the device, where no compiled kernel runs."""
+    """Check the conditions that compiled kernels assert on the device, for runs without a compiled kernel."""
     importance, present = candidates_of(attention, cu_seqlens, num_prefix_tokens, max_seqlen)
     needed = "importance must not be NaN" if mass is None else "importance must be neither NaN, negative nor infinite"
     valid = importance == importance if mass is None else (importance >= 0) & (importance < torch.inf)
@@ -156,7 +156,7 @@ def _assert_rows(valid: Tensor, needed: str) -> None:
 
 
 def candidates_of(attention, cu_seqlens, num_prefix_tokens: int, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """Return the importance (B, N) of each image's candidates, 0 after the last, and the mask (B, N) of candidates."""
+    """Return the importance (B, N) of each image's candidates, padded with 0, and the mask (B, N) of candidates."""
     importance = mean_over_heads(attention)
     if cu_seqlens is None:
         return importance, torch.ones_like(importance, dtype=torch.bool)
@@ -168,7 +168,7 @@ def candidates_of(attention, cu_seqlens, num_prefix_tokens: int, max_seqlen: int
 def count_mass_reference(
     attention: Tensor, cu_seqlens: Tensor | None, mass: float, num_prefix_tokens: int, max_seqlen: int
 ) -> tuple[Tensor, None]:
-    """Count the tokens of each image that stay where `mass` decides: (B + 1,) int32, a zero and then the counts."""
+    """Count the tokens of each image that stay with this `mass`: (B + 1,) int32, a zero and then the counts."""
     importance, _ = candidates_of(attention, cu_seqlens, num_prefix_tokens, max_seqlen)
     units = fixed_point(importance).sort(dim=1, descending=True).values
     target = units.sum(1, keepdim=True).double() * max(mass, LEAST_MASS)
@@ -205,7 +205,7 @@ def select_reference(
         slots, _ = padding(cu_seqlens, max_seqlen, attention.shape[1])
         kept = kept[slots]
         positions = slots % max_seqlen - num_prefix_tokens if positions is None else positions
-    # Row t of the packed batch is row rows[t] of the input. What does not stay is sent to a place after the last row.
+    # Row t of the packed batch is row rows[t] of the input. Rows that do not stay are sent to a place behind the last.
     slots = torch.where(kept, kept.cumsum(0) - 1, tokens)
     rows = slots.new_empty(tokens + 1).scatter_(0, slots, torch.arange(len(kept), device=device))[:tokens]
     return None if values is None else gather_rows(values, rows), positions[rows].to(torch.int32), starts
@@ -214,7 +214,7 @@ def select_reference(
 def mean_over_heads(attention: Tensor) -> Tensor:
     """Compute importance, the mean over the heads: (..., H, N) to (..., N) float32, without negative zeros.
 
-    Heads are added in their order. The product in float64 rounds to the quotient in float32, on every device alike.
+    Heads are added in order. The product in float64, rounded to float32, equals the exact quotient on every device.
     """
     first, *others = attention.unbind(-2)
     total = first.float()
@@ -235,10 +235,10 @@ def fixed_point(importance: Tensor) -> Tensor:
 
 @jit
 def _importance(attention, stride_head, stride_patch, n, candidates, H: tl.constexpr):
-    """Importance [BN] of the candidates n as `mean_over_heads` defines it, and 0 where there is no candidate."""
+    """Compute the importance [BN] of the candidates n, as `mean_over_heads` defines it, or 0 without a candidate."""
     mask = (n >= 0) & (n < candidates)  # [BN]
     total = tl.zeros(n.shape, tl.float32)  # [BN]
-    for _ in tl.range(H, loop_unroll_factor=2):  # there are registers for two heads at a time, and no more
+    for _ in tl.range(H, loop_unroll_factor=2):  # the registers hold no more than two heads at a time
         total += tl.load(attention + n.to(tl.int64) * stride_patch, mask=mask, other=0.0).to(tl.float32)
         attention += stride_head
     importance = (total.to(tl.float64) * (1 / H)).to(tl.float32)
@@ -247,19 +247,19 @@ def _importance(attention, stride_head, stride_patch, n, candidates, H: tl.const
 
 @jit
 def _ordered(importance, is_candidate):
-    """int32 keys [BN] in the order of the floats. Where there is no candidate, the key is the least integer."""
+    """Return int32 keys [BN] that have the order of the floats. Without a candidate, the key is the least integer."""
     bits = importance.to(tl.int32, bitcast=True)
     return tl.where(is_candidate, bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x80000000)
 
 
 @jit
 def _threshold(key, units, target):
-    """The highest bound such that the keys at or above it hold at least `target` units, and how many units the keys
-    that are equal to the bound have to contribute. A lower bound will do if the keys at or above it hold exactly
-    `target` units: the search ends as soon as it finds one.
+    """Return the highest bound such that the keys at or above it hold at least `target` units, and how many units the
+    keys that are equal to the bound have to contribute. The search ends early at a lower bound if the keys at or above
+    it hold exactly `target` units.
 
-    The search halves the range between the least and the greatest key. Each halving takes one sum over the tile: 32
-    at worst, about log2 N + 1 for keys that are spread evenly.
+    The search halves the range between the least and the greatest key, with one sum over the tile each time. It takes
+    at most 32 halvings, and about log2 N + 1 if the keys are spread evenly.
     """
     low = tl.min(tl.where(key > -0x80000000, key, 0x7FFFFFFF), 0)
     high = tl.max(key, 0)
@@ -277,7 +277,7 @@ def _threshold(key, units, target):
 
 @jit
 def _origin(cu_seqlens, image, rows, PACKED: tl.constexpr):
-    """Where an image starts, counted in images (in a packed batch: in tokens), and how many rows it has."""
+    """Return where an image starts, counted in images (in tokens if the batch is packed), and how many rows it has."""
     origin = image
     if PACKED:
         origin = tl.load(cu_seqlens + image).to(tl.int64)
@@ -295,9 +295,9 @@ def _count_kernel(
 ):  # fmt: skip
     """counts[1 + b] = P + the least n >= 1 such that the n greatest importances of image b hold the mass.
 
-    Defined in `count_mass_reference`. limits[b] = (key of the least importance that stays, how many of the candidates
-    with this importance stay), for `_select_kernel`. One program an image. Reads attention once (B H N elements) and
-    writes three integers an image; about log2 N + 5 sums over N.
+    `count_mass_reference` defines them. limits[b] = (key of the least importance that stays, how many of the candidates
+    with this importance stay), for `_select_kernel`. There is one program for each image. It reads attention once (H N
+    elements), writes three integers, and computes about log2 N + 5 sums over N.
     """
     image = tl.program_id(0).to(tl.int64)
     origin, rows = _origin(cu_seqlens, image, rows, PACKED)
@@ -311,7 +311,7 @@ def _count_kernel(
     units = (importance.to(tl.float64) * unit).to(tl.int64)  # [BN]
     total = tl.sum(units, 0)
     target = tl.maximum(tl.ceil(total.to(tl.float64) * mass).to(tl.int64), 1)
-    # A candidate of no units never stays, unless no candidate has any: then one candidate stays.
+    # A candidate of zero units never stays, unless all candidates have zero units: then one candidate stays.
     units = tl.where((total == 0) & (n < candidates), 1, units)
     key = _ordered(importance, units > 0)  # [BN]
     threshold, missing = _threshold(key, units, target)
@@ -322,7 +322,7 @@ def _count_kernel(
     tl.store(limits + 2 * image + 1, ties)
     if image == 0:
         tl.store(counts, 0)
-    # The assertion comes last, where no registers have to be saved for it.
+    # The assertion comes last, so that no registers have to be saved for it.
     tl.device_assert((valid == 1) & (candidates >= 1), "importance is NaN, negative or infinite, or there is none")
 
 
@@ -338,11 +338,11 @@ def _select_kernel(
     BN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """packed[slots[n]] = values[n] for the prefix tokens and the k most important candidates n of each image, in order;
-    slots[n] = -1 for the others. Defined in `select_reference`.
+    slots[n] = -1 for the others. `select_reference` defines them.
 
     The grid is (images, blocks of BR rows). A row is one of an image's P + N tokens. Channels and the strides of values
-    count accesses of UNIT elements. Reads attention once for each block, and reads and writes the tokens that stay once
-    (2 T C elements); about log2 N + 5 sums over N for each block.
+    count accesses of UNIT elements. Each program reads its image's attention once and computes about log2 N + 5 sums
+    over N. All programs together read and write the tokens that stay once (2 T C elements).
     """
     image = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BR
@@ -399,7 +399,7 @@ def _select_kernel(
         tl.store(packed_starts + image + 1, end.to(tl.int32))
         if image == 0:
             tl.store(packed_starts, 0)
-    # The assertion comes last, where no registers have to be saved for it.
+    # The assertion comes last, so that no registers have to be saved for it.
     tl.device_assert(valid, "importance is NaN, or an image has fewer candidates than are to stay")
 
 
@@ -412,8 +412,8 @@ def _select_backward_kernel(
 ):  # fmt: skip
     """grad[n] = packed_grad[slots[n]], and 0 where slots[n] is -1: the gradient of `select_reference`.
 
-    One program takes BR rows and BC channels. Channels and the stride count accesses of UNIT elements. Reads the
-    gradient of the kept tokens once (T C elements) and writes that of all tokens once.
+    A program takes BR rows and BC channels. Channels and the stride count accesses of UNIT elements. All programs
+    together read the gradient of the kept tokens once (T C elements) and write the gradient of all tokens once.
     """
     blocks = tl.cdiv(channels * UNIT, BC)  # blocks of a row
     row = (tl.program_id(0) // blocks).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
@@ -437,14 +437,14 @@ ASSERT = {"debug": True, "sanitize_overflow": False}
 
 
 def _unit(itemsize: int, *sizes: int) -> int:
-    """The number of elements in 16 bytes if all sizes are multiples of it, so that accesses can be so wide; else 1."""
+    """Return the elements of one access: as many as 16 bytes hold, if all sizes are multiples of that, otherwise 1."""
     unit = 16 // itemsize
     return 1 if any(size % unit for size in sizes) else unit
 
 
 def _candidates_and_strides(attention: Tensor, cu_seqlens: Tensor | None, num_prefix_tokens: int):
-    """Return attention from the first candidate on, and its strides between images (in a packed input: tokens), heads
-    and candidates."""
+    """Return attention from the first candidate on, and its strides between images (tokens if the input is packed),
+    heads and candidates."""
     strides = attention.stride()
     if cu_seqlens is not None:
         attention, strides = attention[:, num_prefix_tokens:], (strides[1], *strides)
@@ -452,7 +452,7 @@ def _candidates_and_strides(attention: Tensor, cu_seqlens: Tensor | None, num_pr
 
 
 def _batch_size(attention: Tensor, cu_seqlens: Tensor | None) -> int:
-    """The number of images. It is read from the shape, because len() would tie a traced graph to one number."""
+    """Return the number of images. It is read from the shape, because len() would tie a traced graph to one number."""
     return attention.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
@@ -493,7 +493,7 @@ def launch_select(
     cu_seqlens: Tensor | None, starts: Tensor | None, limits: Tensor | None,
     k: int, num_prefix_tokens: int, max_seqlen: int, tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Do what `select_reference` does, with the `limits` of `launch_count_mass` if there are any.
+    """Do what `select_reference` does, with the `limits` of `launch_count_mass` if they are given.
 
     Also returns the slots, (B, P + N) or (T,) int32: the packed row that each token of the input went to, or -1.
     """
@@ -543,7 +543,7 @@ def _fake_select(attention, values, positions, cu_seqlens, starts, limits, k, nu
 
 
 def launch_select_backward(grad: Tensor, slots: Tensor) -> Tensor:
-    """Compute the gradient of the values, (B, P + N, C) or (T, C): that of the packed rows, and zero elsewhere."""
+    """Scatter the gradient of the packed rows to the values, (B, P + N, C) or (T, C), with zeros elsewhere."""
     out, rows, channels = _fake_select_backward(grad, slots), slots.numel(), grad.shape[-1]
     if rows and channels:
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
