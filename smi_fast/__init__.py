@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 
 
 def _kernels_of_checkout() -> None:
-    """Make `smi_fast.kernels` importable from the root of a checkout, where `kernels/` lies beside this package; an
-    installed package holds it inside."""
+    """Make `smi_fast.kernels` importable from the root of a checkout, where `kernels/` lies beside this package. An
+    installed package contains it."""
     package = Path(__file__).parent
     source = package.parent / "kernels" / "__init__.py"
     if not (package / "kernels").is_dir() and source.is_file():

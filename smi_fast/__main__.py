@@ -1,4 +1,4 @@
-"""python -m smi_fast"""
+"""Run the command line with `python -m smi_fast`."""
 
 import sys
 

@@ -30,10 +30,10 @@ class PatchGrid:
 
     @staticmethod
     def of(image_size: Sequence[int], patch_size: Sequence[int]) -> PatchGrid:
-        """The grid of images of (H, W) pixels.
+        """Return the grid of images of (H, W) pixels.
 
         Raises:
-            ValueError: the patches do not divide the images; the message names both sizes.
+            ValueError: the patches do not divide the images. The message names both sizes.
         """
         (height, width), (ph, pw) = image_size, patch_size
         if min(ph, pw) < 1 or height % ph or width % pw:
@@ -58,7 +58,7 @@ class PatchGrid:
         """View images (B, C, H, W) as patches (B, rows, columns, C, ph, pw), without a copy.
 
         Raises:
-            RuntimeError: (torch's) the strides of the images do not allow it; contiguous ones do.
+            RuntimeError: torch cannot view images with these strides. Contiguous images always work.
         """
         (ph, pw), (batch, channels) = self.patch_size, images.shape[:2]
         return images.view(batch, channels, self.rows, ph, self.columns, pw).permute(0, 2, 4, 1, 3, 5)
@@ -78,7 +78,7 @@ class PatchGrid:
         return self.tiles(images.contiguous())[self.places(keep)].flatten(1)
 
     def scatter(self, patches: Tensor, keep: PackedTokens, images: Tensor) -> Tensor:
-        """Write the pixels (T, C * ph * pw) of the kept patches into images (B, C, H, W), which are returned."""
+        """Write the pixels (T, C * ph * pw) of the kept patches into images (B, C, H, W), and return the images."""
         tiles = self.tiles(images)
         tiles[self.places(keep)] = patches.view(-1, *tiles.shape[3:])
         return images

@@ -1,4 +1,4 @@
-"""PackedTokens, the one ragged type: sequences of different lengths laid end to end; and what `keep` means."""
+"""PackedTokens, the one type for sequences of different lengths, laid end to end, and the meaning of `keep`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class PackedTokens:
     """B sequences laid end to end, without padding.
 
     The names `cu_seqlens` and `max_seqlen` are FlashAttention's, so that a packed batch can be handed to its kernels.
-    The patches that are kept of B images are of this type too, without values; see `pack_keep`.
+    The kept patches of B images are also stored in this type, without values; see `pack_keep`.
 
     Args:
         values: (T, ...) tokens, or None where only their positions are known.
-        positions: (T,) int32, the token's index in the patch grid, row-major from 0; a prefix token (class,
-            distillation, register) has a negative one.
+        positions: (T,) int32, the index of each token in the patch grid, row-major from 0. A prefix token (class,
+            distillation, register) has a negative index.
         cu_seqlens: (B + 1,) int32, cumulative lengths: sequence b is `values[cu_seqlens[b]:cu_seqlens[b + 1]]`.
-        max_seqlen: length of the longest sequence, known on the host.
+        max_seqlen: the length of the longest sequence, known on the host.
     """
 
     values: Tensor | None
@@ -35,9 +35,9 @@ class PackedTokens:
 
     @staticmethod
     def from_batch(values: Tensor | None, positions: Tensor) -> PackedTokens:
-        """Equally long sequences (B, N, ...) at positions (B, N) or (N,), as a packed batch of the same memory.
+        """Pack equally long sequences (B, N, ...) at positions (B, N) or (N,). Contiguous values are not copied.
 
-        Without values, positions are (B, N).
+        Without values, positions must be (B, N).
         """
         batch, length = (positions if values is None else values).shape[:2]
         return PackedTokens(
@@ -49,7 +49,7 @@ class PackedTokens:
 
     @staticmethod
     def from_sequences(values: Sequence[Tensor] | None, positions: Sequence[Tensor]) -> PackedTokens:
-        """At least one sequence, of shapes (N_b, ...) at positions (N_b,), laid end to end."""
+        """Pack one or more sequences of shapes (N_b, ...) at positions (N_b,)."""
         lengths = [len(row) for row in positions]
         return PackedTokens(
             values=None if values is None else torch.cat(tuple(values)),
@@ -64,17 +64,17 @@ class PackedTokens:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all sequences have the same length (decided on the host, from shapes alone)."""
+        """Whether all sequences have the same length. The host decides this from shapes, without waiting."""
         return len(self.positions) == self.batch_size * self.max_seqlen
 
     def lengths(self) -> list[int]:
-        """The length of each sequence. The host waits for the device where they differ."""
+        """Return the length of each sequence. The host waits for the device if the lengths differ."""
         if self.is_uniform:
             return [self.max_seqlen] * self.batch_size
         return self.cu_seqlens.diff().tolist()
 
     def batch(self) -> Tensor:
-        """The tokens as (B, N, ...), the same memory.
+        """Return the tokens as a view (B, N, ...).
 
         Raises:
             ValueError: the sequences differ in length.
@@ -87,32 +87,32 @@ class PackedTokens:
         return self.values.view(self.batch_size, self.max_seqlen, *self.values.shape[1:])
 
     def batch_or_values(self) -> Tensor:
-        """The tokens as (B, N, ...) where the sequences are equally long, else packed (T, ...): the same memory."""
+        """Return a view (B, N, ...) of the tokens if the sequences are equally long, otherwise the packed (T, ...)."""
         return self.batch() if self.is_uniform else self.values
 
     def sequences(self) -> list[Tensor]:
-        """The sequences as a list of B tensors (N_b, ...). The host waits for the device where lengths differ."""
+        """Return a list of B tensors (N_b, ...), one for each sequence. The host waits if the lengths differ."""
         return list(self.values.split(self.lengths()))
 
     def indices(self) -> Tensor | list[Tensor]:
-        """The positions, int64: (B, N) where the sequences are equally long, else a list of B tensors (N_b,), for which
-        the host waits for the device."""
+        """Return the positions as int64: (B, N) if the sequences are equally long, otherwise a list of tensors (N_b,),
+        for which the host waits for the device."""
         positions = self.positions.long()
         if self.is_uniform:
             return positions.view(self.batch_size, self.max_seqlen)
         return list(positions.split(self.lengths()))
 
     def owners(self) -> Tensor:
-        """The sequence that each token belongs to, (T,) int64. Nothing waits."""
+        """Return the sequence that each token belongs to, (T,) int64, without waiting for the device."""
         return sequence_of_tokens(self.cu_seqlens, len(self.positions))
 
     def to(self, device: torch.device | str) -> PackedTokens:
-        """The same batch on a device."""
+        """Return the same batch on a device."""
         values = None if self.values is None else self.values.to(device)
         return PackedTokens(values, self.positions.to(device), self.cu_seqlens.to(device), self.max_seqlen)
 
     def groups(self, size: int) -> Iterator[PackedTokens]:
-        """The sequences in groups of `size`, of which the last may be smaller. The host waits for the device."""
+        """Yield the sequences in groups of `size`, the last of which may be smaller. The host waits for the device."""
         lengths = self.lengths()
         if 0 < len(lengths) <= size:
             yield self
@@ -126,7 +126,7 @@ class PackedTokens:
             yield PackedTokens(values, self.positions[rows], cu_seqlens - starts[first], longest)
 
     def pad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed (T, ...) of this batch -> (B, max_seqlen, ...) with zeros behind short sequences, and the mask
+        """Pad packed tokens x (T, ...) to (B, max_seqlen, ...), with zeros behind short sequences. Also return the mask
         (B, max_seqlen) of the places that hold a token."""
         slots, mask = padding(self.cu_seqlens, self.max_seqlen, len(x))
         if len(x) < mask.numel():
@@ -134,11 +134,11 @@ class PackedTokens:
         return x.unflatten(0, mask.shape), mask
 
     def unpad(self, x: Tensor) -> Tensor:
-        """The packed tokens (T, ...) of what `pad` gave, (B, max_seqlen, ...)."""
+        """Undo `pad`: return the packed tokens (T, ...) of x (B, max_seqlen, ...)."""
         return x.flatten(0, 1)[padding(self.cu_seqlens, self.max_seqlen, len(self.positions))[0]]
 
     def prepend(self, prefix: Tensor) -> PackedTokens:
-        """The batch with the same P prefix tokens (P, C) before each sequence; their positions are -P to -1."""
+        """Return the batch with the same P prefix tokens (P, C) before each sequence, at positions -P to -1."""
         count, batch_size = len(prefix), self.batch_size
         if count == 0:
             return self
@@ -160,7 +160,7 @@ class PackedTokens:
         return PackedTokens(values, all_positions, cu_seqlens, self.max_seqlen + count)
 
     def _rows_behind_prefix(self, count: int) -> Tensor:
-        """Where the T tokens lie once `count` prefix tokens stand before each sequence: (T,) int64."""
+        """Return where the T tokens lie, (T,) int64, once `count` prefix tokens stand before each sequence."""
         return torch.arange(len(self.positions), device=self.cu_seqlens.device) + count * (self.owners() + 1)
 
 
@@ -170,23 +170,23 @@ Keep = Tensor | Sequence[Tensor] | PackedTokens
 def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torch.device) -> PackedTokens:
     """Check which patches of a batch of images are kept, and lay their indices end to end.
 
+    On a GPU, shape, dtype and device are checked on the host and values by a device-side assertion, so that nothing
+    synchronises. Only a mask costs one synchronisation, because its entries have to be counted.
+
     Args:
         keep: patch indices (B, K) int64 or int32 in [0, num_patches), a boolean mask (B, num_patches), a list of B
-            index tensors, or None for all patches. The order given is that of every output aligned to it. What this
-            function has returned is taken as it is.
+            index tensors, or None for all patches. Outputs that are aligned to `keep` have its order. A result of
+            this function is accepted without further checks.
         batch_size: B, the number of images.
-        num_patches: patches in the grid, without prefix tokens.
-        device: where the images are.
+        num_patches: the number of patches in the grid, without prefix tokens.
+        device: the device of the images.
 
     Returns:
         The kept patches, without values.
 
-    On a GPU shape, dtype and device are checked on the host and values by a device-side assertion, so that nothing
-    synchronises; only a mask has to be counted, which costs one synchronisation.
-
     Raises:
-        ValueError: wrong shape, dtype or device; an empty row, an index out of range or named twice. The message names
-            the row and the value.
+        ValueError: the shape, dtype or device is wrong, a row is empty, or an index is out of range or named twice.
+            The message names the row and the value.
     """
     if isinstance(keep, PackedTokens):
         if keep.batch_size != batch_size:
@@ -225,7 +225,7 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
 
 
 def all_patches(batch_size: int, num_patches: int, device: torch.device) -> PackedTokens:
-    """All patches of each of B images, without values."""
+    """Return all patches of each of B images, without values."""
     patches = torch.arange(num_patches, dtype=torch.int32, device=device)
     return PackedTokens.from_batch(None, patches.expand(batch_size, -1))
 
@@ -252,7 +252,7 @@ def _check_dtype(tensor: Tensor, name: str) -> None:
 
 
 def _check_values(keep: Tensor, num_patches: int, first_row: int = 0) -> None:
-    """Check that each row of (B, K) names patches of the grid, each once."""
+    """Check that each row of (B, K) names patches of the grid, and names no patch twice."""
     outside = (keep < 0) | (keep >= num_patches)
     ordered = keep.sort(dim=1).values
     repeated = ordered[:, 1:] == ordered[:, :-1]

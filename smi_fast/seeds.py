@@ -1,4 +1,4 @@
-"""Seeds. All that is random in a batch follows from the seed of the run and the number of the batch."""
+"""Seeds: everything random in a batch follows from the seed of the run and the number of the batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def batch_seed(seed: int, number: int) -> int:
     batches.
 
     Raises:
-        TypeError, ValueError: as `check_seed`.
+        TypeError, ValueError: see `check_seed`.
     """
     sequence = np.random.SeedSequence(check_seed(seed), spawn_key=(number,))
     return int(sequence.generate_state(1, np.uint64)[0])
@@ -43,7 +43,7 @@ def seeded_generator(seed: int) -> torch.Generator:
     longer seed the whole state of its Mersenne Twister is filled here.
 
     Raises:
-        TypeError, ValueError: as `check_seed`.
+        TypeError, ValueError: see `check_seed`.
     """
     generator = torch.Generator().manual_seed(check_seed(seed))
     if seed >= 2**32:

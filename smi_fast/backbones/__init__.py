@@ -1,1 +1,1 @@
-"""What is inverted: models that give logits, and importance of patches, to the loop."""
+"""The models that are inverted. They give logits and the importance of patches to the inversion loop."""

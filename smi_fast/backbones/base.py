@@ -1,4 +1,4 @@
-"""The protocol of a backbone: what the loop asks of a model that it inverts."""
+"""The protocol of a backbone: what the inversion loop needs from a model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from smi_fast.packed import PackedTokens
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a backbone computes of a batch.
+    """The outputs of a backbone for a batch.
 
     Args:
         logits: (B, num_classes).
-        importance: (T,) float32, how much each patch that was given matters, packed as the patches are; None where it
-            was not asked for. It carries no gradient.
-        features: the places that were asked for by name -> their tokens, with gradients.
+        importance: (T,) float32, the importance of each input patch, packed as the patches are, or None if it was not
+            requested. It carries no gradient.
+        features: maps the name of each requested place in the model to its tokens, which carry gradients.
     """
 
     logits: Tensor
@@ -33,19 +33,19 @@ class Outputs:
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A model as the loop sees it, which is also an `nn.Module`.
+    """A model as the inversion loop sees it. It is also an `nn.Module`.
 
-    It is given patches alone, each a row of pixels. A model that needs whole images, such as a CNN, gives a grid of one
-    patch an image: its patches are the images as they are seen, jittered and mirrored.
+    The model takes patches, each as a row of pixels. A model that needs whole images, such as a CNN, has a grid of one
+    patch per image. Its patches are then the images as a view shows them, jittered and mirrored.
 
     Attributes:
-        device: where the weights are, and where the images have to be.
-        compute_dtype: of the matrix products, and of the patches that it is given.
-        backend: of the kernels around it: "auto", "triton" or "torch".
-        num_channels, image_size: of the images: C and (H, W) in pixels.
-        mean, std: the normalisation of the images that the model was trained on, one number a channel.
-        num_classes: logits an image.
-        num_prefix_tokens: tokens of an image that are no patches.
+        device: the device of the weights, on which the images have to be.
+        compute_dtype: the dtype of the matrix products and of the patches that the model takes.
+        backend: the backend of the kernels around the model: "auto", "triton" or "torch".
+        num_channels, image_size: C and (H, W) in pixels of the images.
+        mean, std: the normalisation of the images that the model was trained on, one number per channel.
+        num_classes: the number of logits per image.
+        num_prefix_tokens: the number of tokens per image that are not patches.
     """
 
     device: torch.device
@@ -59,7 +59,7 @@ class Backbone(Protocol):
     num_prefix_tokens: int
 
     def grid(self, image_size: Sequence[int]) -> PatchGrid:
-        """The patches of images of (H, W) pixels.
+        """Return the patch grid of images of (H, W) pixels.
 
         Raises:
             ValueError: the model does not take images of this size.
@@ -74,18 +74,18 @@ class Backbone(Protocol):
         importance: bool = False,
         features: Sequence[str] = (),
     ) -> Outputs:
-        """What the model computes of patches: values (T, C * ph * pw), normalised pixels in the order (C, ph, pw), at
-        their positions in a grid of (rows, columns)."""
+        """Run the model on patches: values (T, C * ph * pw), normalised pixels in the order (C, ph, pw), at their
+        positions in a grid of (rows, columns)."""
         ...
 
     def cast_weights(self, *, pack: bool = True) -> AbstractContextManager[None]:
-        """A time in which the weights are frozen, so that they are cast and laid out once."""
+        """Return a context in which the weights do not change, so that they are cast and laid out only once."""
         ...
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no weight asks for a gradient; afterwards, also after an error, all as it was."""
+    """Put the model in evaluation mode without gradients of weights. Restore both afterwards, also after an error."""
     training = [(module, module.training) for module in model.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -99,7 +99,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """A name for each class of a timm model: from its `pretrained_cfg`, or of ImageNet; else the number."""
+    """Return a name for each class of a timm model: from its `pretrained_cfg`, from ImageNet, or else its number."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     if names is not None and len(names) == model.num_classes:
         return list(names)

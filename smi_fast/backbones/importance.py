@@ -1,4 +1,4 @@
-"""Where a patch's importance comes from: the attention that it gets in the block that measures it."""
+"""The importance of patches: the attention that they receive in the block that measures it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from smi_fast.packed import PackedTokens
 
 
 class Attend:
-    """Attention within each sequence of a batch. The block that measures leaves the importance of the tokens behind.
+    """Attention within each sequence of a batch, which also records the attention in the block that measures it.
 
     Args:
         tokens: where the tokens of each sequence lie; their values are not read.
         has_class_token: whether the first token of a sequence is a class token.
-        backend: of the kernels.
+        backend: the backend of the kernels.
 
     Attributes:
-        measures: whether the block that runs now is the one whose attention is asked for.
-        measured: (heads or 1, T) float32, one tensor for each attention of that block.
+        measures: whether the block that runs now records its attention.
+        measured: (heads or 1, T) float32, one tensor for each attention of the block that measures.
     """
 
     def __init__(self, tokens: PackedTokens, has_class_token: bool, backend: str):
@@ -33,11 +33,11 @@ class Attend:
         self.measured: list[Tensor] = []
 
     def rows(self) -> Tensor:
-        """The measured attention, (heads, T) float32. Its mean over the heads is the importance."""
+        """Return the measured attention, (heads, T) float32. Its mean over the heads is the importance."""
         return self.measured[0] if len(self.measured) == 1 else torch.cat(self.measured)
 
     def __call__(self, qkv: Tensor, scale: float) -> Tensor:
-        """Compute attention of queries, keys and values (T, 3, H, D) -> (T, H, D), and measure it if asked to."""
+        """Compute attention of queries, keys and values (T, 3, H, D) -> (T, H, D), and record it if asked to."""
         if self.measures and self.has_class_token:
             out, rows = self.attention(qkv, scale, return_class_attention=True)
             self.measured.append(rows)
@@ -52,12 +52,12 @@ class Attend:
         )
 
     def first(self, x: Tensor, count: int) -> Tensor:
-        """Return the first `count` tokens of each sequence, (B, count, C), of x (B, N, C), or packed (T, C) where the
-        count is 1."""
+        """Return the first `count` tokens of each sequence, (B, count, C). The tokens x are (B, N, C), or packed (T, C)
+        if the count is 1."""
         return x[:, :count] if x.ndim == 3 else gather_rows(x, self.tokens.cu_seqlens[:-1].long())[:, None]
 
     def of_first(self, q: Tensor, kv: Tensor, scale: float) -> Tensor:
-        """Compute attention of each sequence's first tokens, queries (B, count, H, D), to all of its tokens, keys and
+        """Compute the attention of each sequence's first tokens to all its tokens: queries (B, count, H, D), keys and
         values (T, 2, H, D) -> (B, count, H, D)."""
         count = q.shape[1]
         if count == 1:
@@ -87,7 +87,7 @@ class Attend:
         """Return the attention that each token receives, averaged over heads: queries and keys (T, H, D) -> (T,)
         float32.
 
-        It comes from the class token, or is the mean over all tokens where there is none.
+        It is the attention from the class token, or the mean attention from all tokens if there is no class token.
         """
         q, mask = self.tokens.pad(q.float())  # [B, N, H, D], [B, N]
         k, _ = self.tokens.pad(k.float())
@@ -101,21 +101,20 @@ class Attend:
 
 
 def softmax_scale(attn: nn.Module) -> float:
-    """Return the factor that timm multiplies scores by. Its fused attention ignores `attn.scale` and takes torch's
+    """Return the factor by which timm multiplies scores. Its fused attention ignores `attn.scale` and uses torch's
     default."""
     return attn.head_dim**-0.5 if attn.fused_attn else attn.scale
 
 
 def pools_by_attention(model: VisionTransformer) -> bool:
-    """Whether importance is the attention of the pooling query, because the model pools by attention and has no class
-    token."""
+    """Return whether importance is the attention of the pooling query, because the model pools by attention and has no
+    class token."""
     return model.global_pool == "map" and not model.has_class_token
 
 
 @torch.no_grad()
 def pooling_attention(model: VisionTransformer, x: Tensor, tokens: PackedTokens) -> Tensor:
-    """Return the attention of the pooling query to each token x, (B, N, C) or (T, C), averaged over heads: (T,)
-    float32."""
+    """Return the pooling query's attention to each token x, (B, N, C) or (T, C), averaged over heads: (T,) float32."""
     pool: AttentionPoolLatent = model.attn_pool
     padded, mask = tokens.pad(x.flatten(0, -2))  # [B, N, C], [B, N]
     if not model.pool_include_prefix:

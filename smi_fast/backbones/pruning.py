@@ -1,4 +1,4 @@
-"""How many of the most important patches go on, and which: shared by pruning within a model and by the loop."""
+"""The choice of the most important patches, which pruning within a model and the inversion loop share."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ class Mass:
         return f"mass={self.share:g}"
 
 
-Prune = Mapping[int, float | Mass]  # block -> what is pruned before it
+Prune = Mapping[int, float | Mass]  # maps the number of a block to what is pruned before it
 
 
 def kept_count(count: int, fraction: float) -> int:
-    """Of `count` patches, how many are left when `fraction` of them is stopped (may be 0)."""
+    """Return how many of `count` patches are left when `fraction` of them stops. It may be 0."""
     return int(count * (1 - fraction))
 
 
 def keep_highest(
     tokens: PackedTokens, importance: Tensor, stop: float | Mass, *, num_prefix_tokens: int = 0, backend: str = "auto"
 ) -> PackedTokens:
-    """The most important patches of each sequence, in the order that they have.
+    """Keep the most important patches of each sequence, in their order.
 
     Args:
-        tokens: with or without values; prefix tokens always stay.
-        importance: (T,), or (heads, T) of which the mean counts.
-        stop: a fraction in (0, 1), of which n patches leave int(n * (1 - fraction)), at least one; or `Mass(p)`. A tie
-            goes to the patch that comes first. The host waits for the device where the counts are not known to it.
-        num_prefix_tokens: the first tokens of each sequence that are no patches.
+        tokens: the sequences, with or without values. Prefix tokens always stay.
+        importance: (T,), or (heads, T), whose mean over the heads is the importance.
+        stop: a fraction in (0, 1) that stops, so that int(n * (1 - fraction)) of n patches stay, at least one; or a
+            `Mass` that stays. Of equal patches, the first one stays. The host waits if it does not know the counts.
+        num_prefix_tokens: how many tokens at the start of each sequence are not patches.
         backend: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: importance that is NaN, or with `Mass` negative or infinite (on a GPU a device-side assertion).
+        ValueError: importance is NaN or, with `Mass`, negative or infinite. On a GPU this is a device-side assertion.
     """
     if isinstance(stop, Mass):
         how = {"mass": stop.share}
@@ -72,9 +72,9 @@ def keep_highest(
 
 
 def check_prune(model: VisionTransformer, prune: Prune) -> dict[int, float | Mass]:
-    """`prune` for a supported model; raises as `accelerate` says."""
+    """Check `prune` for a supported model, and return it as a dict. `accelerate` lists the errors."""
     if prune and not model.has_class_token:
-        raise UnsupportedModelError("the model has no class token, by whose attention patches are pruned")
+        raise UnsupportedModelError("the model has no class token, whose attention decides which patches are pruned")
     checked, last = {}, len(model.blocks) - 1
     for number, stop in prune.items():
         if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= last:
@@ -84,8 +84,8 @@ def check_prune(model: VisionTransformer, prune: Prune) -> dict[int, float | Mas
         for part in model.blocks[number - 1].modules():
             if isinstance(part, (DiffParallelScalingBlock, DiffAttention)):
                 raise UnsupportedModelError(
-                    f"blocks[{number - 1}] holds a {type(part).__name__}, whose difference of two attentions is no "
-                    f"attention of the class token to prune by before block {number}"
+                    f"blocks[{number - 1}] holds a {type(part).__name__}, whose attention is a difference of two and "
+                    f"cannot decide what to prune before block {number}"
                 )
         checked[number] = stop
     return checked

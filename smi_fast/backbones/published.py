@@ -1,4 +1,4 @@
-"""SMIAdaptor: a timm model called the way the published SMI code calls its own."""
+"""SMIAdaptor: a timm model that is called the way the published SMI code calls its model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smi_fast.packed import INTEGER_DTYPES
 
 
 class SMIAdaptor(nn.Module):
-    """A fast ViT for code that calls its model as the published code of Sparse Model Inversion (ICML 2024) does.
+    """A fast ViT for code that calls its model the way the published code of Sparse Model Inversion (ICML 2024) does.
 
         teacher = SMIAdaptor(model)
         logits, attentions, current_abs_index = teacher(images, current_abs_index, next_relative_index)
@@ -22,14 +22,14 @@ class SMIAdaptor(nn.Module):
     and patch i of the grid (row by row from 0) is token i + 1. With a model of N patches,
 
     - `current_abs_index` (B, P) names the tokens that are in use, which are all N + 1 of them at first.
-    - `next_relative_index` (B, Q) names the columns of `current_abs_index` whose tokens go on. Where Q equals P nothing
-      is stopped and the values are ignored, because after a stopping that code goes on passing the index that it had.
+    - `next_relative_index` (B, Q) names the columns of `current_abs_index` whose tokens go on. If Q equals P, nothing
+      is stopped and the values are ignored, because after a stopping that code keeps passing the same old index.
 
     Args:
         model: a timm model that `accelerate` takes, or an `AcceleratedViT`, whose only prefix token is a class token.
             The weights are shared. An inversion does not need their gradients: call `model.requires_grad_(False)` to
             save that part of the backward pass.
-        dtype, backend: passed to `accelerate`; not for a model that is accelerated already.
+        dtype, backend: arguments for `accelerate`. They cannot be given with a model that is accelerated already.
 
     Raises:
         UnsupportedModelError: see `accelerate`; also if the convention cannot be applied to the model, because it has
@@ -55,28 +55,28 @@ class SMIAdaptor(nn.Module):
         Args:
             images: (B, C, H, W), normalised as the model wants it. Jitter and flip are left to the caller, who
                 maps the indices of images that were rolled.
-            current_abs_index: (B, P) int64 or int32 on the images' device, in [0, N], no two of a row equal.
-            next_relative_index: (B, Q) as above, in [0, P). Both None: all tokens.
+            current_abs_index: (B, P) int64 or int32 on the images' device, in [0, N], distinct within each row.
+            next_relative_index: (B, Q), the same but in [0, P). If both are None, all tokens are in use.
 
         Returns:
             logits: (B, num_classes) in the images' dtype.
             attentions: a list with an entry for each block, as in the published code. Those before the last are None.
                 The last is (B, 1, 1, Q) float32: the class token's attention, averaged over heads, to the tokens in
-                use, itself first. The axes of heads and of queries have length 1, so that the published expression
-                `attentions[-1].mean(dim=1)[:, 0, :][:, 1:]` gives the importance (B, Q - 1), and code that asks for a
-                single head or for another token's row fails instead of reading a number that is not there. It carries
+                use, of which it is the first. The axes of heads and of queries have length 1, so that the published
+                expression `attentions[-1].mean(dim=1)[:, 0, :][:, 1:]` gives the importance (B, Q - 1), and code that
+                asks for a single head or for another token's row fails instead of reading a wrong number. It carries
                 no gradient.
-            current_abs_index: (B, Q) int64, the tokens in use now, in the order of `next_relative_index`: what the next
-                call takes as its `current_abs_index`.
+            current_abs_index: (B, Q) int64, the tokens in use now, in the order of `next_relative_index`. Pass it to
+                the next call as its `current_abs_index`.
 
         Raises:
-            ValueError: one index without the other; a wrong shape, dtype or device; a first column that is not the
-                class token; no patch; an index out of range or named twice. The message names the argument, the row and
-                the value. On a GPU values are checked by device-side assertions, so that nothing synchronises.
+            ValueError: only one index is given; a shape, dtype or device is wrong; the first column is not the class
+                token; there is no patch; or an index is out of range or named twice. The message names the argument,
+                the row and the value. On a GPU, device-side assertions check values, so that nothing synchronises.
         """
         index = self._tokens_in_use(images, current_abs_index, next_relative_index)
         logits, importance = self.fast(images, keep=index[:, 1:] - 1, return_attention=True)
-        # softmax: what the patches leave of 1 is the class token's attention to itself
+        # A softmax row sums to 1, so the rest is the class token's attention to itself.
         rest = (1 - importance.sum(1, keepdim=True)).clamp(min=0)
         attention = torch.cat((rest, importance), dim=1)[:, None, None]  # [B, 1, 1, Q]
         return logits.to(images.dtype), [None] * (len(self.fast.model.blocks) - 1) + [attention], index
@@ -128,11 +128,11 @@ def _check_form(name: str, index: Tensor, images: Tensor) -> None:
 
 
 def _check_values(name: str, index: Tensor, end: int) -> None:
-    """Check that each row of (B, P) starts with 0 and names values in [0, end), each once."""
+    """Check that each row of (B, P) starts with 0 and holds distinct values in [0, end)."""
     if torch.compiler.is_compiling():
         return  # a traced graph can neither raise nor branch on values
     headless = index[:, 0] != 0
-    if index.is_cuda:  # what else may be wrong the gather and the forward pass assert
+    if index.is_cuda:  # the gather and the forward pass assert the rest
         torch._assert_async(~headless.any(), f"{name} must hold 0, the class token, in its first column")
         return
     if headless.any():

@@ -58,7 +58,7 @@ NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNor
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, TimmGELU, GELUTanh, QuickGELU)
 SEQUENTIAL = (nn.Sequential,)
 BRANCH = ("norm", "attn", "ls", "drop_path")  # the parts of a branch in a ParallelThingsBlock
-TOKENWISE = frozenset(  # modules that treat each token alone
+TOKENWISE = frozenset(  # modules that process each token by itself
     (nn.Linear, Mlp, GluMlp, SwiGLU, LayerScale, DropPath, nn.Sequential, nn.ModuleList, *DROPS, *NORMS, *ACTIVATIONS)
 )
 PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS, *TIMM_ATTENTIONS, *POOLS}
@@ -78,7 +78,7 @@ class UnsupportedModelError(ValueError):
 
 
 def _original(kind: type, name: str) -> object:
-    """Return the method of a class, or None where it was replaced before this package was imported."""
+    """Return the method of a class, or None if it was replaced before this package was imported."""
     method = getattr(kind, name)
     owner = next(base for base in kind.__mro__ if name in base.__dict__)
     is_own = (method.__module__, method.__qualname__) == (owner.__module__, f"{owner.__qualname__}.{name}")
@@ -92,9 +92,9 @@ ORIGINALS += [(kind, name, _original(kind, name)) for kind in MODELS for name in
 def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
     """Say why a module cannot be bypassed, as the end of a sentence that begins with its name; None if it is plain.
 
-    A plain module is exactly of one of the classes `kinds`, which means that it is not subclassed, wrapped or
-    parametrised. It has no hooks of its own, forward or backward. Its `forward` is that of its class. If it is a Linear
-    or a convolution, its weight is not a subclass of Tensor that may define products of its own.
+    The class of a plain module is exactly one of `kinds`, so the module is not subclassed, wrapped or parametrised. It
+    has no hooks of its own, forward or backward. Its `forward` is that of its class. If it is a Linear or a
+    convolution, its weight is not a subclass of Tensor, which could define products of its own.
     """
     kind, state = type(module), module.__dict__  # nn.Module's own access to attributes is slow
     if kind not in kinds:
@@ -114,7 +114,7 @@ def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
 
 
 def obstacle_within(module: nn.Module, attentions: Collection[nn.Module] = ()) -> str | None:
-    """Say why a module, or one within it, cannot be trusted to treat each token alone; None if it can.
+    """Say why a module, or one within it, may not process each token by itself; None if it does.
 
     The modules in `attentions` may let tokens see each other.
     """
@@ -131,7 +131,7 @@ def _children_obstacle(module: nn.Module, attentions: Collection[nn.Module] = ()
 
 
 def obstacle_within_block(block: nn.Module) -> str | None:
-    """Say why tokens may see each other elsewhere than in the attentions of a block; None if they cannot."""
+    """Say why tokens may see each other in a block outside of its attentions; None if they cannot."""
     reason = obstacle(block, TIMM_BLOCKS)
     if reason is not None:
         return reason
@@ -171,8 +171,8 @@ def block_obstacle(block: nn.Module) -> str | None:
 
 
 def _attention_obstacle(name: str, attn: nn.Module, kinds: Collection[type]) -> str | None:
-    """Say why an attention cannot be bypassed: itself, or a module that it calls on heads, which lie in another order
-    here than in timm."""
+    """Say why an attention cannot be bypassed; None if it can. A module that it calls on heads may be the reason,
+    because heads are laid out in another order here than in timm."""
     reason = obstacle(attn, kinds)
     if reason is not None:
         return f"{name}{reason}"
@@ -188,7 +188,7 @@ def _attention_obstacle(name: str, attn: nn.Module, kinds: Collection[type]) -> 
 
 
 def check_bypassed(model: nn.Module) -> None:
-    """Raise UnsupportedModelError, naming the part, where something is not plain that every forward pass bypasses."""
+    """Raise UnsupportedModelError, naming the part, if a part that every forward pass bypasses is not plain."""
     for hooks in GLOBAL_HOOKS:
         for hook in hooks.values():
             if not isinstance(getattr(hook, "__self__", None), ModuleTracker):  # it only notes which module runs

@@ -1,7 +1,7 @@
 """timm's blocks on packed tokens. Each function that stands in for a timm forward says what it changes
 ("Modifications:").
 
-Tokens are (B, N, C) where all sequences are equally long, else packed (T, C).
+Tokens are (B, N, C) if all sequences are equally long, otherwise packed (T, C).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
-    """Weight and bias, or the copies of them that were cast within `AcceleratedViT.castweights`."""
+    """Return the weight and bias, or the copies of them that `AcceleratedViT.cast_weights` has cast."""
     return getattr(module, "_cast_weights", None) or (module.weight, module.bias)
 
 
@@ -71,10 +71,10 @@ def _diff_attention(attn: DiffAttention, x: Tensor, attend: Attend) -> Tensor:
 def _differential(
     attn: DiffAttention | DiffParallelScalingBlock, q: Tensor, k: Tensor, v: Tensor, attend: Attend
 ) -> Tensor:
-    """Differential attention (Ye et al., 2024, Eq. 1) of queries, keys and values (T, C) -> (T, C).
+    """Compute differential attention (Ye et al., 2024, Eq. 1) of queries, keys and values (T, C) -> (T, C).
 
-    Modifications: values are twice as wide as queries. Both halves of the values become heads of their own, so that one
-    call of the attention kernel computes both softmaxes.
+    Modifications: values are twice as wide as queries, so each half of the values becomes a head of its own. One call
+    of the attention kernel then computes both softmaxes.
     """
     heads, head_dim = attn.num_heads, attn.head_dim
     q1, q2 = attn.q_norm(q.view(-1, heads, 2, head_dim)).to(v.dtype).unbind(2)  # [T, H, D] each
@@ -95,11 +95,11 @@ def _differential(
 
 
 def any_block(block: nn.Module, number: int, x: Tensor, attend: Attend) -> Tensor:
-    """Run block `number`: our way if what we bypass in it is plain, else by its own forward, whose attention cannot be
-    measured.
+    """Run block `number` by the functions of this file if the parts that they bypass are plain, otherwise by its own
+    forward, whose attention cannot be measured.
 
     Raises:
-        UnsupportedModelError: such a block has to measure.
+        UnsupportedModelError: the block has to measure importance, but runs by its own forward.
     """
     reason = block_obstacle(block)
     if reason is None:
@@ -116,9 +116,9 @@ def _block(block: Block, x: Tensor, attend: Attend) -> Tensor:
 
 
 def block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) -> Tensor:
-    """timm's Block where only the first `count` tokens of its output are used: (B, N, C) or (T, C) -> (B, count, C).
+    """timm's Block if only the first `count` tokens of its output are used: (B, N, C) or (T, C) -> (B, count, C).
 
-    Modifications: only keys and values are computed for all tokens.
+    Modifications: only keys and values are computed for all tokens, and the rest for the first tokens.
     """
     attn, normed = block.attn, block.norm1(x)
     first = attend.first(normed, count)  # [B, count, C]

@@ -1,6 +1,6 @@
 """accelerate(): timm's ViT and DeiT on packed, pruned batches.
 
-The timm model keeps its weights and its modules; what is replaced is the way from tokens to tokens, in
+The timm model keeps its weights and its modules. Only the forward passes of its blocks are replaced, by those in
 `timm_blocks.py`.
 """
 
@@ -50,19 +50,19 @@ def accelerate(
     Hooks, wrapped or subclassed modules and patched forward methods act as they do in timm, and may come and go at any
     time. A module that is not one of timm's plain modules is called as it is, on tokens (B, N, C) of the kept patches,
     which may be slower. If the images of a batch keep different numbers of patches, they then run one by one, as
-    (1, N, C). The forward pass raises UnsupportedModelError for changes that it could only ignore: of the model itself,
-    its patch embedding or the container of its blocks; global module hooks; and importance or pruning by a block whose
-    attention was changed. torch.compile looks for hooks when it compiles. It looks for later ones only if
-    `torch._dynamo.config.skip_nnmodule_hook_guards` is False.
+    (1, N, C). The forward pass raises UnsupportedModelError for changes that it would have to ignore: changes of the
+    model itself, its patch embedding or the container of its blocks; global module hooks; and a changed attention in a
+    block that measures importance or prunes. torch.compile looks for hooks when it compiles. It looks for later ones
+    only if `torch._dynamo.config.skip_nnmodule_hook_guards` is False.
 
     Args:
         model: a model from timm's modules `vision_transformer` or `deit`. Its weights are shared, not copied.
         dtype: the dtype of the matrix products: torch.float32, bfloat16 or float16. None means the weights' own dtype
             if that is not float32, bfloat16 on GPUs that have it in hardware, and float32 elsewhere.
         backend: "auto" (Triton on CUDA, plain torch elsewhere), "triton" or "torch".
-        prune: maps a block, from 1 to the last, to what is pruned before it. A fraction in (0, 1) of n patches leaves
-            int(n * (1 - fraction)) of them, at least one. `Mass(p)` leaves the fewest patches that hold a share p of
-            the attention, which can be different numbers in different images. See `select_patches`.
+        prune: maps the number of a block, from 1 to the last, to what is pruned before it. A fraction in (0, 1) leaves
+            int(n * (1 - fraction)) of n patches, at least one. `Mass(p)` leaves the fewest patches that hold a share p
+            of the attention, and their number can differ between images. See `select_patches`.
 
     Raises:
         UnsupportedModelError: the model has a part that is not known, or has no class token whose attention could
@@ -73,7 +73,7 @@ def accelerate(
 
 
 def as_backbone(model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto") -> Backbone:
-    """Return a model that the loop can invert: a `Backbone` as it is, or a timm model accelerated.
+    """Return a model that the loop can invert: a `Backbone` unchanged, or the accelerated form of a timm model.
 
     Raises:
         ValueError: a dtype or backend is given for a model that is accelerated already.
@@ -87,7 +87,7 @@ def as_backbone(model: nn.Module, dtype: torch.dtype | None = None, backend: str
 
 
 class AcceleratedViT(nn.Module):
-    """A timm ViT that embeds, moves and attends only over kept patches. Made by `accelerate`; `.model` is timm's."""
+    """A timm ViT that computes only on kept patches, made by `accelerate`. Its attribute `model` is the timm model."""
 
     def __init__(
         self,
@@ -111,17 +111,17 @@ class AcceleratedViT(nn.Module):
 
     @property
     def _weight(self) -> Tensor:
-        """The weight (embed_dim, C, ph, pw) of the patch embedding, which tells where the model is, and of what."""
+        """The weight (embed_dim, C, ph, pw) of the patch embedding, which has the model's device and dtype."""
         return self.model.patch_embed.proj.weight
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self._weight.device
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the matrix products, where the weights are now."""
+        """The dtype of the matrix products on the device where the weights are now."""
         if self._dtype is not None:
             return self._dtype
         weight = self._weight
@@ -135,7 +135,7 @@ class AcceleratedViT(nn.Module):
 
     @property
     def num_channels(self) -> int:
-        """Channels of an image."""
+        """The number of channels of an image."""
         return self._weight.shape[1]
 
     @property
@@ -145,29 +145,29 @@ class AcceleratedViT(nn.Module):
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """The mean by which images are normalised, one number a channel, from timm's data config of the model."""
+        """The mean by which images are normalised, one number per channel, from timm's data config of the model."""
         return tuple(resolve_data_config(model=self.model)["mean"])
 
     @property
     def std(self) -> tuple[float, ...]:
-        """The standard deviation by which images are normalised, as `mean`."""
+        """The standard deviation by which images are normalised, in the same form as `mean`."""
         return tuple(resolve_data_config(model=self.model)["std"])
 
     @property
     def num_classes(self) -> int:
-        """Logits an image."""
+        """The number of logits per image."""
         return self.model.num_classes
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class, distillation and register tokens of an image."""
+        """The number of class, distillation and register tokens per image."""
         return self.model.num_prefix_tokens
 
     def grid(self, image_size: Sequence[int]) -> PatchGrid:
-        """The patches of images of (H, W) pixels.
+        """Return the patch grid of images of (H, W) pixels.
 
         Raises:
-            ValueError: the patches do not divide the images, or the model is of a fixed, different size.
+            ValueError: the patches do not divide the images, or the model takes only images of another size.
         """
         embed = self.model.patch_embed
         grid = PatchGrid.of(image_size, embed.patch_size)
@@ -184,25 +184,25 @@ class AcceleratedViT(nn.Module):
         view: Tensor | None = None,
         return_attention: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of the kept patches of each image.
+        """Compute the logits of each image from its kept patches.
 
         Args:
             images: (B, C, H, W), floating point, normalised as the model wants it.
-            keep: which patches enter: indices (B, K), a boolean mask (B, N), or a list of B index tensors; None: all.
-            view: integers (dy, dx, flip), one view (3,) for the batch or one an image (B, 3), on the images' device:
-                the images are seen rolled by (dy, dx) pixels, then mirrored left-right if flip is 1. `keep` and the
-                attention stay those of the plain image.
-            return_attention: return the importance of the kept patches too.
+            keep: the patches to keep: indices (B, K), a boolean mask (B, N), or a list of B index tensors. None: all.
+            view: integers (dy, dx, flip) on the images' device, (3,) for one view of the whole batch or (B, 3) for one
+                of each image. The model sees images rolled by (dy, dx) pixels and then, if flip is 1, mirrored
+                left-right. `keep` and the attention refer to the plain images.
+            return_attention: whether to return the importance of the kept patches too.
 
         Returns:
-            logits (B, num_classes) as timm's model gives them; with `return_attention` also the importance of each
-            kept patch, float32, (B, K) aligned to `keep`, packed (T,) where images keep different numbers. Importance
-            is the class token's attention in the last block, averaged over heads; without a class token the mean
-            attention that a patch receives there, or the pooling query's attention (attention pooling). It carries no
-            gradient. Patches that the forward pass has pruned have importance 0.
+            The logits (B, num_classes) as timm's model gives them. With `return_attention` also the importance of the
+            kept patches, float32, (B, K) aligned to `keep`, or packed (T,) if images keep different numbers. Importance
+            is the class token's attention in the last block, averaged over heads. Without a class token, it is the mean
+            attention that a patch receives there, or the pooling query's attention if the model pools by attention. It
+            carries no gradient. Patches that the forward pass has pruned have importance 0.
 
         Raises:
-            ValueError: images or keep that do not fit the model or each other; the message names the value.
+            ValueError: images or `keep` do not fit the model or each other. The message names the value.
         """
         check_bypassed(self.model)
         self._check_images(images)
@@ -217,13 +217,13 @@ class AcceleratedViT(nn.Module):
     def forward_patches(
         self, patches: PackedTokens, *, grid_size: tuple[int, int] | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of images that are given as patches alone, such as a batch of an `InvertedDataset`.
+        """Compute the logits of images that are given as patches only, such as a batch of an `InvertedDataset`.
 
         Args:
             patches: values (T, C * patch height * patch width), normalised pixels in (C, height, width) order, at their
                 positions in the grid.
-            grid_size: (rows, columns) of the patch grid; None: the model's own.
-            return_attention: as for `forward`.
+            grid_size: (rows, columns) of the patch grid. None: the model's own.
+            return_attention: see `forward`.
         """
         outputs = self.outputs(patches, grid_size=grid_size, importance=return_attention)
         return _with_attention(outputs, patches) if return_attention else outputs.logits
@@ -236,15 +236,15 @@ class AcceleratedViT(nn.Module):
         importance: bool = False,
         features: Sequence[str] = (),
     ) -> Outputs:
-        """As `forward_patches`, with all that a loss may ask for: the call of the `Backbone` protocol.
+        """Run `forward_patches` and return everything that a loss may need, as the `Backbone` protocol asks.
 
         Args:
-            importance: measure the importance (T,) of the patches.
-            features: names "blocks.N", counted from 0: the tokens (T', C) that block N gives, prefix tokens included,
-                at their positions. What is not asked for costs nothing.
+            importance: whether to measure the importance (T,) of the patches.
+            features: names "blocks.N", with N from 0, of the blocks whose output tokens (T', C) are returned, prefix
+                tokens included, at their positions. Features that are not requested cost nothing.
 
         Raises:
-            ValueError: patches that are not the model's; a name that is none of these.
+            ValueError: the patches do not fit the model, or a feature has another name.
         """
         check_bypassed(self.model)
         known = [f"blocks.{number}" for number in range(len(self.model.blocks))]
@@ -256,7 +256,7 @@ class AcceleratedViT(nn.Module):
     def _outputs(
         self, patches: PackedTokens, grid_size: tuple[int, int], importance: bool, features: Sequence[str] = ()
     ) -> Outputs:
-        """`outputs`, of a model and names that have been checked."""
+        """Compute `outputs` after the model and the names have been checked."""
         model = self.model
         uniform = patches.is_uniform and not any(isinstance(stop, Mass) for stop in self.prune.values())
         self._check_training(uniform)
@@ -301,17 +301,17 @@ class AcceleratedViT(nn.Module):
     def _importance(
         self, importance: Tensor, patches: PackedTokens, tokens: PackedTokens, grid_size: tuple[int, int]
     ) -> Tensor:
-        """The importance of the tokens that are left (T',), prefix tokens included, as that of the patches given."""
+        """Map the importance (T',) of the tokens that are left, prefix tokens included, to the patches given."""
         prefix = self.model.num_prefix_tokens
         if tokens.is_uniform and not self.prune:
             return importance.view(-1, tokens.max_seqlen)[:, prefix:].flatten()
-        # By way of the grid, from the patches that are left to those that were given.
+        # The cells of the grid connect the patches that are left with the patches that were given.
         cells = prefix + grid_size[0] * grid_size[1]
         given, left = (packed.owners() * cells + packed.positions + prefix for packed in (patches, tokens))
         return importance.new_zeros(patches.batch_size * cells).index_copy(0, left, importance)[given]
 
     def _packs(self) -> bool:
-        """Whether tokens of several images may lie end to end: they see each other in plain attentions only."""
+        """Return whether tokens of several images may be packed: they may if only plain attentions mix tokens."""
         model = self.model
         reasons = [obstacle_within(model.norm_pre), obstacle_within(model.norm)]
         reasons += [obstacle_within_block(block) for block in model.blocks]
@@ -321,7 +321,7 @@ class AcceleratedViT(nn.Module):
     def _one_by_one(
         self, patches: PackedTokens, grid_size: tuple[int, int], importance: bool, features: Sequence[str]
     ) -> Outputs:
-        """As `_outputs`, image by image, so that hooks and foreign modules see (1, N, C); the host waits."""
+        """Run `_outputs` image by image, so that hooks and foreign modules see (1, N, C). The host waits."""
         outputs = [self._outputs(image, grid_size, importance, features) for image in patches.groups(1)]
         found = {name: [output.features[name] for output in outputs] for name in features}
         return Outputs(
@@ -334,9 +334,9 @@ class AcceleratedViT(nn.Module):
         )
 
     def _embed(self, patches: PackedTokens, grid_size: tuple[int, int]) -> PackedTokens:
-        """Patch embedding, position embedding and prefix tokens.
+        """timm's patch embedding, position embedding and prefix tokens.
 
-        Modifications: kept patches only, and a matrix product in the place of a convolution.
+        Modifications: only kept patches are embedded, by a matrix product instead of a convolution.
         """
         model, embed = self.model, self.model.patch_embed
         weight, bias = weights(embed.proj)
@@ -359,7 +359,7 @@ class AcceleratedViT(nn.Module):
         return tokens if model.pos_embed is None else replace(tokens, values=model.pos_drop(tokens.values))
 
     def _pooled_tokens(self, block: nn.Module) -> int | None:
-        """Return how many of the last block's tokens the head reads, from the first on; None if it may read all."""
+        """Return how many of the last block's first tokens the head reads, or None if it may read all tokens."""
         if self.model.global_pool != "token" or type(block) is not Block or type(block.attn) is not Attention:
             return None
         if type(block.attn.qkv) is not nn.Linear or obstacle_within_block(block) or obstacle_within(self.model.norm):
@@ -389,11 +389,11 @@ class AcceleratedViT(nn.Module):
 
     @contextmanager
     def cast_weights(self, *, pack: bool = True) -> Iterator[None]:
-        """While this context lasts, the weights must not change.
+        """Return a context in which weights are cast only once. They must not change while it lasts.
 
         The weights of matrix products are cast to the compute dtype once, not in every forward pass. On a CPU they are
-        also laid out for its products, unless `pack` is False: torch.compile does not take that layout. The numbers are
-        the same; the copies take memory.
+        also laid out for its products, unless `pack` is False, because torch.compile does not accept that layout. The
+        results are the same, but the copies take memory.
         """
         proj = patch_projection(self.model)
         pack = pack and can_pack(self.compute_dtype, proj.weight.device)
@@ -429,9 +429,9 @@ class AcceleratedViT(nn.Module):
             raise ValueError(f"images are on {images.device}, the model is on {weight.device}")
 
     def _check_training(self, uniform: bool) -> None:
-        """Refuse what timm does at random while training and packed tokens cannot do.
+        """Refuse the random operations of timm's training mode that are not possible on packed tokens.
 
-        The modes of timm's modules count, because `train()` on the timm model does not set the mode of this one.
+        The modes of timm's modules count, because `train()` on the timm model does not set the mode of this module.
         """
         if not (self.model.training or any(block.training for block in self.model.blocks)):
             return
@@ -449,6 +449,6 @@ class AcceleratedViT(nn.Module):
 
 
 def _with_attention(outputs: Outputs, patches: PackedTokens) -> tuple[Tensor, Tensor]:
-    """Logits, and importance as (B, K) where images have equally many patches, else packed (T,)."""
+    """Return the logits, and importance as (B, K) if images have equally many patches, otherwise packed (T,)."""
     importance = outputs.importance
     return outputs.logits, importance.view(patches.batch_size, patches.max_seqlen) if patches.is_uniform else importance
