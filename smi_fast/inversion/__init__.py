@@ -1,1 +1,1 @@
-"""The loop that turns noise into images of a class, and what it is made of."""
+"""The loop that turns noise into images of a class, and its parts."""

@@ -15,12 +15,12 @@ _FAILED: list[torch.cuda.CUDAGraph] = []
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """While this context lasts, work is queued on the device's side stream. It runs after the work that is already
-    queued on the current stream, and the current stream then waits for it.
+    """Queue work on the device's side stream while this context lasts. It runs after the work that is already queued on
+    the current stream, and the current stream then waits for it.
 
     Graphs cannot be captured on the default stream. All runs on a device share one side stream, because the caching
     allocator and cuBLAS keep memory for each stream that they have seen. Threads take turns on it, because a capture
-    records what any of them queues. On devices that are no GPUs nothing changes.
+    records what any of them queues. On devices other than GPUs, this context does nothing.
     """
     if not has_graphs(device):
         yield
@@ -42,27 +42,27 @@ def _side_stream(index: int) -> tuple[torch.cuda.Stream, threading.RLock]:
 
 
 def has_graphs(device: torch.device) -> bool:
-    """Whether CUDA graphs can be captured on a device."""
+    """Return whether CUDA graphs can be captured on a device."""
     return device.type == "cuda"
 
 
 def free_memory(device: torch.device) -> None:
-    """Give memory that the caching allocator holds and nobody uses back to the device."""
+    """Give unused memory that the caching allocator holds back to the device."""
     if has_graphs(device):
         torch.cuda.empty_cache()
 
 
 class Replayed:
-    """Calls `function(number)`. The first call with each number runs as it is, the second one is captured as a CUDA
-    graph, and from then on the graph is replayed.
+    """Calls `function(number)`. The first call with each number runs without a graph, the second one is captured as a
+    CUDA graph, and from then on the graph is replayed.
 
     The function must do the same in every call with the same number. It may read and write device memory that stays
-    where it is. It must not wait for the device, and must not let anything that changes on the host decide what it
-    does. If the function cannot be captured, it runs as it is and a warning says so. A capture runs nothing, so no call
-    is lost. Call it on a `side_stream`.
+    where it is. It must not wait for the device, and values that change on the host must not decide what it does. If
+    the function cannot be captured, it runs without a graph and a warning says so. A capture runs nothing, so each call
+    still takes effect once. Call it on a `side_stream`.
 
     Args:
-        function: takes one integer. What it returns is dropped.
+        function: takes one integer. Its result is dropped.
     """
 
     def __init__(self, function: Callable[[int], object]):
@@ -92,14 +92,14 @@ class Replayed:
 
 
 def capture(function: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
-    """Record what a function launches on the current stream as a graph. Nothing of it runs.
+    """Record what a function launches on the current stream as a graph, without running it.
 
     Raises:
-        RuntimeError: it cannot be captured. The pool must not be used again then.
+        RuntimeError: the function cannot be captured. The pool must then not be used again.
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # the graph has memory of its own: what calls before it used is free for that
+    torch.cuda.empty_cache()  # the graph has memory of its own, and can take what earlier calls used
     # Only this thread's calls can break the capture: the backward pass runs in another thread.
     graph.capture_begin(pool, capture_error_mode="thread_local")
     try:

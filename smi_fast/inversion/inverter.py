@@ -30,7 +30,7 @@ from smi_fast.seeds import check_seed, seeded_generator
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback is told after an iteration. Nothing in it has synchronised."""
+    """The information that a callback gets after an iteration. Creating it does not synchronise."""
 
     iteration: int  # from 0
     stage: Stage
@@ -40,28 +40,28 @@ class Step:
 
     @property
     def tokens(self) -> float:
-        """Tokens an image in this iteration, in the mean where images differ."""
+        """Tokens per image in this iteration, on average if images differ."""
         return self.stage.tokens
 
     @property
     def keep(self) -> Tensor | list[Tensor]:
-        """The patches that are still inverted: (B, K) int64, or a list of B index tensors where images differ."""
+        """The patches that are still inverted: (B, K) int64, or a list of B index tensors if images differ."""
         return self._state.keep.indices()
 
     def images(self) -> Tensor:
-        """The images as they are now: (B, C, H, W) in [0, 1], stopped patches black.
+        """Return the images as they are now: (B, C, H, W) in [0, 1], with stopped patches black.
 
-        Pixels that are NaN or infinite are given as they were when the stage began.
+        Pixels that are NaN or infinite are returned as they were when the stage began.
         """
         return self._state.results()
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all that the run needs to go on from here, in this process or another: `torch.save` it, and give it
-        to `Inverter.run` as `state`."""
+        """Return a copy of everything that the run needs to go on from here, in this process or another. `torch.save`
+        can save it, and `Inverter.run` takes it as `state`."""
         return self._state.state_dict()
 
     def seconds(self) -> float:
-        """Seconds since the run began; waits for the device."""
+        """Return the seconds since the run began. The host waits for the device."""
         if self.loss.is_cuda:
             torch.cuda.synchronize(self.loss.device)
         return time.perf_counter() - self._started
@@ -69,15 +69,15 @@ class Step:
 
 @dataclass(frozen=True)
 class InversionResult:
-    """What an inversion made.
+    """The result of an inversion.
 
     Args:
-        images: (B, C, H, W) float32 in [0, 1] on the CPU, stopped patches black. Pixels that have become NaN or
-            infinite, of which a warning tells, are given as they were when the last stage began.
-        keep: (B, K) int64, the patches that were never stopped; a list of B index tensors where images differ.
+        images: (B, C, H, W) float32 in [0, 1] on the CPU, with stopped patches black. Pixels that have become NaN or
+            infinite are returned as they were when the last stage began, and a warning says so.
+        keep: (B, K) int64, the patches that were never stopped, or a list of B index tensors if images differ.
         targets: (B,) int64.
         losses: (iterations,) float32, one for every iteration that ran.
-        history: the stages that ran, the last one cut short where the run was interrupted.
+        history: the stages that ran. If the run was interrupted, the last one is cut short.
         patch_size: (height, width) of a patch in pixels.
         interrupted: whether Ctrl-C ended the run early.
     """
@@ -92,12 +92,12 @@ class InversionResult:
 
 
 class NonFiniteError(RuntimeError):
-    """Raised by `Inverter.run` at a stopping where the attention is NaN or infinite, so that it selects no patches.
+    """Raised by `Inverter.run` if the attention is NaN or infinite at a stopping, so that no patch can be selected.
 
     Attributes:
-        iteration: the stopping's.
-        result: the `InversionResult` of the iterations before it. Pixels that are no longer finite are there as they
-            were when the last stage began.
+        iteration: the iteration of the stopping.
+        result: the `InversionResult` of the iterations before it. Pixels that are no longer finite are returned in it
+            as they were when the last stage began.
     """
 
     def __init__(self, iteration: int, result: InversionResult):
@@ -116,37 +116,37 @@ class Inverter:
     and keep their pixels for good.
 
     Args:
-        model: a timm model that `accelerate` takes, an `AcceleratedViT`, or another `Backbone`. It is in evaluation
-            mode and its weights are frozen while `run` runs; both are as they were afterwards.
+        model: a timm model that `accelerate` takes, an `AcceleratedViT`, or another `Backbone`. While `run` runs, it is
+            in evaluation mode and its weights are frozen. Both are restored afterwards.
         stopping: when patches are stopped: a `StoppingSchedule`, a mapping such as {50: 0.3}, or a text that
             `StoppingSchedule.parse` reads. "paper" is the paper's schedule, scaled to the number of iterations. None:
-            the paper's schedule as it is, {50: 0.3, 100: 0.3, 200: 0.3, 300: 0.3}.
-        objective: what is minimised of the model's outputs: `deep_inversion(...)`, a function of (logits, images,
-            targets), or an `Objective`.
-        prior: what is minimised of the pixels: an `ImagePrior`, or a function of (images, kept) with images
-            (B, C, H, W) in the model's normalised space and kept (B, 1, H, W) bool, the pixels still inverted. None:
-            the objective's own, such as that of `deep_inversion`, or nothing.
-        select: which patches go on at a stopping: "attention" (those with the highest importance), "lowest", "random",
-            or a function of (importance, keep), float32 (T,) and `PackedTokens`, that returns a score (T,) for each
-            patch; the highest go on.
-        iterations: optimiser steps.
-        lr, betas: Adam's.
+            the paper's schedule without scaling, {50: 0.3, 100: 0.3, 200: 0.3, 300: 0.3}.
+        objective: the loss of the model's outputs: `deep_inversion(...)`, a function of (logits, images, targets), or
+            an `Objective`.
+        prior: the loss of the pixels: an `ImagePrior`, or a function of (images, kept) with images (B, C, H, W) in the
+            model's normalised space and kept (B, 1, H, W) bool, the pixels that are still inverted. None: the
+            objective's own prior, such as that of `deep_inversion`, if it has one.
+        select: which patches go on at a stopping: "attention" (the most important ones), "lowest" (the least important
+            ones), "random", or a function of (importance, keep), float32 (T,) and `PackedTokens`, that returns a score
+            (T,) for each patch. The patches with the highest scores go on.
+        iterations: the number of optimiser steps.
+        lr, betas: the settings of Adam.
         jitter: views are rolled by up to this share of the image's side, in either direction.
-        flip: probability that a view is mirrored.
-        view_per_image: draw a view for each image, not one for the batch as the published code does.
-        image_size: (height, width) in pixels; None: the model's.
-        mean, std: the model's normalisation, one number a channel; None: from timm's data config of the model.
-        dtype, backend: passed to `accelerate`; not for a model that is accelerated already.
-        compile: fuse what surrounds the matrix products with torch.compile, which takes a minute before the first
-            iteration.
-        cuda_graphs: on a GPU, capture an iteration of each stage and replay it. Python in a loss of your own then runs
-            up to six times a stage only: turn this off if the loss counts its calls, for example. A loss that cannot be
-            captured runs as it is, and a warning says so.
+        flip: the probability that a view is mirrored.
+        view_per_image: draw a view for each image, instead of one for the batch as the published code does.
+        image_size: (height, width) in pixels. None: the model's.
+        mean, std: the model's normalisation, one number per channel. None: from timm's data config of the model.
+        dtype, backend: arguments for `accelerate`. They cannot be given with a model that is accelerated already.
+        compile: fuse the operations around the matrix products with torch.compile, which takes a minute before the
+            first iteration.
+        cuda_graphs: on a GPU, capture an iteration of each stage and replay it. The Python code of your own loss then
+            runs at most six times per stage, so turn this off if, for example, the loss counts its calls. A loss that
+            cannot be captured runs without a graph, and a warning says so.
         progress: show a progress bar with iteration, tokens per image and loss.
 
     Raises:
-        ValueError, TypeError: an argument out of range; the message names it.
-        UnsupportedModelError: as `accelerate`.
+        ValueError, TypeError: an argument is out of range. The message names it.
+        UnsupportedModelError: see `accelerate`.
     """
 
     def __init__(
@@ -225,18 +225,18 @@ class Inverter:
 
         Args:
             targets: (B,) class indices.
-            seed: of the initial noise, the views and random choices. The same seed, device, dtype and backend give the
-                same bits.
+            seed: decides the initial noise, the views and random choices. The same seed, device, dtype and backend give
+                the same bits.
             callback: called with a `Step` after every iteration.
             state: what `Step.state_dict()` returned in a run with the same arguments. This run goes on from there, in
                 this process or another, and gives the same bits as a run that was not interrupted.
 
         Returns:
-            The result; after Ctrl-C what there is so far.
+            The result. After Ctrl-C it is that of the iterations so far.
 
         Raises:
-            ValueError: targets that are no classes of the model; weights that are not finite; a state of another run.
-            NonFiniteError: the attention is NaN or infinite when it has to select patches. The images so far are kept.
+            ValueError: a target is not a class of the model, a weight is not finite, or the state is of another run.
+            NonFiniteError: the attention is NaN or infinite at a stopping. The error holds the result so far.
         """
         targets, seed = self._check_targets(targets), check_seed(seed)
         self._check_weights()
@@ -248,14 +248,14 @@ class Inverter:
                 try:
                     for stage in self.stages:
                         if current.iteration >= stage.end:
-                            continue  # the saved run had finished it
+                            continue  # the saved run has finished this stage
                         if current.iteration == stage.start and stage.start:
                             self._stop(current, stops[stage.start])
                         stage = self._enter(current, stage)
                         replayed = Replayed(step) if self.cuda_graphs and has_graphs(device) else step
                         for iteration in range(current.iteration, stage.end):
                             measures = iteration + 1 in stops
-                            if measures:  # the stage's last iteration, so that the memory of its graphs is free
+                            if measures:  # a stage's last iteration, which frees the memory of its graphs
                                 replayed = None
                                 free_memory(device)
                             if measures or iteration in stops:
@@ -271,12 +271,12 @@ class Inverter:
             return self._finish(current, interrupted)
 
     def _begin(self, targets: Tensor, seed: int, state: Mapping[str, Any] | None) -> tuple[InversionState, Tensor]:
-        """The state that the run begins with, and its views: (iterations, 3) or (iterations, B, 3) int32."""
+        """Return the state that the run begins with, and its views: (iterations, 3) or (iterations, B, 3) int32."""
         generator, batch_size = seeded_generator(seed), len(targets)
         count = self.iterations * (batch_size if self.view_per_image else 1)
         views = random_views(count, self.image_size, jitter=self.jitter, flip=self.flip, generator=generator)
         views = views.view(self.iterations, batch_size, 3) if self.view_per_image else views
-        # Drawn on the CPU, so that every device starts from the same noise.
+        # The noise is drawn on the CPU, so that every device starts from the same numbers.
         noise = torch.randn(batch_size, self.backbone.num_channels, *self.image_size, generator=generator)
         current = InversionState(
             noise.to(targets.device),
@@ -293,15 +293,15 @@ class Inverter:
         return current, views.to(targets.device)
 
     def _enter(self, current: InversionState, stage: Stage) -> Stage:
-        """Begin a stage, or go on with the one that a saved run had begun; returns it with its number of patches."""
+        """Begin a stage, or go on with the one that a saved run has begun. Return it with its number of patches."""
         stage = self._stage(stage.start, stage.end, current.patches)
         if not current.history or current.history[-1].start != stage.start:
             current.history.append(stage)
-        free_memory(self.backbone.device)  # what other shapes have left does not fit this stage's
+        free_memory(self.backbone.device)  # cached blocks of other shapes do not fit this stage
         return stage
 
     def _stop(self, current: InversionState, stop: float | Mass) -> None:
-        """Choose the patches that go on, by what the iteration before has measured."""
+        """Choose the patches that go on by the importance that the iteration before has measured."""
         if not current.importance.isfinite().all():
             raise NonFiniteError(current.iteration, self._result(current))
         chosen = scores(
@@ -312,16 +312,16 @@ class Inverter:
     def _step(
         self, current: InversionState, views: Tensor, number: int, plain: bool = False, measures: bool = False
     ) -> Tensor | None:
-        """One iteration, from the images of this number of the pair. All that changes from one to the next is read from
-        the device, so that a CUDA graph of it can be replayed. Returns the importance of the kept patches, if it
-        measures."""
+        """Run one iteration from the images `current.pair[number]`, and return the importance of the kept patches if it
+        measures. Everything that differs between iterations is read from the device, so that a CUDA graph of one can be
+        replayed for the others."""
         backbone, view = self.backbone, None if plain else views.index_select(0, current.clock)[0]
         tokens, inverse = current.gather(number, view, backbone.compute_dtype, backbone.backend)
         patches, images = tokens.values.requires_grad_(), current.pair[number].detach().requires_grad_()
         outputs = self._outputs(tokens, grid_size=self.grid.size, importance=measures, features=self._features)
         loss, fused = self._loss(outputs, images, current.targets), {}
         if isinstance(self.prior, ImagePrior):
-            fused = asdict(self.prior)  # the step computes it, with its gradient
+            fused = asdict(self.prior)  # the step on the pixels computes the prior and its gradient
         elif self.prior is not None:
             loss = loss + self.prior(images, current.mask)
         grad, of_images = _gradients(loss, (patches, images), current)
@@ -343,19 +343,19 @@ class Inverter:
 
     @contextmanager
     def _inverting(self, device: torch.device) -> Iterator[None]:
-        """A frozen model whose weights are cast once, on the device's side stream."""
+        """Freeze the model, cast its weights once, and run on the device's side stream."""
         with side_stream(device), frozen(self.backbone), self.backbone.cast_weights(pack=not self._compiled):
             yield
 
     def _result(self, current: InversionState, interrupted: bool = False) -> InversionResult:
-        """The result of the iterations that are done."""
+        """Return the result of the iterations that are done."""
         done, keep = current.iteration, current.keep.to("cpu").indices()
         history = [replace(stage, end=min(stage.end, done)) for stage in current.history if stage.start < done]
         images, losses = current.results().cpu(), current.losses[:done].cpu()
         return InversionResult(images, keep, current.targets.cpu(), losses, history, self.grid.patch_size, interrupted)
 
     def _finish(self, current: InversionState, interrupted: bool) -> InversionResult:
-        """The result, and a warning where some of it is not finite."""
+        """Return the result, and warn if some of it is not finite."""
         result, lost = self._result(current, interrupted), int(current.images().isfinite().logical_not().sum())
         if not result.losses.isfinite().all():
             warnings.warn(f"the loss is {_first_non_finite(result.losses)} on", stacklevel=3)
@@ -414,8 +414,8 @@ def _check_numbers(iterations: int, lr: float, betas: tuple[float, float], jitte
 
 
 def _gradients(loss: Tensor, inputs: tuple[Tensor, ...], current: InversionState) -> list[Tensor | None]:
-    """The gradients of a scalar loss, which is scaled for the backward pass where float16 needs it. None for an input
-    that the loss does not read."""
+    """Return the gradients of a scalar loss, which is scaled for the backward pass if float16 needs it. The gradient of
+    an input that the loss does not read is None."""
     if current.loss_scale is None:
         return list(torch.autograd.grad(loss, inputs, allow_unused=True))
     grads = torch.autograd.grad(loss * current.loss_scale.value, inputs, allow_unused=True)
@@ -423,13 +423,13 @@ def _gradients(loss: Tensor, inputs: tuple[Tensor, ...], current: InversionState
 
 
 def _first_non_finite(losses: Tensor) -> str:
-    """Such as "nan from iteration 12", of losses (iterations,) of which one is not finite."""
+    """Describe the first of the losses (iterations,) that is not finite, for example "nan from iteration 12"."""
     first = int((~losses.isfinite()).nonzero()[0])
     return f"{losses[first].item()} from iteration {first}"
 
 
 class _Bar(tqdm):
-    """A progress bar that shows the loss a few times a second, as of when it has arrived on the host: nothing waits."""
+    """A progress bar that shows the loss a few times a second. It never waits for a loss to arrive on the host."""
 
     _asked = 0.0  # when the loss was last asked for
     _loss: Tensor | None = None  # on the host

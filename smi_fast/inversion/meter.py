@@ -1,4 +1,4 @@
-"""What an inversion cost and what it reached: speed, operations and memory by stage, and the model's confidence."""
+"""The cost and the quality of an inversion: speed, operations and memory by stage, and the model's confidence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StageCost:
     durations: list[float] = field(default_factory=list)  # seconds of each iteration
     settled: list[float] = field(default_factory=list)  # seconds of the iterations that represent the stage
     peak_memory: int = 0  # bytes
-    flops: int = 0  # of one iteration of a whole batch
+    flops: int = 0  # operations of one iteration of a whole batch
 
     @property
     def iterations(self) -> int:
@@ -46,7 +46,7 @@ class StageCost:
 
     @property
     def iterations_per_second(self) -> float:
-        """From the median of the settled iterations, or of all iterations where none has settled."""
+        """The speed by the median of the settled iterations, or of all iterations if none has settled."""
         return 1 / max(statistics.median(self.settled or self.durations), 1e-9)  # a clock may stand still
 
 
@@ -65,7 +65,7 @@ class StageMeter:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """The time of one run. Iterations of a stage that was interrupted, or ended by an error, count too."""
+        """Measure one run. Iterations of a stage that an interruption or an error has ended count too."""
         self._stage: Stage | None = None
         self._moments = [self._now()]  # when the stage began, and the end of each of its iterations
         self._clear_peak()
@@ -122,7 +122,7 @@ class StageMeter:
 
 
 def iteration_flops(inverter: Inverter, stage: Stage, batch_size: int) -> int:
-    """The floating-point operations of the matrix products of one iteration, forward and backward.
+    """Count the floating-point operations of the matrix products of one iteration, forward and backward.
 
     torch's FlopCounterMode counts them on one image in plain torch, where attention is written as matrix products. The
     count is multiplied by the batch size.
@@ -144,7 +144,7 @@ def confidences(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """The probability of each image's target and the predicted class, computed from the kept patches alone.
+    """Compute the probability of each image's target and the predicted class, from the kept patches only.
 
     Args:
         images: (B, C, H, W) in [0, 1].

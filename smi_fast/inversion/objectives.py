@@ -1,4 +1,4 @@
-"""Objectives: what is minimised of a model's outputs."""
+"""Objectives: losses of a model's outputs that an inversion minimises."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 from smi_fast.backbones.base import Outputs
 from smi_fast.inversion.priors import ImagePrior
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits, images and targets
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # a function of logits, images and targets
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss of a model's outputs. A plain function of (logits, images, targets) does as well.
+    """A loss of a model's outputs. A plain function of (logits, images, targets) can be used instead.
 
-    An objective may have two attributes: `features`, names of the places of the model whose tokens it reads, as the
-    backbone's `outputs` takes them; and `prior`, an `ImagePrior` or a function, which is the run's unless the run is
-    given another one.
+    An objective may have two attributes: `features`, the names of the places in the model whose tokens it reads, as the
+    backbone's `outputs` takes them; and `prior`, an `ImagePrior` or a function, which a run uses unless it is given
+    another prior.
     """
 
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
-        """The scalar to minimise.
+        """Return the scalar to minimise.
 
         Args:
-            outputs: of the images as they are seen through this iteration's view.
+            outputs: the model's outputs for the images as they are seen through this iteration's view.
             targets: (B,) int64, the classes.
         """
         ...
@@ -46,7 +46,7 @@ class deep_inversion:
         tv_l2, l2, norm: see `ImagePrior`.
 
     Raises:
-        ValueError: as `ImagePrior`.
+        ValueError: see `ImagePrior`.
     """
 
     tv_l2: float = 1e-4
@@ -58,20 +58,20 @@ class deep_inversion:
 
     @property
     def prior(self) -> ImagePrior:
-        """What is minimised of the pixels."""
+        """The prior of the pixels."""
         return ImagePrior(self.tv_l2, self.l2, self.norm)
 
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
-        """The cross-entropy of the targets."""
+        """Return the cross-entropy of the targets."""
         reduction = "mean" if self.norm == "batch" else "sum"
         return F.cross_entropy(outputs.logits.float(), targets, reduction=reduction)
 
 
 def as_loss(objective: Objective | Loss) -> Callable[[Outputs, Tensor, Tensor], Tensor]:
-    """A function of (outputs, images, targets) that computes the loss of an objective or of a plain function.
+    """Return a function of (outputs, images, targets) that computes the loss of an objective or of a plain function.
 
     Raises:
-        TypeError: the objective is neither.
+        TypeError: `objective` is neither.
     """
     if isinstance(objective, Objective):
         return lambda outputs, images, targets: objective.loss(outputs, targets)

@@ -1,4 +1,4 @@
-"""The settings of each method, once, for Python, for every command and for the studies."""
+"""The settings of each method, which Python code, all commands and the studies share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class InversionSettings:
     betas: tuple[float, float] = (0.5, 0.99)  # of Adam
     tv_l2: float = 1e-4  # weight of the total variation prior
     l2: float = 0.0  # weight of the l2 prior
-    norm: str = "batch"  # what the priors take norms over: the "batch", as published, or each "image"
+    norm: str = "batch"  # the norms of the priors run over the "batch", as published, or over each "image"
     jitter: float = 1 / 8  # largest shift of a view, as a share of the image's side
     flip: float = 0.5  # probability that a view is mirrored
     stopping: StoppingSchedule | str = "paper"  # when patches stop, as `Inverter` takes it
@@ -46,15 +46,15 @@ class InversionSettings:
         )
 
     def record(self) -> dict:
-        """The settings as a report holds them: values that JSON knows."""
+        """Return the settings for a report, as values that JSON can hold."""
         return asdict(self) | {"betas": list(self.betas), "stopping": str(self.schedule)}
 
 
 PAPER = InversionSettings()
-# A small model of small images becomes sure of its targets sooner, and needs a smoother prior and smaller steps.
+# A small model of small images becomes sure of its targets sooner, and needs a stronger prior and smaller steps.
 DEMO = InversionSettings(iterations=600, lr=0.1, tv_l2=1e-3)
 
 
 def settings_of(model: str) -> InversionSettings:
-    """The settings for the model of this name: the demo's for the model in this package, the paper's for any other."""
+    """Return the settings for a model's name: the demo's for the model in this package, the paper's for any other."""
     return DEMO if model == MODEL_INSIDE else PAPER

@@ -1,4 +1,4 @@
-"""Priors: what is minimised of the pixels alone."""
+"""Priors: losses that depend only on the pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from smi_fast.kernels.pixels import NEIGHBOURS, pixel_pairs
 
 NORMS = ("batch", "image")
-PixelLoss = Callable[[Tensor, Tensor], Tensor]  # of images and of the mask of kept pixels
+PixelLoss = Callable[[Tensor, Tensor], Tensor]  # a function of images and of the mask of kept pixels
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ImagePrior:
             and adds up the images, so that no image depends on the others.
 
     Raises:
-        ValueError: a weight that is negative or not finite, or another norm.
+        ValueError: a weight is negative or not finite, or the norm is neither of the two.
     """
 
     tv_l2: float = 1e-4
@@ -44,14 +44,14 @@ class ImagePrior:
 
 
 def total_variation(images: Tensor, kept: Tensor | None = None, norm: str = "batch") -> Tensor:
-    """The sum over four neighbour directions (two axes, two diagonals) of the l2 norm of the differences.
+    """Compute the sum over four neighbour directions (two axes, two diagonals) of the l2 norm of the differences.
 
-    The gradient is 0 in a direction whose norm is 0. Gradients of any order are right.
+    A direction whose norm is 0 has the gradient 0. Gradients of any order are right.
 
     Args:
         images: (B, C, H, W).
-        kept: (B, 1, H, W) bool. Only pairs of pixels that are both kept count; None: all.
-        norm: over the "batch", or over each "image", whose norms are added up.
+        kept: (B, 1, H, W) bool. Only pairs of pixels that are both kept count. None: all pairs count.
+        norm: "batch" takes one norm over the batch, "image" adds up the norms over each image.
 
     Returns:
         A scalar.
@@ -67,7 +67,7 @@ def total_variation(images: Tensor, kept: Tensor | None = None, norm: str = "bat
 
 
 def l2_norm(images: Tensor, kept: Tensor | None = None, norm: str = "batch") -> Tensor:
-    """The l2 norm of the kept pixels; arguments and result are those of `total_variation`."""
+    """Compute the l2 norm of the kept pixels. Arguments and result are those of `total_variation`."""
     return _norm(images if kept is None else torch.where(kept, images, 0.0), norm)
 
 

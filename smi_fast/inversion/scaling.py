@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-INITIAL, INTERVAL = 2.0**16, 2000  # those of torch.amp.GradScaler
+INITIAL, INTERVAL = 2.0**16, 2000  # the values of torch.amp.GradScaler
 SMALLEST, LARGEST = 2.0**-64, 2.0**24
 
 
@@ -15,8 +15,8 @@ class LossScale:
     """The factor that a loss is multiplied by before its backward pass, adjusted as `torch.amp.GradScaler` does.
 
     It is halved when a gradient overflows and doubled after 2000 iterations without an overflow. Unlike GradScaler, it
-    counts a gradient that overflows as zero and lets the step be taken. So neither the host nor the optimiser has to be
-    asked, and an iteration can be captured in a CUDA graph.
+    replaces a gradient that overflows by zero and takes the step all the same. The host then has nothing to decide, so
+    an iteration can be captured in a CUDA graph.
     """
 
     def __init__(self, device: torch.device):
@@ -24,7 +24,7 @@ class LossScale:
         self._finite_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
     def unscale(self, *grads: Tensor | None) -> list[Tensor | None]:
-        """The gradients of the loss itself, in float32, from those of the scaled loss. Adjusts the scale."""
+        """Return the gradients of the loss itself, in float32, from those of the scaled loss, and adjust the scale."""
         finite = torch.stack([grad.isfinite().all() for grad in grads if grad is not None]).all()
         grads = [None if grad is None else torch.where(finite, grad.float() / self.value, 0.0) for grad in grads]
         self._finite_in_a_row.add_(1).mul_(finite)
@@ -34,7 +34,7 @@ class LossScale:
         return grads
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of the scale and of the count of iterations without an overflow."""
+        """Return a copy of the scale and of the number of iterations since the last overflow."""
         return {"value": self.value.clone(), "finite_in_a_row": self._finite_in_a_row.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

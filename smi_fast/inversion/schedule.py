@@ -1,4 +1,4 @@
-"""StoppingSchedule: at which iterations how many patches stop."""
+"""StoppingSchedule: when patches stop, and how many of them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from smi_fast.backbones.pruning import Mass, kept_count
 
 
 class StoppingSchedule:
-    """Says at which iterations which fraction of the remaining patches stops.
+    """The iterations at which patches stop, and the fraction of the remaining patches that stops at each.
 
     `StoppingSchedule({50: 0.3, 100: 0.3})` stops 30 % of the patches at iteration 50 and 30 % of the rest at iteration
     100. If a fraction r of n patches stops, int(n * (1 - r)) go on (Sparse Model Inversion, Sec. 4.2).
 
     Args:
-        stops: maps an iteration to the fraction in (0, 1) that stops, or to a `Mass` of attention that goes on, with
-            which images come to have different numbers of patches. Iterations count from 0 and must increase. The first
+        stops: maps an iteration to the fraction in (0, 1) that stops, or to a `Mass` of attention that goes on. With
+            `Mass`, images can keep different numbers of patches. Iterations count from 0 and must increase. The first
             possible one is 1, because the attention comes from the iteration before.
 
     Raises:
-        TypeError, ValueError: an iteration that is no integer or below 1, iterations that do not increase, a fraction
-            outside (0, 1).
+        TypeError, ValueError: an iteration is not an integer or is below 1, iterations do not increase, or a fraction
+            is outside (0, 1).
     """
 
     PAPER = ((50, 0.3), (100, 0.3), (200, 0.3), (300, 0.3))
@@ -48,7 +48,7 @@ class StoppingSchedule:
         """Read "50:0.3,100:0.3", "50:0.3,100:mass=0.9", "paper" (scaled to `iterations`) or "dense".
 
         Raises:
-            ValueError: the text is none of these; the message names the part that is wrong.
+            ValueError: the text is none of these. The message names the part that is wrong.
         """
         if text.strip() == "dense":
             return cls.dense()
@@ -86,11 +86,11 @@ class StoppingSchedule:
         return cls({})
 
     def patches(self, num_patches: int) -> dict[int, int | None]:
-        """Map each stopping to the number of patches that an image keeps from there on. From the first `Mass` on it is
-        None, because the images themselves decide.
+        """Map each stopping to the number of patches that an image keeps from there on. From the first `Mass` on, the
+        number is None, because it depends on the image.
 
         Raises:
-            ValueError: a stopping leaves no patch of `num_patches`.
+            ValueError: a stopping leaves none of the `num_patches` patches.
         """
         counts, count = {}, num_patches
         for iteration, fraction in self.stops.items():
@@ -117,10 +117,10 @@ class StoppingSchedule:
 
 
 def as_schedule(stopping: StoppingSchedule | Mapping[int, float | Mass] | str, iterations: int) -> StoppingSchedule:
-    """Return a schedule as it is, or make one of a mapping or a text. The text "paper" is scaled to `iterations`.
+    """Return a schedule unchanged, or make one from a mapping or a text. The text "paper" is scaled to `iterations`.
 
     Raises:
-        TypeError, ValueError: none of these; as `StoppingSchedule` and its `parse`.
+        TypeError, ValueError: the argument is none of these, or see `StoppingSchedule` and its `parse`.
     """
     if isinstance(stopping, StoppingSchedule):
         return stopping

@@ -1,4 +1,4 @@
-"""Which patches go on when others stop."""
+"""The choice of the patches that go on when others stop."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STRATEGIES = ("attention", "random", "lowest")
 
 
 def check_strategy(select: str | Scores) -> str | Scores:
-    """A strategy that `scores` knows, or a function.
+    """Check that `select` is a strategy that `scores` knows or a function, and return it.
 
     Raises:
-        ValueError: neither; the message names it.
+        ValueError: `select` is neither. The message names it.
     """
     if not callable(select) and select not in STRATEGIES:
         raise ValueError(f"select must be one of {', '.join(STRATEGIES)} or a function, got {select!r}")
@@ -29,18 +29,18 @@ def check_strategy(select: str | Scores) -> str | Scores:
 def scores(
     select: str | Scores, importance: Tensor, keep: PackedTokens, stop: float | Mass, *, seed: int, iteration: int
 ) -> Tensor:
-    """What patches are chosen by, (T,) float32: those with the highest scores go on.
+    """Return a score for each patch, (T,) float32. The patches with the highest scores go on.
 
     Args:
-        select: "attention" (their importance, as in Sparse Model Inversion), "lowest" (the opposite), "random", or a
-            function of (importance, keep) that returns the scores.
-        importance: (T,) float32 of the kept patches.
+        select: "attention" (the patch's importance, as in Sparse Model Inversion, Sec. 4.2), "lowest" (its negative),
+            "random", or a function of (importance, keep) that returns the scores.
+        importance: (T,) float32, the importance of the kept patches.
         keep: the kept patches.
-        stop: what the scores are for: a fraction of the patches, or the mass of the scores that goes on.
-        seed, iteration: what random scores follow from.
+        stop: the fraction of the patches that stops, or the `Mass` of the scores that goes on.
+        seed, iteration: decide the random scores.
 
     Raises:
-        ValueError: the function returns something else than one finite number a patch, or negative ones for a mass.
+        ValueError: the function does not return one finite number per patch, or returns negative numbers for a `Mass`.
     """
     if select == "attention":
         return importance
@@ -69,25 +69,25 @@ def select_patches(
     mass: float | None = None,
     backend: str = "auto",
 ) -> Tensor | list[Tensor]:
-    """The patches that matter: those with the highest importance.
+    """Select the patches with the highest importance (Sparse Model Inversion, Sec. 4.2).
 
     Args:
-        attention: importance (B, K), aligned to `keep`, or packed (T,) where images keep different numbers: what
-            `fast(images, keep=keep, return_attention=True)` returns.
-        keep: the patches that `attention` belongs to: (B, K), a list of B index tensors or what `pack_keep` made of
-            them; None: patches 0 to K - 1.
+        attention: importance (B, K), aligned to `keep`, or packed (T,) if images keep different numbers, as
+            `fast(images, keep=keep, return_attention=True)` returns it.
+        keep: the patches that `attention` belongs to: (B, K), a list of B index tensors, or a result of `pack_keep`.
+            None: patches 0 to K - 1.
         fraction: stop this fraction, in (0, 1), of an image's K patches: int(K * (1 - fraction)) are kept, at least
-            one. A tie goes to the patch that comes first in `keep`.
+            one. Of patches with equal importance, the one that comes first in `keep` is kept first.
         mass: keep the fewest patches whose importance sums to at least this share, in (0, 1], of the image's total.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        The kept patches in the order of `keep`: (B, K') int64 where `attention` is (B, K) and `fraction` is given, else
-        a list of B tensors (K_b',) int64.
+        The kept patches in the order of `keep`: (B, K') int64 if `attention` is (B, K) and `fraction` is given,
+        otherwise a list of B tensors (K_b',) int64.
 
     Raises:
-        ValueError: neither or both of fraction and mass, or one out of range; importance that holds NaN; a `keep` that
-            does not fit `attention`.
+        ValueError: fraction and mass are both given, both missing or out of range, importance holds NaN, or `keep` does
+            not fit `attention`.
     """
     if (fraction is None) == (mass is None):
         raise ValueError(f"give either fraction or mass, got fraction={fraction} and mass={mass}")
@@ -104,7 +104,7 @@ def select_patches(
 
 
 def _packed_keep(attention: Tensor, keep: Keep | None) -> PackedTokens:
-    """The patches that `attention` belongs to."""
+    """Return the patches that `attention` belongs to."""
     if attention.ndim == 1 and (keep is None or isinstance(keep, Tensor)):
         raise ValueError("packed attention (T,) needs keep as a list of index tensors, one an image")
     if keep is None:

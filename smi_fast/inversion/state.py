@@ -1,4 +1,4 @@
-"""InversionState: all that an inversion carries from one iteration to the next, which can be saved."""
+"""InversionState: everything that an inversion carries from one iteration to the next, in a form that can be saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smi_fast.grid import PatchGrid
 from smi_fast.inversion.scaling import LossScale
 from smi_fast.packed import PackedTokens, all_patches
 
-VERSION = 1  # of what `state_dict` returns
+VERSION = 1  # the version of the dict that `state_dict` returns
 
 
 @dataclass(frozen=True)
@@ -24,31 +24,31 @@ class Stage:
 
     start: int  # first iteration
     end: int  # the iteration after the last one
-    patches: float | None  # kept patches an image, in the mean where images differ; None before the images decided
-    tokens: float | None  # patches and prefix tokens an image
+    patches: float | None  # kept patches per image, on average if images differ; None until a `Mass` is measured
+    tokens: float | None  # patches and prefix tokens per image
 
 
 class InversionState:
-    """The images under optimisation, what Adam remembers of them, and where the schedule stands.
+    """The images under optimisation, Adam's memory of them, and the progress of the schedule.
 
     Two batches of images take turns: a step reads one and writes the kept pixels of the other. Stopped pixels are equal
-    in both and no step reaches them, so that nothing can change them.
+    in both batches, and no step writes them, so they never change.
 
     Args:
-        images: (B, C, H, W) float32, what the inversion starts from, in the model's normalised space.
+        images: (B, C, H, W) float32, the images that the inversion starts from, in the model's normalised space.
         targets: (B,) int64, the classes.
-        grid: the patches of the images.
-        mean, std: the model's normalisation, one number a channel.
-        iterations: steps of the whole run.
-        seed: that the run's random numbers follow from.
+        grid: the patch grid of the images.
+        mean, std: the model's normalisation, one number per channel.
+        iterations: the number of steps of the whole run.
+        seed: the seed of the run's random numbers.
         scales_loss: whether the loss is scaled for its backward pass, as float16 needs it.
 
     Attributes:
-        iteration: steps that are done, and the number of the next one.
+        iteration: the number of steps that are done, which is also the number of the next step.
         keep: the patches that go on, without values.
         exp_avg, exp_avg_sq: (T, C * ph * pw) float32, Adam's moments of the kept patches.
-        steps: (B,) int64, Adam's steps of each image.
-        importance: (T,) float32 of the kept patches where the last iteration has measured it, else None.
+        steps: (B,) int64, the number of Adam's steps of each image.
+        importance: (T,) float32, the importance of the kept patches if the last iteration measured it, otherwise None.
         losses: (iterations,) float32 on the device.
         history: the stages that have begun.
     """
@@ -93,31 +93,31 @@ class InversionState:
 
     @property
     def patches(self) -> float:
-        """Kept patches an image, in the mean where images differ."""
+        """Kept patches per image, on average if images differ."""
         return self.keep.max_seqlen if self.keep.is_uniform else len(self.keep.positions) / self.batch_size
 
     @property
     def clock(self) -> Tensor:
-        """(1,) int64, `iteration` as the device counts it: all images of a batch begin together."""
+        """(1,) int64, `iteration` on the device. All images of a batch begin together, so the first one's is read."""
         return self.steps[:1]
 
     def images(self) -> Tensor:
-        """The images as they are now: (B, C, H, W) in normalised space."""
+        """Return the images as they are now: (B, C, H, W) in normalised space."""
         return self.pair[self.current]
 
     def finite_images(self) -> Tensor:
-        """`images`, where pixels that are NaN or infinite are as they were when the stage began."""
+        """Return `images` with pixels that are NaN or infinite as they were when the stage began."""
         return torch.where(self.images().isfinite(), self.images(), self.begun)
 
     @torch.no_grad()
     def results(self) -> Tensor:
-        """The images in [0, 1], stopped patches black: (B, C, H, W)."""
+        """Return the images (B, C, H, W) in [0, 1], with stopped patches black."""
         pixels = (self.finite_images() * self.std + self.mean).clamp(0, 1)
         return torch.where(self.mask, pixels, 0.0)
 
     def gather(self, number: int, view: Tensor | None, dtype: torch.dtype, backend: str) -> tuple[PackedTokens, Tensor]:
-        """The kept patches of the images of this number of the pair, seen through a view, and the inverse of the cells
-        that they are seen in, both as `kernels.gather_patches` gives them."""
+        """Gather the kept patches of the images `pair[number]`, seen through a view. Return the patches and the inverse
+        of their cells, which `kernels.gather_patches` describes."""
         patches, cells, inverse = kernels.gather_patches(
             self.pair[number],
             self.keep.positions,
@@ -131,8 +131,8 @@ class InversionState:
         return replace(self.keep, values=patches, positions=cells), inverse
 
     def step(self, number: int, grad: Tensor, **how: Any) -> Tensor:
-        """One step of Adam on the kept patches, from the images of this number of the pair to the others, then into the
-        range of real pixels. Returns the prior. `how` holds further arguments of `kernels.pixel_step`."""
+        """Take a step of Adam on the kept patches, from the images `pair[number]` to the other ones, and clamp them to
+        the range of real pixels. Return the prior. `how` holds further arguments of `kernels.pixel_step`."""
         return kernels.pixel_step(
             self.pair[1 - number],
             self.exp_avg,
@@ -149,24 +149,24 @@ class InversionState:
 
     @torch.no_grad()
     def stop(self, scores: Tensor, stop: float | Mass, backend: str) -> None:
-        """Go on with the patches of the highest scores (T,), and leave the others as they are for good."""
+        """Go on with the patches of the highest scores (T,). The other patches never change again."""
         rows = torch.arange(len(self.sites), dtype=torch.int32, device=self.sites.device)
         kept = keep_highest(replace(self.keep, positions=rows), scores, stop, backend=backend)
         rows = kept.positions.long()
         self.exp_avg, self.exp_avg_sq = self.exp_avg[rows], self.exp_avg_sq[rows]
-        self.pair[1 - self.current].copy_(self.images())  # stopped pixels were one step behind there
+        self.pair[1 - self.current].copy_(self.images())  # stopped pixels are one step behind there
         self.begun = self.finite_images()
         self.importance = None
         self._keep_only(replace(kept, positions=self.keep.positions[rows]))
 
     def advance(self) -> None:
-        """A step is done: the next one reads what this one has written."""
+        """Count a step as done. The next step reads the images that it has written."""
         self.iteration += 1
         self.current = 1 - self.current
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all that a run needs to go on: tensors on their device, numbers, lists and dictionaries, so that
-        `torch.load(..., weights_only=True)` reads it. Give it to `Inverter.run`."""
+        """Return a copy of everything that a run needs to go on: tensors on their device, numbers, lists and dicts, so
+        that `torch.load(..., weights_only=True)` can read it. Pass it to `Inverter.run`."""
         tensors = {
             "targets": self.targets,
             "images": self.images(),
@@ -193,8 +193,8 @@ class InversionState:
         """Go on from what `state_dict` returned, on the device of this state.
 
         Raises:
-            ValueError: the state is of another version, or of a run with other targets, another seed, other images or
-                fewer iterations; the message names what differs. This state is then as it was.
+            ValueError: the state is of another version, of a run with other targets, another seed or another image
+                size, or beyond the end of this run. The message names the difference, and this state is unchanged.
         """
         if state.get("version") != VERSION:
             raise ValueError(f"the state is of version {state.get('version')}, this code reads version {VERSION}")

@@ -18,7 +18,7 @@ def random_views(
     Args:
         image_size: (H, W) in pixels.
         jitter: offsets are uniform over the integers from -int(side * jitter) to int(side * jitter), both included.
-        flip: probability of a mirror.
+        flip: the probability that a view is mirrored.
 
     Returns:
         (count, 3) int32 on the CPU.
@@ -34,7 +34,7 @@ def random_views(
 def apply_view(images: Tensor, view: tuple[int, int, int]) -> Tensor:
     """Return whole images (B, C, H, W) as they are seen through one view: rolled by (dy, dx), then mirrored left-right.
 
-    The accelerated model never makes this image; it defines what the model sees.
+    The accelerated model never makes these images. They define what the model sees.
     """
     dy, dx, flip = view
     rolled = images.roll((int(dy), int(dx)), dims=(2, 3))
