@@ -20,8 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can act on, or 130 after Ctrl-C. Errors and warnings are one
-        line each on the standard error stream.
+        The exit code: 0, 2 after an error that the user can act on, or 130 after Ctrl-C. Each error or warning is one
+        line on the standard error stream.
     """
     args = argparse.Namespace(written=[])  # a command adds the names of the files that it has written completely
     try:
@@ -51,7 +51,7 @@ def _parser() -> Parser:
 
 
 def _sentence(error: Exception) -> str:
-    """The message of an error in one line. A DataLoader's worker sends a traceback, whose last line has the message."""
+    """Return an error's message in one line. A DataLoader's worker sends a traceback that ends with the message."""
     text = str(error).strip() or "out of memory"  # a MemoryError has no message
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]

@@ -1,4 +1,4 @@
-"""The options that several commands share, and what the commands make of them."""
+"""The options that several commands share, and the models, settings and data that the options stand for."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _number(kind: type, text: str, what: str) -> int | float:
 
 
 def add_numbers(group: argparse._ActionsContainer, **options: tuple[Callable, float | None, str]) -> None:
-    """Add options that are numbers: the name of each with its type, its default and its help."""
+    """Add options that are numbers. `options` maps the name of each to its type, its default and its help text."""
     for name, (kind, default, what) in options.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=what)
 
@@ -97,7 +97,7 @@ def add_model(
     role: str = "model",
     default: str = MODEL_INSIDE,
 ) -> argparse._ArgumentGroup:
-    """Add --model, --pretrained and --checkpoint; for another role --ROLE, --ROLE-pretrained and --ROLE-checkpoint."""
+    """Add --model, --pretrained and --checkpoint, or --ROLE, --ROLE-pretrained and --ROLE-checkpoint."""
     group, prefix = parser.add_argument_group(role), "" if role == "model" else f"{role}-"
     checkpoint = "read the weights from a safetensors or torch file"
     group.add_argument(f"--{role}", default=default, metavar="NAME", help=what)
@@ -127,7 +127,7 @@ INVERSION = {  # setting -> the type of its option, and what the help says about
 
 
 def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
-    """Add the settings of an inversion; `lr` is the option for its learning rate."""
+    """Add the settings of an inversion. `lr` is the name of the option for its learning rate."""
     for field, (kind, what) in INVERSION.items():
         option = lr if field == "lr" else f"--{field.replace('_', '-')}"
         paper, demo = getattr(PAPER, field), getattr(DEMO, field)
@@ -141,13 +141,13 @@ def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
 
 
 def inversion_settings(args: argparse.Namespace) -> InversionSettings:
-    """The settings for the command's model, with the options of `add_inversion` that were given in their place."""
+    """Return the settings for the command's model, replaced by those options of `add_inversion` that were given."""
     settings = replace(settings_of(args.model), **given_inversion(args))
     return replace(settings, stopping=settings.schedule)  # a schedule that cannot be read is refused here
 
 
 def given_inversion(args: argparse.Namespace) -> dict:
-    """The options of `add_inversion` that were given, by the names of the settings."""
+    """Return the options of `add_inversion` that were given, by the names of the settings."""
     values = {field: getattr(args, f"inversion_{field}") for field in (*INVERSION, "stopping")}
     return {field: value for field, value in values.items() if value is not None}
 
@@ -155,7 +155,7 @@ def given_inversion(args: argparse.Namespace) -> dict:
 def add_data(
     parser: argparse.ArgumentParser, what: str = "test images", *, required: bool = True, limit: bool = True
 ) -> None:
-    """Add --data and --root, which name labelled images, and --limit, which takes some of the test images."""
+    """Add --data and --root, which name labelled images, and --limit, which selects some of the test images."""
     data = parser.add_argument_group("data")
     what += ": a folder that holds a folder for each class, or CIFAR10, CIFAR100 or ImageNet with --root"
     data.add_argument("--data", metavar="DATA", required=required, help=what)
@@ -165,7 +165,7 @@ def add_data(
 
 
 def load_test_images(args: argparse.Namespace, model: nn.Module) -> DataLoader:
-    """The test images that the options of `add_data` name, preprocessed for the model."""
+    """Load the test images that the options of `add_data` name, preprocessed for the model."""
     data = load_data(args.data, args.root, split="test", model=model)
     if args.limit is not None and args.limit < len(data):
         data = Subset(data, torch.linspace(0, len(data) - 1, args.limit).long().tolist())
@@ -173,7 +173,7 @@ def load_test_images(args: argparse.Namespace, model: nn.Module) -> DataLoader:
 
 
 def timed_accuracy(model: nn.Module, test: DataLoader, progress: bool) -> dict[str, float]:
-    """The accuracy of the model in [0, 1], and the seconds that the evaluation took."""
+    """Return the accuracy of the model in [0, 1], and the seconds that the evaluation took."""
     started = time.perf_counter()
     return {"accuracy": accuracy(model, test, progress=progress), "seconds": time.perf_counter() - started}
 
@@ -187,10 +187,10 @@ def add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def check_memory(option: str, images: int, shape: Sequence[int]) -> None:
-    """Check that so many float32 images of this shape fit into the machine's memory at all.
+    """Check that a number of float32 images of this shape fits into the machine's memory.
 
     Raises:
-        ValueError: They do not. The message names the option that asks for them.
+        ValueError: The images do not fit. The message names the option that asks for them.
     """
     needed, there = 4 * images * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         record["inversion"] = inversion.record()
 
     def save_round(finished: Round, batch: object) -> None:
-        """Save what is finished, whatever happens next."""
+        """Save the results of each round at once, so that they survive an interruption."""
         record["rounds"].append(asdict(finished))
         results.write("student.safetensors", lambda path: save_weights(student, path))
         results.write("report.json", lambda path: write_json(path, record))
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def image_source(args: argparse.Namespace, teacher: nn.Module, inversion: InversionSettings) -> dict:
-    """The argument of `distill` that gives the images: a stored dataset, or an inverter of the teacher."""
+    """Return the argument of `distill` that supplies the images: a stored dataset, or an inverter of the teacher."""
     if args.dataset is None:
         inverter = inversion.inverter(teacher, progress=False)
         arguments.check_memory("--samples", args.samples or 1, (len(inverter.mean), *inverter.image_size))
@@ -106,7 +106,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def table(history: Sequence[Round]) -> str:
-    """What each round came to, as text."""
+    """Return the results of each round as text."""
     rows = [("round", "samples", "iterations", "loss", "accuracy", "inversion s", "transfer s")]
     for r in history:
         seconds = (f"{r.inversion_seconds:.1f}", f"{r.transfer_seconds:.1f}")

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def evaluated_model(args: argparse.Namespace) -> nn.Module:
-    """The quantised model where a file of one is given, otherwise the model that the other options name."""
+    """Return the quantised model if its file is given, otherwise the model that the other options name."""
     if args.quantized is None:
         return arguments.model_of(args)
     if args.pretrained or args.checkpoint is not None or args.model != MODEL_INSIDE:

@@ -1,4 +1,4 @@
-"""smi-fast invert: images of a classifier's classes, as a dataset, as pictures and with a report."""
+"""smi-fast invert: images of a classifier's classes, written as a dataset and as pictures, with a report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     machine = arguments.add_device(parser)
     what = "dtype of the matrix products (default: bfloat16 on a GPU that has it in hardware, otherwise float32)"
     machine.add_argument("--dtype", choices=DTYPES, help=what)
-    what = "what computes: Triton kernels or plain torch; auto takes Triton on CUDA"
+    what = "kernels in Triton or in plain torch; auto takes Triton on CUDA"
     machine.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help=what)
     add_output(parser, "smi-fast-output")
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def invert(inverter: Inverter, batches: Sequence[Tensor], seed: int) -> Inversion:
-    """Invert batches of targets one after the other, until one is interrupted or loses its attention."""
+    """Invert batches of targets one after the other, until one is interrupted or its attention is not finite."""
     meter = StageMeter(inverter.backbone.device)
     inversion = Inversion(inverter, snapshots=Snapshots(batches[0]))
     started = time.perf_counter()
@@ -145,7 +145,7 @@ class Snapshots:
 
 @dataclass
 class Inversion:
-    """What the command inverted, batch by batch, and what it cost."""
+    """The batches that the command inverted, and what they cost."""
 
     inverter: Inverter
     snapshots: Snapshots  # of the first batch
@@ -163,7 +163,7 @@ class Inversion:
         return torch.cat([batch.targets for batch in self.batches])
 
     def outcome(self, names: Sequence[str]) -> dict:
-        """How sure the model is of each image's target, the losses of the first batch, and what the stages cost."""
+        """Return the model's confidence in each image's target, the losses of the first batch, and costs by stage."""
         backbone, mean, std = self.inverter.backbone, self.inverter.mean, self.inverter.std
         measured = [confidences(backbone, b.images, b.keep, b.targets, mean, std) for b in self.batches]
         confidence, predicted = (torch.cat(parts) for parts in zip(*measured, strict=True))

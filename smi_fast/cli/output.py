@@ -1,4 +1,4 @@
-"""The folder that a command writes its results to: tested before the work begins, filled once there are results."""
+"""The folder that a command writes its results to, which is tested before the work begins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 class Results:
     """The results of a command: the folder `args.out`, and in `args.written` the names of the files that are complete.
 
-    `main` reads `args.written` to say what a command has written that Ctrl-C ended.
+    After Ctrl-C, `main` reads `args.written` to say what the command has written.
 
     Args:
         args: the options of the command, among them those that `add_output` adds.
@@ -36,7 +36,7 @@ class Results:
                 raise ValueError(f"--out: {self.folder / name} is a folder, but the command writes a file by that name")
 
     def write(self, name: str, save: Callable[[Path], object]) -> None:
-        """Have `save` write the file of this name. It returns False where it has to leave it out."""
+        """Let `save` write the file of this name. `save` returns False if it cannot write the file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if save(self.folder / name) is not False and name not in self.written:
             self.written.append(name)
@@ -65,7 +65,7 @@ def check_writable(out: Path) -> None:
     """Make the folder `out`, write a file to it, and leave everything as it was.
 
     Raises:
-        ValueError: This is not possible. The message says why.
+        ValueError: The folder cannot be made or written to. The message says why.
     """
     if "\0" in str(out):
         raise ValueError(f"--out: {str(out)!r} holds a NUL byte")
@@ -79,7 +79,7 @@ def check_writable(out: Path) -> None:
                 probe.write(b"results")
         finally:
             for folder in missing:
-                with suppress(OSError):  # another run may have made it, or use it
+                with suppress(OSError):  # another run may have made the folder, or use it
                     folder.rmdir()
     except OSError as error:
         raise ValueError(f"--out: {out} cannot be written to: {error.strerror}") from error

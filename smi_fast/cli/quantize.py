@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def calibration_images(args: argparse.Namespace, fast: AcceleratedViT) -> tuple[PackedTokens | Tensor, float]:
-    """The normalised calibration images, whole (N, C, H, W) or sparse, and the share of patches that they lack."""
+    """Return normalised calibration images, whole (N, C, H, W) or sparse, and the share of patches that they lack."""
     if args.calibration == "noise":
         shape = (fast.num_channels, *fast.image_size)
         arguments.check_memory("--images", args.images, shape)
@@ -94,9 +94,9 @@ def calibration_images(args: argparse.Namespace, fast: AcceleratedViT) -> tuple[
 
 
 def real_images(args: argparse.Namespace, model: nn.Module) -> Tensor:
-    """Random images of the training split, preprocessed for the model: (N, C, H, W)."""
+    """Load random images (N, C, H, W) of the training split, preprocessed for the model."""
     if args.data is None:
-        raise ValueError("--calibration real needs --data, of whose training split it takes the images")
+        raise ValueError("--calibration real needs --data, because it takes the images from its training split")
     data = load_data(args.data, args.root, split="train", model=model)
     if len(data) < args.images:
         raise ValueError(f"--images: the training split of {args.data} holds {len(data)} images, not {args.images}")
@@ -105,7 +105,7 @@ def real_images(args: argparse.Namespace, model: nn.Module) -> Tensor:
 
 
 def inverted_images(args: argparse.Namespace, fast: AcceleratedViT) -> PackedTokens:
-    """Evenly spaced images of the stored dataset, normalised for the model."""
+    """Load evenly spaced images of the stored dataset, normalised for the model."""
     dataset = InvertedDataset.load(args.calibration)
     if len(dataset) < args.images:
         raise ValueError(f"--images: {args.calibration} holds {len(dataset)} images, not {args.images}")
@@ -125,7 +125,7 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def table(record: dict) -> str:
-    """Accuracy, seconds and size before and after the quantisation, as text."""
+    """Return accuracy, seconds and size before and after the quantisation as text."""
     rows = [("", "accuracy", "seconds", "MB")]
     bits = f"W{record['weight_bits']}/A{record['activation_bits']}"
     for label, name, file in (("float", "float", "float32"), (bits, "quantized", "quantized.safetensors")):

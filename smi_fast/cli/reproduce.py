@@ -1,4 +1,4 @@
-"""smi-fast reproduce: the paper's comparisons on a model and data at hand, as one page."""
+"""smi-fast reproduce: the paper's comparisons on your model and data, as one page."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def student_of(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module | None, str]:
-    """The student, with a new head where it has other classes than the model, and what the page says about it."""
+    """Return the student, with a new head if it has another number of classes, and a sentence on it for the page."""
     if args.student == "none":
         return None, ""
     student = arguments.model_of(args, "student")

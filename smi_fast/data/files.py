@@ -55,7 +55,7 @@ def write_json(path: str | os.PathLike, record: dict) -> None:
     """Write `record` as strict JSON, complete or not at all. NaN and infinity, which JSON lacks, become null.
 
     Raises:
-        OSError: as `atomic_write`.
+        OSError: see `atomic_write`.
     """
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
@@ -88,8 +88,8 @@ def read_image(path: str | os.PathLike, modes: tuple[str, ...] = ("RGB",)) -> Im
     """Read and decode a picture, and convert it to RGB unless its mode is one of `modes`.
 
     Raises:
-        ValueError: the file is no picture, is truncated, or has more pixels than Pillow allows so that it does not fill
-            the memory. The message names the file.
+        ValueError: the file is not a picture, is truncated, or has more pixels than Pillow's limit, which protects the
+            memory. The message names the file.
     """
     try:
         with Image.open(path) as image:
@@ -99,7 +99,7 @@ def read_image(path: str | os.PathLike, modes: tuple[str, ...] = ("RGB",)) -> Im
 
 
 def checksum(tensor: Tensor, before: int = 0) -> int:
-    """Return the CRC-32 of the bytes of a tensor on the CPU. `before` is the checksum of the bytes before them."""
+    """Return the CRC-32 of a CPU tensor's bytes. `before` is the checksum of the bytes that come before them."""
     return zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy(), before)
 
 

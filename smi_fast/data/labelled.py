@@ -1,4 +1,4 @@
-"""Labelled images, read from a folder or by name and preprocessed for a model, and a model's accuracy on them."""
+"""Labelled images, loaded from a folder or by name and preprocessed for a model, and a model's accuracy on them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the names that the f
 def load_data(
     name_or_folder: str | Path, root: str | Path | None = None, *, split: str = "test", model: nn.Module
 ) -> Dataset:
-    """Read labelled images, preprocessed as timm preprocesses images to evaluate the model.
+    """Load labelled images, preprocessed as timm preprocesses images to evaluate the model.
 
     Args:
         name_or_folder: CIFAR10, CIFAR100 or ImageNet, as torchvision stores them; or a folder with one folder of images
             for each class (an ImageFolder). The class folders may lie in folders `train` and `test` (or `val`), one for
-            each split. If they lie in the folder itself, both splits are all of its images. If the class folders have
+            each split. If they lie in the folder itself, both splits hold all of its images. If the class folders have
             the names of the model's classes, labels follow the names and classes may be missing. Otherwise labels
-            follow the alphabet.
+            follow the alphabetical order.
         root: the folder in which torchvision keeps the data set of that name. Nothing is downloaded.
         split: "train" or "test". For ImageNet, "test" is the validation split.
         model: a timm model or an `AcceleratedViT`. Its data config says how images are scaled, cropped and normalised,
@@ -64,7 +64,7 @@ def load_data(
 
 
 def _evaluation_transform(model: nn.Module) -> Callable:
-    """timm's preprocessing of a PIL image to evaluate a timm model, at the size that the model takes."""
+    """Return timm's preprocessing of a PIL image for evaluation, at the size that the model takes."""
     config = resolve_data_config(model=model)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return create_transform(**config | ({"input_size": (config["input_size"][0], *size)} if size else {}))
@@ -76,8 +76,8 @@ def accuracy(
     """Return the share of images whose largest logit is that of their label, in [0, 1].
 
     Args:
-        model: maps images (B, C, H, W) to logits (B, classes). A module is in evaluation mode meanwhile, and the images
-            are moved to its device.
+        model: maps images (B, C, H, W) to logits (B, classes). A module is put in evaluation mode for the time, and the
+            images are moved to its device.
         loader: yields batches of images and labels (B,), such as a DataLoader.
         progress: show a progress bar.
 
@@ -113,8 +113,8 @@ def _by_name(name: str, root: Path, split: str, model: nn.Module, transform: Cal
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    """The folder that holds the class folders. A split's folder holds folders itself, unlike that of a class that is
-    called "train"."""
+    """Return the folder that holds the class folders. A folder "train" that holds no folders is not a split but a class
+    of that name."""
     candidates = {name: folder / name for names in FOLDERS.values() for name in names}
     splits = {name: path for name, path in candidates.items() if path.is_dir() and _folders(path)}
     if not splits:

@@ -20,7 +20,7 @@ from smi_fast.data.files import read_image
 def write_pngs(
     folder: str | os.PathLike, images: Iterable[Tensor], targets: Sequence[int], class_names: Sequence[str] | None
 ) -> None:
-    """Write images (C, H, W) in [0, 1] of the classes `targets`; see `InvertedDataset.export`."""
+    """Write images (C, H, W) in [0, 1] of the classes `targets`. `InvertedDataset.export` describes the files."""
     folder = Path(folder)
     names = _folder_names(sorted(set(targets)), class_names)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -40,9 +40,9 @@ def write_pngs(
 
 
 def read_pngs(folder: str | os.PathLike, class_names: Sequence[str] | None) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield the file, the pixels and the class of each image; see `InvertedDataset.from_image_folder`.
+    """Yield the file, the pixels and the class of each image, as `InvertedDataset.from_image_folder` describes.
 
-    Pixels are uint8 and of one size: (1, H, W) for greyscale images, (3, H, W) for all others.
+    Pixels are uint8 and all have the same size: (1, H, W) for greyscale images, (3, H, W) for all others.
     """
     found = ImageFolder(str(folder))
     labels, first = _folder_labels(found.classes, class_names), None
@@ -56,7 +56,7 @@ def read_pngs(folder: str | os.PathLike, class_names: Sequence[str] | None) -> I
 
 
 def _as_picture(image: Tensor) -> Image.Image:
-    """The image (C, H, W) in [0, 1] with 8 bits a channel, rounded as torchvision rounds."""
+    """Return the image (C, H, W) in [0, 1] as a picture with 8 bits per channel, rounded as torchvision does it."""
     if len(image) not in (1, 3):
         raise ValueError(f"PNGs have 1 or 3 channels, these images have {len(image)}")
     pixels = image.mul(255).add(0.5).clamp(0, 255).byte()
@@ -64,7 +64,7 @@ def _as_picture(image: Tensor) -> Image.Image:
 
 
 def _folder_names(targets: Sequence[int], class_names: Sequence[str] | None) -> dict[int, str]:
-    """The name of the folder of each class."""
+    """Return the name of the folder of each class."""
     for target in targets:
         if target < 0 or (class_names is not None and target >= len(class_names)):
             names = "the numbers from 0" if class_names is None else f"{len(class_names)} class_names"
@@ -82,7 +82,7 @@ def _folder_names(targets: Sequence[int], class_names: Sequence[str] | None) -> 
 
 
 def _folder_labels(folders: list[str], class_names: Sequence[str] | None) -> list[int]:
-    """The class of each folder; the inverse of `_folder_names`."""
+    """Return the class of each folder, the inverse of `_folder_names`."""
     if class_names is None:
         numbers = all(name.isdecimal() for name in folders)
         return [int(name) if numbers else number for number, name in enumerate(folders)]

@@ -28,7 +28,7 @@ class Shard:
         patches: (T, C * ph * pw) float32, the patches of the images end to end.
         checksums: (N,) int64, the CRC-32 of the patches of each image. None: patches are read without a check.
         file: the file that the patches are mapped from, or None.
-        header: the text of that file's header, which tells it from a file that has replaced it.
+        header: the text of that file's header, by which a file that has replaced it is recognised.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Shard:
 
 
 def write_shard(path: Path, patches: Tensor, checksums: list[int], index: dict[str, Tensor], header: dict) -> None:
-    """Write a file of format version 2, which `InvertedDataset.save` describes, from the tensors that `INDEX` names and
-    the header's entries image_size, patch_size and metadata."""
+    """Write a file of format version 2, which `InvertedDataset.save` describes. `index` holds the tensors that `INDEX`
+    names, and `header` the entries image_size, patch_size and metadata."""
     header = {"format_version": FORMAT_VERSION, **header}
     index = {name: tensor.contiguous() for name, tensor in index.items()}
     index["checksums"] = torch.tensor(checksums, dtype=torch.int64)
@@ -67,7 +67,7 @@ def write_shard(path: Path, patches: Tensor, checksums: list[int], index: dict[s
 def open_shard(file: Path) -> Iterator[tuple[Shard, dict]]:
     """Open a file that `write_shard` has written, and name it in every `ValueError` raised inside the `with` block.
 
-    Yields the patches, and the other arguments of `InvertedDataset`, which have not been checked.
+    Yields the patches and the other arguments of `InvertedDataset`. They have not been checked.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -87,7 +87,7 @@ def open_shard(file: Path) -> Iterator[tuple[Shard, dict]]:
 
 
 def reopen(file: Path, header: str) -> Shard:
-    """Open the file of a pickled shard again. Raises a `ValueError` if another file has replaced it."""
+    """Open the file of a pickled shard again. Raise a `ValueError` if another file has replaced it."""
     with open_shard(file) as (shard, _):
         if shard.header != header:
             raise ValueError("is not the file any more that the dataset was loaded from")
@@ -95,18 +95,18 @@ def reopen(file: Path, header: str) -> Shard:
 
 
 def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Raise a `ValueError` that names a tensor of another dtype or shape."""
+    """Raise a `ValueError` that names the tensor if its dtype or shape is another one."""
     if tensor.dtype != dtype or tensor.shape != shape:
         raise ValueError(f"{name} must be {shape} {str(dtype).removeprefix('torch.')}, not {describe(tensor)}")
 
 
 def describe(tensor: Tensor) -> str:
-    """Shape and dtype of a tensor, such as "(3, 4) float32"."""
+    """Return the shape and dtype of a tensor as text, such as "(3, 4) float32"."""
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _parse_header(text: str) -> dict:
-    """Return the header's entries: format_version, those arguments of `InvertedDataset` that are no tensors and, from
+    """Return the header's entries: format_version, the arguments of `InvertedDataset` that are not tensors and, from
     version 2 on, checksum."""
     try:
         header = json.loads(text)
@@ -123,7 +123,7 @@ def _parse_header(text: str) -> dict:
 
 
 def _index_checksum(header: dict, tensors: dict[str, Tensor]) -> int:
-    """CRC-32 of the header and of all tensors but the patches, whose own checksums are among the tensors."""
+    """Return the CRC-32 of the header and of all tensors except the patches, whose checksums are one of the tensors."""
     value = zlib.crc32(json.dumps(header, sort_keys=True).encode())
     for name in (*INDEX, "checksums"):
         value = checksum(tensors[name], value)

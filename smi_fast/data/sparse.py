@@ -1,4 +1,4 @@
-"""InvertedDataset: sparse images, of which only the kept patches exist; and what is done to their patches."""
+"""InvertedDataset: sparse images of which only the kept patches are stored, and transforms of their patches."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Sample = tuple[Tensor, Tensor, int]
 
 
 class InvertedDataset(torch.utils.data.Dataset):
-    """N inverted images of which only the kept patches exist.
+    """N inverted images of which only the kept patches are stored.
 
     A sample is `(patches (K, C * ph * pw) float32, positions (K,) int32, target int)` on the CPU, in memory of its own.
-    K may differ between images. `DataLoader(dataset, collate_fn=...)` makes batches of samples: with `collate` packed
-    ones, which can also be seen as (B, K, C * ph * pw) if all images keep equally many patches, and with
-    `collate_images` whole images.
+    K may differ between images. `DataLoader(dataset, collate_fn=...)` makes batches of samples. With `collate` they are
+    packed, and have a view (B, K, C * ph * pw) if all images keep equally many patches. With `collate_images` they are
+    whole images.
 
     Images have a fixed order, so that `DataLoader(dataset, shuffle=True, generator=torch.Generator().manual_seed(s))`
     gives the same batches with any number of workers. The exception is `persistent_workers`, with which the loader
@@ -46,8 +46,8 @@ class InvertedDataset(torch.utils.data.Dataset):
         targets: (N,) int64 class labels.
         image_size: (C, H, W).
         patch_size: (ph, pw), which divides (H, W).
-        metadata: how the images were made (model, mean, std, stopping schedule, seed, versions). It is kept in the form
-            in which JSON gives it back: tuples become lists, and keys become strings.
+        metadata: how the images were made (model, mean, std, stopping schedule, seed, versions). It is converted as if
+            saved to JSON and read again: tuples become lists, and keys become strings.
 
     Attributes:
         grid: the `PatchGrid` of the images.
@@ -104,7 +104,7 @@ class InvertedDataset(torch.utils.data.Dataset):
                 see `pack_keep`.
             targets: (N,) int64 class labels.
             patch_size: (ph, pw), which divides (H, W).
-            metadata: as for the class.
+            metadata: see the class.
 
         Raises:
             ValueError: a tensor has a wrong shape or dtype, an image keeps no patch, a patch is named twice or lies
@@ -131,23 +131,23 @@ class InvertedDataset(torch.utils.data.Dataset):
         class_names: Sequence[str] | None = None,
         metadata: dict | None = None,
     ) -> InvertedDataset:
-        """Read the images that torchvision's ImageFolder finds, in its order: `folder/<class>/.../<name>.png` etc.
+        """Read the images that torchvision's ImageFolder finds, such as `folder/<class>/.../<name>.png`, in its order.
 
-        A patch that is completely black counts as stopped, which works for formats without loss, such as PNG. Kept
-        patches are in row-major order. Images that `export` has written come back, rounded to 8 bits and in the order
-        of their classes.
+        A patch that is completely black counts as stopped, which works for lossless formats, such as PNG. Kept patches
+        are in row-major order. Images that `export` has written are read back rounded to 8 bits and in the order of
+        their classes.
 
         Args:
             patch_size: (ph, pw), which divides the (H, W) of the images.
-            class_names: the class of a folder is the place of its name in this list. None: it is the number that the
-                name is or, if one of the names is no number, the name's place among the sorted names, as for
-                ImageFolder.
-            metadata: as for the class.
+            class_names: the class of a folder is the index of its name in this list. None: the class is the number that
+                is the folder's name or, if one of the names is not a number, the index of the name among the sorted
+                names, as in ImageFolder.
+            metadata: see the class.
 
         Raises:
             FileNotFoundError: there is no folder, it holds no class folders, or one of them holds no images.
-            ValueError: a file cannot be read, is of another size than the first or completely black; `class_names` does
-                not hold the name of a class folder exactly once.
+            ValueError: a file cannot be read, has another size than the first or is completely black, or `class_names`
+                does not hold the name of a class folder exactly once.
         """
         patches, positions, targets = [], [], []
         for file, pixels, target in read_pngs(folder, class_names):
@@ -166,13 +166,13 @@ class InvertedDataset(torch.utils.data.Dataset):
         """Write whole images as 8-bit PNGs, `folder/<class>/<number of the image>.png`: all of them, or nothing.
 
         torchvision's ImageFolder reads them, and so does `from_image_folder`. Stopped patches are black. The folder of
-        a class has its name or, without `class_names`, its number, with zeros in front so that all sort by number.
+        a class has its name or, without `class_names`, its number with leading zeros, so that the folders sort by it.
 
         Raises:
-            ValueError: the images have other than 1 or 3 channels; a class has no name, the name of another class, or a
+            ValueError: the images do not have 1 or 3 channels, or a class has no name, the name of another class, or a
                 name that no folder can have.
             FileExistsError: `folder` exists and is not an empty folder.
-            FileNotFoundError: the folder that is to hold `folder` does not exist.
+            FileNotFoundError: the parent folder of `folder` does not exist.
         """
         images = (self.images([number])[0] for number in range(len(self)))
         write_pngs(folder, images, self.targets.tolist(), class_names)
@@ -181,8 +181,8 @@ class InvertedDataset(torch.utils.data.Dataset):
     def patches(self) -> Tensor:
         """(T, C * ph * pw) float32, the kept patches of all images end to end.
 
-        They are not compared with their checksums. Patches of one file are mapped from it, those of several files are
-        copied into memory.
+        They are not compared with their checksums. The patches of a single file are mapped from it. The patches of
+        several files are copied into memory.
         """
         parts = [shard.patches for shard in self._shards]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -195,7 +195,7 @@ class InvertedDataset(torch.utils.data.Dataset):
         return sample if self.transform is None else self.transform(sample)
 
     def _sample(self, index: int) -> Sample:
-        """The sample as it was stored, copied, so that a worker that sends it does not send the mapped file with it."""
+        """Return a copy of the stored sample. A worker that sends a copy does not send the mapped file with it."""
         index = range(len(self))[operator.index(index)]
         start, end = self.cu_seqlens[index : index + 2].tolist()
         number = bisect_right(self._first_images, index) - 1
@@ -208,7 +208,7 @@ class InvertedDataset(torch.utils.data.Dataset):
         """Return whole images (n, C, H, W) float32, whose stopped patches are black (0).
 
         Args:
-            indices: the numbers of the images, in the order in which they are returned. None: all images.
+            indices: the indices of the images, in the order in which they are returned. None: all images.
 
         Raises:
             IndexError: an index is out of range.
@@ -243,12 +243,12 @@ class InvertedDataset(torch.utils.data.Dataset):
 
         The file's tensors are patches, positions, cu_seqlens and targets as for the class, and checksums (N,) int64,
         the CRC-32 of the patches of each image. The entry "smi_fast" of its header is a JSON object with the entries
-        format_version, image_size, patch_size, metadata and checksum. That last one is the CRC-32 of the other entries
+        format_version, image_size, patch_size, metadata and checksum. The checksum is the CRC-32 of the other entries
         (as Python's `json.dumps(entries, sort_keys=True)`) followed by the bytes of positions, cu_seqlens, targets and
         checksums.
 
         Raises:
-            ValueError: `path` does not end in .safetensors; the dataset was loaded from a file that is damaged.
+            ValueError: `path` does not end in .safetensors, or the dataset was loaded from a file that is damaged.
             FileExistsError: `path` exists and `overwrite` is false.
             FileNotFoundError: the folder of `path` does not exist.
         """
@@ -263,19 +263,18 @@ class InvertedDataset(torch.utils.data.Dataset):
         """Read a file, or all `*.safetensors` files in a folder and the folders below it, sorted by path, as one
         dataset.
 
-        So several runs can add to one dataset: each saves a file of its own below the folder. Images keep their numbers
-        if later files have later names. Of the metadata of several files only the entries on which all agree remain.
+        Several runs can thus add to one dataset: each saves a file of its own below the folder. Images keep their
+        indices if later files have later names. Only metadata entries on which all files agree are kept.
 
-        Header and index (positions, lengths, targets, checksums) are read and checked at once. Patches stay on disk,
-        mapped into memory. Those of an image are read and compared with their checksum whenever the image is asked for;
-        `verify` does so for all images. Files of format version 1 have no checksums. A pickled dataset, such as that of
-        a DataLoader's worker, does not carry the patches but opens its files again.
+        Header and index (positions, lengths, targets, checksums) are read and checked immediately. Patches stay on
+        disk, mapped into memory. Whenever an image is requested, its patches are read and compared with their checksum;
+        `verify` does so for all images. Files of format version 1 have no checksums. A pickled dataset, for example in
+        a DataLoader's worker, does not contain the patches but opens its files again.
 
         Raises:
             FileNotFoundError: there is no such file, or no dataset in the folder.
             ValueError: a file is truncated, damaged, foreign, inconsistent or of a newer format, or its image_size,
-                patch_size, mean or std differs from that of the first file. The message names the file and what is
-                wrong.
+                patch_size, mean or std differs from the first file's. The message names the file and what is wrong.
         """
         path = Path(path)
         files = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path]
@@ -289,7 +288,7 @@ class InvertedDataset(torch.utils.data.Dataset):
         return parts[0]._join(parts)
 
     def _check_joins(self, other: InvertedDataset, name: Path) -> None:
-        """Check that another file may be a part of one dataset with this file, which is called `name`."""
+        """Check that another file may belong to one dataset with this file, which is called `name`."""
         for key, ours, theirs in (
             ("image_size", self.image_size, other.image_size),
             ("patch_size", self.patch_size, other.patch_size),
@@ -300,7 +299,7 @@ class InvertedDataset(torch.utils.data.Dataset):
                 raise ValueError(f"{key} is {theirs}, but {ours} in {name}")
 
     def _join(self, parts: list[InvertedDataset]) -> InvertedDataset:
-        """Take in the images of several parts, of which this dataset is the first."""
+        """Extend this dataset, the first of the parts, to the images of all parts, and return it."""
         metadata = [part.metadata.items() for part in parts]
         self.metadata = {k: v for k, v in self.metadata.items() if all((k, v) in items for items in metadata)}
         self._first_images = cumulative_lengths(torch.tensor([len(part) for part in parts]))[:-1].tolist()
@@ -325,15 +324,15 @@ class RandomHorizontalFlip:
 
     In a DataLoader's worker process, copies of one generator would give the same numbers in each worker and each epoch.
     There the numbers come from torch's global generator, which the DataLoader seeds for each worker from its own
-    `generator`. Give that generator here too, and flips follow from it with and without workers.
+    `generator`. If you pass that generator here too, it decides the flips with and without workers.
 
     Args:
-        image_size, patch_size: (C, H, W) and (ph, pw), as those of the dataset.
+        image_size, patch_size: (C, H, W) and (ph, pw) of the dataset.
         p: the probability with which a sample is mirrored.
         generator: the source of random numbers. None: torch's global generator.
 
     Raises:
-        ValueError: `p` is no probability; the patches do not divide the image.
+        ValueError: `p` is not a probability, or the patches do not divide the image.
     """
 
     def __init__(
@@ -368,7 +367,7 @@ def normalize_patches(tokens: PackedTokens, mean: Sequence[float], std: Sequence
         mean, std: one number for each of the C channels.
 
     Raises:
-        ValueError: mean and std differ in length, or the patches do not have so many channels.
+        ValueError: mean and std differ in length, or the patches do not have that many channels.
     """
     pixels = tokens.values.shape[1]
     if len(mean) != len(std) or not len(mean) or pixels % len(mean):
@@ -379,7 +378,7 @@ def normalize_patches(tokens: PackedTokens, mean: Sequence[float], std: Sequence
 
 
 def _grid(image_size: tuple[int, int, int], patch_size: tuple[int, int]) -> PatchGrid:
-    """The patch grid of images (C, H, W), whose sizes may come from a file."""
+    """Return the patch grid of images (C, H, W) after a check of the sizes, which may come from a file."""
     for name, size, length in (("image_size", image_size, 3), ("patch_size", patch_size, 2)):
         is_size = isinstance(size, (tuple, list)) and len(size) == length
         if not (is_size and all(type(n) is int and n > 0 for n in size)):
@@ -388,7 +387,7 @@ def _grid(image_size: tuple[int, int, int], patch_size: tuple[int, int]) -> Patc
 
 
 def _check_positions(positions: Tensor, lengths: Tensor, patches: int) -> None:
-    """Check that every image has a patch, that every patch lies in the grid, and that none is there twice."""
+    """Check that every image has a patch, that every patch lies in the grid, and that no patch is there twice."""
     empty = (lengths < 1).nonzero()
     if len(empty):
         raise ValueError(f"image {empty[0, 0]} has {lengths[empty[0, 0]]} patches, not at least 1")

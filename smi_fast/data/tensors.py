@@ -31,8 +31,8 @@ def new_file(path: str | os.PathLike, kind: str, overwrite: bool) -> Path:
 def open_tensors(path: Path, key: str, kind: str) -> Iterator[tuple[safe_open, str]]:
     """Open a file of tensors, and name it in every `ValueError` that is raised inside the `with` block.
 
-    Yields the open file, whose `get_tensor(name)` maps a tensor into memory, and the text of the header's entry `key`,
-    by which a file is known to hold a `kind`, such as a "dataset".
+    Yields the open file, whose `get_tensor(name)` maps a tensor into memory, and the text of the header's entry `key`.
+    A file with that entry holds a `kind`, such as a "dataset".
 
     Raises:
         FileNotFoundError: there is no such file.
