@@ -1,4 +1,4 @@
-"""Transfer of what a teacher knows to a student, on inverted images."""
+"""The transfer of knowledge from a teacher to a student, on inverted images."""
 
 from smi_fast.distillation.losses import transfer_loss
 from smi_fast.distillation.pool import Reader

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def transfer_loss(student: Tensor, teacher: Tensor, temperature: float = 20.0) -> Tensor:
-    """KL divergence of the student's class probabilities from the teacher's, at a temperature T and times T^2.
+    """Compute T^2 times the KL divergence of the student's class probabilities from the teacher's, at temperature T.
 
     The probabilities are softmax(logits / T); the loss is the mean over the batch. Source: Hu et al., 2024, Eq. 6;
     Hinton et al., 2015.
 
     Args:
         student, teacher: logits (B, classes).
-        temperature: T.
+        temperature: the temperature T.
 
     Returns:
         A scalar.

@@ -14,14 +14,14 @@ from smi_fast.packed import PackedTokens
 
 
 class Reader:
-    """A model that is given kept patches with pixels in [0, 1], and normalises them as it needs.
+    """A model that takes kept patches with pixels in [0, 1], and normalises them itself.
 
     Args:
         model: a model that `accelerate` takes, or an `AcceleratedViT`.
         image_size: (H, W) in pixels of the images that the patches come from.
 
     Raises:
-        UnsupportedModelError: as `accelerate`.
+        UnsupportedModelError: see `accelerate`.
         ValueError: the model does not take images of this size.
     """
 
@@ -29,7 +29,7 @@ class Reader:
         self.fast = model if isinstance(model, AcceleratedViT) else accelerate(model)
         self.device, self.grid = self.fast.device, self.fast.grid(image_size)
         self.mean, self.std = self.fast.mean, self.fast.std
-        heads = self.fast.model.get_classifier()  # two with a distillation token, whose logits are averaged
+        heads = self.fast.model.get_classifier()  # a model with a distillation token has two, whose logits are averaged
         self.heads = nn.ModuleList(heads if isinstance(heads, tuple) else [heads])
 
     def __call__(self, tokens: PackedTokens) -> Tensor:
@@ -39,7 +39,7 @@ class Reader:
 
     @torch.no_grad()
     def features(self, forward: Callable[[], Tensor]) -> Tensor:
-        """Return what the heads are given while `forward` runs the model: (B, heads, C) float32."""
+        """Return the inputs of the heads while `forward` runs the model: (B, heads, C) float32."""
         given: list[Tensor] = []
         hooks = [head.register_forward_pre_hook(lambda _, args: given.append(args[0])) for head in self.heads]
         try:
@@ -55,17 +55,17 @@ class Reader:
 
 
 class Pool:
-    """All images so far, with what is computed once for each of them.
+    """All images so far, with the results that are computed once for each of them.
 
-    That is, for the image and for its mirror image (its views), the teacher's `logits` (views, N, classes) and, with
-    linear probing, the `features` (views, N, heads, C) that the student's heads are given. Without linear probing the
-    student changes as a whole, so that it reads the patches anew in every step.
+    An image has two views, itself and its mirror image. For each view the pool holds the teacher's `logits` (views, N,
+    classes) and, with linear probing, the `features` (views, N, heads, C) that the student's heads take. Without linear
+    probing the whole student changes, so it reads the patches again in every step.
 
     Args:
         teacher, student: the models.
         mirror: makes the mirror image of a sample. None: images are not mirrored and have one view.
-        linear_probing: train the student's heads only.
-        batch_size: images in a batch.
+        linear_probing: whether only the student's heads are trained.
+        batch_size: the number of images in a batch.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class Pool:
         self.features = torch.cat(features, 1) if features else None
 
     def draw(self, steps: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, for each step, the numbers (B,) of the images and of their views (B,), in shuffled passes over all
-        images."""
+        """Yield for each step the indices (B,) of images and the indices (B,) of their views, in shuffled passes over
+        all images."""
         size = min(self.batch_size, len(self))
         passes = -(-steps * size // len(self))
         index = torch.cat([torch.randperm(len(self), generator=generator) for _ in range(passes)])[: steps * size]
@@ -112,7 +112,7 @@ class Pool:
         return zip(*(drawn.to(self.logits.device).split(size) for drawn in (index, view)), strict=True)
 
     def student_logits(self, index: Tensor, view: Tensor) -> Tensor:
-        """Return the student's logits (B, classes) of what `draw` has drawn, with gradients."""
+        """Return the student's logits (B, classes) of the views that `draw` has drawn, with gradients."""
         if self.linear_probing:
             return self.student.logits(self.features[view, index])
         samples = [self.samples[i][v] for i, v in zip(index.tolist(), view.tolist(), strict=True)]

@@ -29,7 +29,7 @@ Evaluate = Callable[[nn.Module], float] | Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Round:
-    """What is known after a round of inversion and training."""
+    """The figures of a round of inversion and training."""
 
     number: int  # from 1
     samples: int  # images in the pool
@@ -43,7 +43,7 @@ class Round:
 
 @dataclass(frozen=True)
 class DistillationResult:
-    """What `distill` returns.
+    """The result of `distill`.
 
     Args:
         history: the rounds that were finished.
@@ -98,17 +98,17 @@ def distill(
         inverter: inverts the teacher to make fresh images. Give either an inverter or a dataset.
         dataset: stored images. Fresh ones are drawn without replacement, until all are in the pool.
         rounds: the number of rounds.
-        samples: fresh images in a round. None: 128 inverted ones, or the whole dataset in the first round. Inverted
-            images are of all classes in turn.
-        steps: steps of the optimiser in a round.
-        batch_size: images in a step, drawn in shuffled passes over the pool.
+        samples: the number of fresh images in a round. None: 128 inverted images, or the whole dataset in the first
+            round. The targets of inverted images are all classes in turn.
+        steps: the number of optimiser steps in a round.
+        batch_size: the number of images in a step. They are drawn in shuffled passes over the pool.
         linear_probing: train only the head, with the rest of the student in evaluation mode. False: train the whole
             student.
         flip: mirror each image with probability 1/2 each time it is drawn.
-        temperature: temperature of the softmax, see `transfer_loss`.
-        lr, momentum, weight_decay: settings of SGD.
-        evaluate: test data as `accuracy` takes them, preprocessed for the student. In linear probing their features are
-            kept in memory. Or a function that takes the student and returns its accuracy.
+        temperature: the temperature of the softmax, see `transfer_loss`.
+        lr, momentum, weight_decay: the settings of SGD.
+        evaluate: test data as `accuracy` takes them, preprocessed for the student, or a function that takes the student
+            and returns its accuracy. In linear probing the features of the test data are kept in memory.
         callback: called after each round with the `Round` and its fresh images.
         seed: decides the inverted images, the order in which images are drawn, flips and the student's dropout.
         progress: show a progress bar.
@@ -119,7 +119,7 @@ def distill(
     Raises:
         ValueError, TypeError: the models, the inverter or the dataset do not fit each other, the dataset was made with
             another normalisation than the teacher's, or an argument is out of range. The message names it.
-        UnsupportedModelError: as `accelerate`.
+        UnsupportedModelError: see `accelerate`.
     """
     counts = {"rounds": rounds, "steps": steps, "batch_size": batch_size}
     counts |= {} if samples is None else {"samples": samples}
@@ -138,7 +138,7 @@ def distill(
     bar = tqdm(total=total, disable=not progress, unit="it", dynamic_ncols=True, mininterval=0.5)
 
     with frozen(teacher_reader.fast), frozen(student_reader.fast), _own_randomness(seed, student_reader.device), bar:
-        # All that a round hands on to the next, beside torch's own random state, which decides dropout:
+        # Everything that a round hands on to the next, besides torch's own random state, which decides dropout:
         pool = Pool(teacher_reader, student_reader, mirror, linear_probing, batch_size)
         trainable = (student_reader.heads if linear_probing else student_reader.fast).requires_grad_(True)
         optimizer = torch.optim.SGD(trainable.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -195,7 +195,7 @@ def _inverted(inverter: Inverter, count: int, seed: int, bar: tqdm, number: int)
 
 
 def _stored(dataset: InvertedDataset, order: Tensor, count: int, number: int) -> Subset:
-    """The images of round `number`, counted from 0: the next `count` in `order`, or none once all are used."""
+    """Return the images of round `number`, counted from 0: the next `count` in `order`, or none once all are used."""
     return Subset(dataset, order[number * count : (number + 1) * count].tolist())
 
 
@@ -219,7 +219,7 @@ def _train(
 def _measure(
     evaluate: Evaluate | None, student: nn.Module, reader: Reader, linear_probing: bool, progress: bool
 ) -> Callable[[], float | None]:
-    """The function that measures the student's accuracy."""
+    """Return the function that measures the student's accuracy."""
     if evaluate is None:
         return lambda: None
     if callable(evaluate):
@@ -236,11 +236,11 @@ def _measure(
 
 @contextmanager
 def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside the `with` block torch's random numbers start from the seed. Afterwards they go on as if nothing had been
-    drawn."""
+    """Let torch's random numbers start from the seed inside the `with` block. Afterwards they go on as if nothing had
+    been drawn."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        torch.set_rng_state(seeded_generator(seed).get_state())  # on the CPU the line before uses 32 bits only
+        torch.set_rng_state(seeded_generator(seed).get_state())  # on the CPU, manual_seed uses only 32 bits
         yield
 
 

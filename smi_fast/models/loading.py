@@ -1,4 +1,4 @@
-"""load_model(): a model by its name, with weights from this package, from timm's download or from a file."""
+"""load_model(): load a model by its name, with weights from this package, from timm's download or from a file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load_model(
         pretrained: whether to download timm's weights for the model.
         checkpoint: a safetensors file or a torch file with the weights. A torch file is read with weights_only. The
             model gets as many classes as the weights have.
-        options: how an error message calls the arguments `pretrained` and `checkpoint`, such as the options of a
+        options: the names of the arguments `pretrained` and `checkpoint` in error messages, such as the options of a
             command.
 
     Raises:
@@ -107,7 +107,7 @@ def _build(name: str, weights: dict[str, torch.Tensor], classifier: str | tuple[
 
 
 def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> str | None:
-    """Load the weights into the model. Returns None, or a text about the first weight that does not fit the model."""
+    """Load the weights into the model. Return None, or a text about the first weight that does not fit the model."""
     for name, tensor in model.state_dict().items():
         found = weights.get(name, tensor)
         if found.shape != tensor.shape:

@@ -1,4 +1,4 @@
-"""quantize(): a quantised model whose ranges come from inverted images, whole images or packed patches."""
+"""quantize(): quantise a model with ranges that come from inverted images, whole images or packed patches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smi_fast.data.sparse import InvertedDataset, normalize_patches
 from smi_fast.packed import PackedTokens
 from smi_fast.quantization.vit import QuantizedViT
 
-CALIBRATION_BATCH = 32  # the number of images at a time, on which the ranges do not depend
+CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
 
 
 def quantize(
@@ -25,13 +25,13 @@ def quantize(
     Args:
         model: a plain VisionTransformer with a class token, a learned position embedding, LayerNorm, one linear head,
             and in its blocks timm's Attention and its Mlp with GELU. It is copied and stays as it is.
-        calibration: an InvertedDataset, whose kept patches are normalised with the model's mean and std. Or batches
-            that are normalised already, or one such batch: PackedTokens with values (T, C * ph * pw), images
-            (B, C, H, W), or tuples that begin with one of the two, as a DataLoader gives them.
+        calibration: an InvertedDataset, whose kept patches are normalised with the model's mean and std; or a batch, or
+            an iterable of batches, that are normalised already. A batch is PackedTokens with values (T, C * ph * pw),
+            images (B, C, H, W), or a tuple that begins with one of the two, as a DataLoader yields it.
         weight_bits, activation_bits: the widths of the integers, 2 to 8.
 
     Raises:
-        UnsupportedModelError: the model has a part that the scheme does not cover; the message names it.
+        UnsupportedModelError: the model has a part that the scheme does not cover. The message names it.
         ValueError: bits are out of range, there is no image to calibrate on, an image does not fit the model, or an
             activation is not finite.
         TypeError: a batch is none of the above.
@@ -52,7 +52,7 @@ def quantize(
 def _batches(
     calibration: InvertedDataset | Tensor | PackedTokens | Iterable, model: QuantizedViT
 ) -> Iterator[PackedTokens]:
-    """The calibration set as batches of normalised patches, on the model's device."""
+    """Yield the calibration set as batches of normalised patches, on the model's device."""
     device = model.class_token.device
     if isinstance(calibration, InvertedDataset):
         calibration = _dataset_batches(calibration, model)
@@ -68,7 +68,7 @@ def _batches(
 
 
 def _dataset_batches(dataset: InvertedDataset, model: QuantizedViT) -> Iterator[PackedTokens]:
-    """The kept patches of a dataset, normalised as the model wants them."""
+    """Yield the kept patches of a dataset, normalised as the model wants them."""
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     dataset.check_normalization(mean, std)
     image_size, patch_size = (model.num_channels, *model.grid.image_size), model.grid.patch_size

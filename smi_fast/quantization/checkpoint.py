@@ -111,7 +111,7 @@ def _build(kind: type[QuantizedViT], header: dict, tensors: dict[str, Tensor]) -
 
 
 def model_arguments(model: VisionTransformer) -> dict:
-    """The arguments, in JSON's types, with which timm's VisionTransformer makes a model of the same architecture."""
+    """Return the arguments, in JSON's types, with which timm's VisionTransformer has the same architecture."""
     block, embed = model.blocks[0], model.patch_embed
     return dict(
         img_size=list(embed.img_size),
@@ -127,14 +127,14 @@ def model_arguments(model: VisionTransformer) -> dict:
 
 
 def model_config(model: VisionTransformer) -> dict:
-    """A model's preprocessing, and its name and class names where they are known, in JSON's types."""
+    """Return a model's preprocessing, and its name and class names if they are known, in JSON's types."""
     given = dict(getattr(model, "pretrained_cfg", None) or {})
     known = {key: given[key] for key in ("architecture", "label_names") if given.get(key) is not None}
     return json.loads(json.dumps(resolve_data_config(model=model) | known))
 
 
 def _integer_weights(tensors: Iterable[str]) -> list[str]:
-    """The names of the tensors that are integer weights, which are those that have a scale."""
+    """Return the names of the integer weights, which are the tensors that have a scale."""
     return [name.removesuffix("_scale") for name in tensors if name.endswith(".weight_scale")]
 
 
@@ -154,6 +154,6 @@ def _pack(integers: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, inputs: int) -> Tensor:
-    """Unpack what `_pack` gives for weights (out, inputs)."""
+    """Unpack the result of `_pack` for weights (out, inputs)."""
     halves = torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)[:, :inputs].to(torch.int8)
     return (halves ^ 8) - 8  # extends the sign bit of 4 bits

@@ -13,7 +13,7 @@ from smi_fast.quantization.observers import Quantizer, Scaled
 
 
 def export_program(model: nn.Module) -> torch.export.ExportedProgram:
-    """Export a `QuantizedViT`; its method `export` describes the program."""
+    """Export a `QuantizedViT`. Its method `export` describes the program."""
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers the operators)
 
     example = torch.zeros(2, model.num_channels, *model.grid.image_size)
@@ -27,7 +27,7 @@ class _Program(nn.Module):
         super().__init__()
         places = {id(place): _Quantizer(place) for place in model.quantizers.values()}
         layers = {id(layer): _Linear(layer, model.weight_bits) for layer, _ in model.layers()}
-        # deepcopy uses what its memo holds for a module in the place of a copy.
+        # For a module in its memo, deepcopy uses the memo's entry instead of a copy.
         self.model = copy.deepcopy(model, places | layers).float().cpu()
         self.eval()
 

@@ -44,7 +44,7 @@ class IntegerLinear(nn.Module):
             self.part = -(-self.part // 2)
 
     def forward(self, x: Scaled, channels: slice = slice(None)) -> Scaled:
-        """Compute the layer's output (..., out), or that in `channels` alone, for x (..., in).
+        """Compute the layer's output (..., out), or only its `channels`, for x (..., in).
 
         The values of the output are sums of integers, which are exact and rounded once, to the dtype of x.
         """
@@ -58,7 +58,7 @@ class IntegerLinear(nn.Module):
 
 
 def layer_norm(norm: nn.LayerNorm, x: Scaled, to: Quantizer) -> Scaled:
-    """Normalise x, and quantise the result at `to`. The unit of x cancels out; that of `to` is part of the weights."""
+    """Normalise x, and quantise the result at `to`. The unit of x cancels out; the weights include the unit of `to`."""
     weight, bias = to.divide(norm.weight), to.divide(norm.bias)
     return to(Scaled(F.layer_norm(x.values, norm.normalized_shape, weight, bias, norm.eps / x.scale**2), to.unit))
 

@@ -40,7 +40,8 @@ class Scaled:
 class Rounding:
     """How a place rounds: to integers from `lowest` to `highest`, which stand for multiples of `scale`.
 
-    In Eq. 5 the integers run from 0 to 2^bits - 1 and z stands for zero. Here z is subtracted, so `lowest` is -z.
+    In the paper's Eq. 5 the integers run from 0 to 2^bits - 1, and z stands for zero. Here z is subtracted, so `lowest`
+    is -z.
     """
 
     scale: float
@@ -78,14 +79,14 @@ class Quantizer(nn.Module):
         self.round_with(scale, round(-self.low / scale))
 
     def round_with(self, scale: float, zero_point: int) -> None:
-        """Start rounding with the scale and the zero point of Eq. 5."""
+        """Start rounding with the scale s and the zero point z of the paper's Eq. 5."""
         self.rounding = Rounding(scale, -zero_point, self.levels - zero_point)
 
     def forward(self, x: Scaled) -> Scaled:
         """Round x to integers, held in floating point, or observe x and return it. The values are overwritten.
 
         Raises:
-            ValueError: x is observed and is not finite.
+            ValueError: x is observed, and it is not finite.
         """
         x = x.to(self.unit)
         if self.rounding is not None:

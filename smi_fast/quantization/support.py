@@ -1,4 +1,4 @@
-"""check_supported(): which models can be quantised, and which part stands in the way in others."""
+"""check_supported(): whether a model can be quantised, and if not, which part prevents it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_supported(model: nn.Module) -> None:
     """Check that a model can be quantised.
 
     Raises:
-        UnsupportedModelError: the scheme does not cover some part of the model; the message names it.
+        UnsupportedModelError: the scheme does not cover some part of the model. The message names it.
     """
 
     def require(part: str, found: object, *known: type) -> None:

@@ -33,7 +33,7 @@ from smi_fast.quantization.observers import Quantizer, Scaled
 from smi_fast.quantization.support import check_supported
 
 BITS = range(2, 9)
-CACHED_VALUES = 3 * 2**19  # of the widest activation at a time on a CPU, so that its caches hold what one step writes
+CACHED_VALUES = 3 * 2**19  # values of the widest activation at a time on a CPU, so that its caches hold them
 
 
 class QuantizedBlock(nn.Module):
@@ -65,10 +65,10 @@ class QuantizedBlock(nn.Module):
         Args:
             x: tokens (B, N, C), or (T, C) where the sequences differ in length.
             ragged: how (T, C) is packed; None for (B, N, C).
-            first_only: compute the output of the first token of each sequence alone, from the keys and values of all.
+            first_only: compute only the output of each sequence's first token, from the keys and values of all tokens.
 
         Returns:
-            The output in the shape of x; with `first_only` (B, 1, C).
+            The output in the shape of x, or (B, 1, C) with `first_only`.
         """
         y = self._attend(layer_norm(self.norm1, x, self.norm1_out), ragged, first_only)
         x = first_tokens(x, ragged) if first_only else x
@@ -94,8 +94,8 @@ class QuantizedBlock(nn.Module):
         return self.attention(Scaled(y if ragged is None or first_only else ragged.unpad(y), unit))
 
     def _project(self, x: Scaled, ragged: PackedTokens | None, *channels: slice) -> tuple[Tensor, Tensor | None]:
-        """Compute queries, keys and values (3, B, H, N, D), or those of them that lie in `channels`, and a mask (B, N)
-        that is False where they are padding; it is None for (B, N, C)."""
+        """Compute queries, keys and values (3, B, H, N, D), or only those in `channels`, and a mask (B, N) that is
+        False where they are padding. The mask is None for x (B, N, C)."""
         y, mask = self.qkv_out(self.qkv(x, *channels)).values, None
         if ragged is not None:
             y, mask = ragged.pad(y)
@@ -142,7 +142,7 @@ class QuantizedViT(nn.Module):
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """The smallest and the largest value that calibration has shown at each place; the range includes zero."""
+        """The smallest and the largest value that calibration has shown at each place. The range includes zero."""
         return {name: (quantizer.low, quantizer.high) for name, quantizer in self.quantizers.items()}
 
     @property
@@ -159,15 +159,15 @@ class QuantizedViT(nn.Module):
         return f"weight_bits={self.weight_bits}, activation_bits={self.activation_bits}"
 
     def forward(self, images: Tensor, keep: Keep | None = None) -> Tensor:
-        """Logits (B, num_classes) of the kept patches of each image.
+        """Compute the logits (B, num_classes) of each image from its kept patches.
 
         Args:
             images: (B, C, H, W), floating point, normalised as the model wants it.
-            keep: the patches that enter: indices (B, K), a boolean mask (B, N) or a list of B index tensors. None keeps
+            keep: the patches to keep: indices (B, K), a boolean mask (B, N) or a list of B index tensors. None keeps
                 all patches.
 
         Raises:
-            ValueError: images or keep that do not fit the model or each other; the message names the value.
+            ValueError: images or `keep` do not fit the model or each other. The message names the value.
         """
         return self.forward_patches(self.patches(images, keep))
 
@@ -185,12 +185,13 @@ class QuantizedViT(nn.Module):
 
     @torch.no_grad()
     def forward_patches(self, patches: PackedTokens) -> Tensor:
-        """Logits (B, num_classes) of images that are given as patches alone, such as a batch of an `InvertedDataset`.
+        """Compute the logits (B, num_classes) of images that are given as patches only.
 
-        No gradient flows. Before calibration has ended these are the float model's logits, and every place observes.
+        No gradient flows. Until calibration ends, these are the float model's logits, and every place observes.
 
         Args:
-            patches: values (T, C * ph * pw), normalised pixels in (C, ph, pw) order, at their positions in the grid.
+            patches: values (T, C * ph * pw), normalised pixels in (C, ph, pw) order, at their positions in the grid,
+                such as a batch of an `InvertedDataset`.
 
         Raises:
             ValueError: the patches do not have as many values as the model's.
@@ -207,9 +208,9 @@ class QuantizedViT(nn.Module):
         """Run the model: from pixels in its dtype, which are overwritten, to logits (B, num_classes).
 
         Args:
-            pixels: (T, C * ph * pw) as packed in `patches`, or (B, N, C * ph * pw) of whole images.
-            patches: where in the grid the patches lie; None for whole images.
-            first_only: compute the last block for the class tokens alone, which are all that the head reads.
+            pixels: (T, C * ph * pw) as packed in `patches`, or (B, N, C * ph * pw) for whole images.
+            patches: where in the grid the patches lie. None for whole images.
+            first_only: compute the last block only for the class tokens, because the head reads no others.
         """
         x = self.patch_embed_out(self.patch_embed(self.input(Scaled(pixels)))).to(self.tokens.unit).values
         class_token, unit = self.tokens.divide(self.class_token), self.pos_embed_out.unit
@@ -254,7 +255,7 @@ class QuantizedViT(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> QuantizedViT:
-        """Read what `save` has written, on the CPU: the same bits.
+        """Read a file that `save` has written, on the CPU. The model computes the same bits.
 
         Files of format version 1 have no checksum, so that damage to their numbers goes unnoticed.
 
@@ -265,11 +266,11 @@ class QuantizedViT(nn.Module):
         return load_model(cls, path)
 
     def export(self) -> torch.export.ExportedProgram:
-        """The model on whole images (B, C, H, W) float32 as a program to deploy: PT2E's graph of int8 weights.
+        """Export the model on whole images (B, C, H, W) float32 as a program to deploy: a PT2E graph with int8 weights.
 
-        `torch.export.save` writes it, with one byte a weight. It needs neither this package nor timm: after
-        `import torch.ao.quantization.fx._decomposed`, which names its operators, `torch.export.load(path).module()`
-        runs anywhere, and `torch.compile` with `torch._inductor.config.freezing` makes integer matrix products of it.
+        `torch.export.save` writes it, with one byte per weight. It needs neither this package nor timm. After
+        `import torch.ao.quantization.fx._decomposed`, which registers its operators, `torch.export.load(path).module()`
+        runs anywhere. `torch.compile` with `torch._inductor.config.freezing` turns it into integer matrix products.
         """
         return export_program(self)
 
