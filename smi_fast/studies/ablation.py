@@ -1,4 +1,4 @@
-"""Tables 6 and 7 and Fig. 8: what comes of other stoppings, other patches and other fractions."""
+"""Tables 6 and 7 and Fig. 8: how results change with other stoppings, other patches and other fractions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def table6(run: Experiment) -> Section:
     }
     return Section(
         "Table 6: one stage against several",
-        "All variants keep the same number of patches; the others stop at once, or in stages as published. "
+        "All variants keep the same number of patches. The others stop in one stage, or in several as published. "
         f"{_text(run.settings)}",
         COLUMNS,
         rows(run, variants | {f"at {', '.join(map(str, stops))}": run.sparse}),
@@ -75,7 +75,7 @@ def figure8(run: Experiment) -> Section:
 
 
 def rows(run: Experiment, variants: dict[str, Variant]) -> list[list]:
-    """A row of `COLUMNS` for each variant. What several sections show is measured once."""
+    """Return a row of `COLUMNS` for each variant. A variant that several sections show is measured once."""
     for variant in variants.values():
         if variant not in run.measured:
             run.measured[variant] = _measure(run, variant)

@@ -1,4 +1,4 @@
-"""Tables 3, 4 and 5: what inverted images are worth for quantisation and for transfer, beside real ones and noise."""
+"""Tables 3, 4 and 5: quantisation and transfer with inverted images, compared with real images and noise."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def table4(run: Experiment) -> Section:
     *_, dense, sparse = (statistics.mean(last) for _, last, _ in rows)
     card = MODEL_DIR / f"{about['student']}.json"
     probe = json.loads(card.read_text()).get("test_accuracy_of_a_linear_probe") if card.is_file() else None
-    labels = f"A linear probe that labels teach reaches {100 * (probe or 0):.2f} %, according to its model card."
+    labels = f"A linear probe trained on labels reaches {100 * (probe or 0):.2f} %, according to its model card."
     x = [s.samples * (number + 1) for number in range(s.rounds)]
     lines = {name: [x, *spread([list(v) for v in zip(*seeds, strict=True)])] for name, seeds in curves.items()}
     return Section(
@@ -78,13 +78,13 @@ def table4(run: Experiment) -> Section:
         f"Accuracy on {split(s.test_images)} of a linear probe on {about['student']} that {about['model']} teaches: "
         f"{s.rounds} rounds of {s.samples} fresh images and {s.steps} steps of {s.batch_size}, over {s.seeds} seeds. "
         f"Each seed draws {count:,} real images and {count:,} of noise (clamped to the range of pixels: the floor) "
-        "anew, and takes inverted ones from one pool in an order of its own. Real images of which "
-        f"{few} patches are left keep those with the most of the class token's attention.",
+        "anew, and takes inverted ones from one pool in an order of its own. Real images with only "
+        f"{few} patches keep those with the most of the class token's attention.",
         {"images": "", "after the last round, %": ".2f", "best round, %": ".2f"},
         rows,
         [
             f"The teacher reaches {run.accuracy(run.model, s.test_images):.2f} %.",
-            f"From {s.real_images:,} real images, there from the first round, one seed reaches {ceiling:.2f} % (the "
+            f"If {s.real_images:,} real images are there from the first round, one seed reaches {ceiling:.2f} % (the "
             "ceiling).",
             *([labels] if probe else []),
             f"Sparse minus dense after the last round: {sparse - dense:+.2f} points.",

@@ -1,4 +1,4 @@
-"""Experiment: the models, the data and the folder of a comparison; what it has inverted and measured is kept there."""
+"""Experiment: the models and the data of a comparison, and the folder that keeps its images and results."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ WEIGHT_BITS = (8, 4)  # activations have 8 bits
 
 @dataclass(frozen=True)
 class Settings:
-    """How large the comparisons are."""
+    """The size of the comparisons."""
 
     inversion: InversionSettings
     images: int  # in a calibration set, inverted as one batch
     seeds: int  # for quantisation and transfer
-    test_images: int | None  # to evaluate on; None means the whole test split
+    test_images: int | None  # on which models are evaluated; None means the whole test split
     rounds: int  # of a transfer
     samples: int  # fresh images in a round, inverted as one batch
     steps: int  # of the student's optimiser in a round
     batch_size: int  # of the student
-    real_images: int  # in the transfer that shows the ceiling, and the most in the other transfers from real images
+    real_images: int  # in the transfer that shows the ceiling; other transfers from real images use at most as many
     ablation_seeds: int
-    ablation_test_images: int | None  # to evaluate quantised models on
+    ablation_test_images: int | None  # on which quantised models are evaluated
     ablation_steps: int  # of the student's optimiser on one calibration set
     fractions: tuple[float, ...]  # stopped at each stopping of Fig. 8, besides none and the published 0.3
     removal_images: int  # of the test split, for Table 2
@@ -62,7 +62,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to invert. Its name is also the name of its folder."""
+    """A way to invert images. Its name is also the name of its folder."""
 
     name: str
     stopping: StoppingSchedule
@@ -147,7 +147,7 @@ class Experiment:
         return section
 
     def finished(self, name: str) -> Section | None:
-        """The section of this name, or None if it is not finished."""
+        """Return the section of this name, or None if it is not finished."""
         file = self._file(name)
         return Section(**read_json(file)) if file.is_file() else None
 
@@ -155,7 +155,7 @@ class Experiment:
         return self.out / "sections" / f"{name}.json"
 
     def inverted(self, variant: Variant, number: int, count: int) -> InvertedDataset:
-        """Batch `number` of `count` inverted images, read from its file or inverted now.
+        """Return batch `number` of `count` inverted images, read from its file or inverted now.
 
         Targets are all classes in turn, in random order. The metadata holds what the inversion cost.
         """
@@ -192,11 +192,11 @@ class Experiment:
         return InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
 
     def load(self, split: str, model: nn.Module | None = None) -> Dataset:
-        """The labelled images of a split, preprocessed for this model, or for the one that is inverted."""
+        """Load the labelled images of a split, preprocessed for this model, or for the model that is inverted."""
         return load_data(self.data, self.root, split=split, model=self.model if model is None else model)
 
     def test(self, count: int | None, model: nn.Module | None = None) -> Iterable[tuple[Tensor, Tensor]]:
-        """Batches of `count` random test images, or of all of them, preprocessed as by `load`."""
+        """Return batches of `count` random test images, or of all test images, preprocessed as `load` does it."""
         dataset = self.load("test", model)
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
         held = len(chosen) * dataset[0][0].nbytes <= MAX_HELD
@@ -204,11 +204,11 @@ class Experiment:
         return list(loader) if held else loader
 
     def accuracy(self, model: nn.Module, count: int | None) -> float:
-        """The accuracy of a model on `count` test images, in %."""
+        """Measure the accuracy of a model on `count` test images, in %."""
         return 100 * accuracy(model, self.test(count), progress=False)
 
     def quantised(self, calibrations: Sequence[InvertedDataset | Tensor], count: int | None) -> list[list[float]]:
-        """The accuracy at W8/A8 and at W4/A8, in %, after calibration on each of the sets."""
+        """Measure the accuracy at W8/A8 and at W4/A8, in %, after calibration on each of the sets."""
         return [
             [self.accuracy(quantize(self.model, images, bits, 8), count) for images in calibrations]
             for bits in WEIGHT_BITS
@@ -216,26 +216,26 @@ class Experiment:
 
     @property
     def final_count(self) -> int:
-        """The number of patches that the sparse variant leaves of an image."""
+        """The number of patches per image that the sparse variant keeps."""
         return list(self.sparse.stopping.patches(self.grid.num_patches).values())[-1]
 
     def sparsity(self, dataset: InvertedDataset) -> float:
-        """The share of patches that the images lack, in %."""
+        """Return the share of patches that the images lack, in %."""
         return 100 * (1 - kept(dataset) / self.grid.num_patches)
 
 
 def kept(dataset: InvertedDataset) -> float:
-    """The mean number of patches of an image."""
+    """Return the mean number of patches per image."""
     return dataset.positions.numel() / len(dataset)
 
 
 def name_of(model: nn.Module) -> str:
-    """timm's name of the model, or the name of its class."""
+    """Return timm's name of the model, or the name of its class."""
     return (getattr(model, "pretrained_cfg", None) or {}).get("architecture", type(model).__name__)
 
 
 def weights_checksum(model: nn.Module) -> int:
-    """The CRC-32 of the weights."""
+    """Return the CRC-32 of the weights."""
     value = 0
     for tensor in model.state_dict().values():
         value = checksum(tensor.cpu(), value)
@@ -243,5 +243,5 @@ def weights_checksum(model: nn.Module) -> int:
 
 
 def split(count: int | None) -> str:
-    """How a page calls `count` images of the test split."""
+    """Return the words for `count` images of the test split on a page."""
     return "the whole test split" if count is None else f"{count:,} random images of the test split"

@@ -1,4 +1,4 @@
-"""The images that a comparison feeds: inverted, real, and noise, whole or with a part of their patches."""
+"""The images of a comparison: inverted images, real images and noise, whole or with a part of their patches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from smi_fast.studies.pictures import save_grid
 
 
 def inverted_pool(run: Experiment, variant: Variant) -> InvertedDataset:
-    """The inverted images of all rounds of a transfer."""
+    """Return the inverted images of all rounds of a transfer."""
     for number in range(run.settings.rounds):
         run.inverted(variant, number, run.settings.samples)
     return InvertedDataset.load(run.out / "inverted" / f"{variant.name}-{run.settings.samples}")
 
 
 def real_images(run: Experiment, count: int, seed: int) -> InvertedDataset:
-    """Random images of the training split."""
+    """Return random images of the training split."""
     data = run.load("train")
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
     images, labels = zip(*(data[number] for number in chosen.tolist()), strict=True)
@@ -29,19 +29,19 @@ def real_images(run: Experiment, count: int, seed: int) -> InvertedDataset:
 
 
 def noise(run: Experiment, count: int, seed: int) -> Tensor:
-    """Standard normal noise in normalised space, (count, C, H, W), as the published code calibrates with."""
+    """Draw standard normal noise in normalised space, (count, C, H, W), with which the published code calibrates."""
     shape = (count, run.fast.num_channels, *run.grid.image_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def whole_images(run: Experiment, images: Tensor, targets: Tensor) -> InvertedDataset:
-    """Normalised images with all their patches. Values outside the range of pixels are clamped to it."""
+    """Make a dataset of normalised images with all their patches. Values outside the range of pixels are clamped."""
     return _dataset(run, (images * run.std + run.mean).clamp(0, 1), None, targets)
 
 
 @torch.no_grad()
 def most_attended(run: Experiment, dataset: InvertedDataset, count: int) -> InvertedDataset:
-    """The images with only those `count` patches of each that get the most of the class token's attention."""
+    """Reduce each image to the `count` patches that get the most of the class token's attention."""
     images, keep = dataset.images(), []
     with frozen(run.fast):
         for batch in images.split(BATCH):
@@ -51,7 +51,7 @@ def most_attended(run: Experiment, dataset: InvertedDataset, count: int) -> Inve
 
 
 def save_rows(path: Path, sets: dict[str, InvertedDataset]) -> None:
-    """Write a PNG with a row of up to ten images of each set, labelled by its name."""
+    """Write a PNG with a row of up to ten images for each set, labelled with the set's name."""
     columns = min(10, *map(len, sets.values()))
     images = torch.cat([dataset.images(range(columns)) for dataset in sets.values()])
     save_grid(images, path, columns, list(sets))

@@ -14,17 +14,17 @@ Value = float | str | list[float | None]
 
 @dataclass
 class Section:
-    """What a section shows. Its JSON file holds it as `dataclasses.asdict` gives it.
+    """The contents of a section. Its JSON file holds the result of `dataclasses.asdict`.
 
     Args:
         title: the heading.
         text: what the table shows.
-        columns: heading -> the format of its numbers, such as ".2f", or "" for text.
-        rows: a value for each column: a text, a number, or a list with a number for each seed, None where it has none.
+        columns: maps a heading to the format of its numbers, such as ".2f", or to "" for text.
+        rows: a value for each column: a text, a number, or a list with a number, or None, for each seed.
         notes: sentences below the table.
         panels: plots side by side, as `save_panels` takes them.
         picture: the file name of a PNG in the page's folder.
-        curves: numbers that other sections read: name -> a list for each seed.
+        curves: numbers that other sections read, which map a name to a list for each seed.
         seconds: how long it took to make the section.
     """
 
@@ -40,7 +40,7 @@ class Section:
 
 
 def write_page(path: Path, title: str, introduction: str, sections: dict[str, Section]) -> None:
-    """Write the Markdown file, and beside it the plots of each section under its name, if matplotlib is installed."""
+    """Write the Markdown file, and beside it each section's plots under its name, if matplotlib is installed."""
     blocks = [f"# {title}", introduction]
     for name, section in sections.items():
         blocks += [f"## {section.title}", section.text, table(section.columns, section.rows)]
@@ -55,14 +55,14 @@ def write_page(path: Path, title: str, introduction: str, sections: dict[str, Se
 
 
 def table(columns: dict[str, str], rows: list[list[Value]]) -> str:
-    """A table in Markdown; see `Section` for columns and rows."""
+    """Return a table in Markdown. `Section` describes columns and rows."""
     lines = [list(columns), ["---:" if form else ":---" for form in columns.values()]]
     lines += [[cell(value, form) for value, form in zip(row, columns.values(), strict=True)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(value: Value, form: str) -> str:
-    """The text of a cell. A list of numbers becomes their mean ± standard deviation, without those that are None."""
+    """Return the text of a cell. A list becomes the mean ± standard deviation of its numbers. None is left out."""
     if isinstance(value, str):
         return value
     values = value if isinstance(value, list) else [value]
@@ -76,5 +76,5 @@ def cell(value: Value, form: str) -> str:
 
 
 def spread(values: list[list[float]]) -> tuple[list[float], list[float]]:
-    """The mean and the standard deviation of each list."""
+    """Return the mean and the standard deviation of each list."""
     return [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]

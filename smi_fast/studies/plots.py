@@ -1,7 +1,7 @@
 """Plots of figures, drawn with matplotlib (the extra `viz`).
 
-Each function returns whether it wrote the PNG: it returns False, without an error, where matplotlib is missing. It
-raises FileNotFoundError where the folder of `path` does not exist.
+Each function returns whether it wrote the PNG: it returns False, without an error, if matplotlib is missing. It raises
+FileNotFoundError if the folder of `path` does not exist.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def save_accuracy(curves: dict[str, Sequence[tuple[float, float]]], path: str | 
     """Plot accuracy against samples with a line for each name, as in Fig. 4 of Sparse Model Inversion.
 
     Args:
-        curves: name -> points (samples, accuracy in [0, 1]).
+        curves: maps the name of a line to its points (samples, accuracy in [0, 1]).
     """
 
     def draw(axes) -> None:
@@ -68,7 +68,8 @@ def save_ranges(sources: dict[str, dict[str, tuple[float, float]]], path: str | 
     """Plot the range of activations at each place of a model where a quantiser observes them.
 
     Args:
-        sources: source of calibration, which has a bar at each place -> place -> (smallest, largest).
+        sources: maps each source of calibration, which gets a bar at each place, to a dict from places to ranges
+            (smallest, largest).
     """
     places, width = list(next(iter(sources.values()))), 0.8 / len(sources)
 

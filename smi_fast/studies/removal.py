@@ -14,7 +14,7 @@ from smi_fast.backbones.vit import AcceleratedViT
 from smi_fast.studies.experiment import Experiment, split
 from smi_fast.studies.page import Section
 
-REMOVALS = {  # functions of the patches in the order of rising attention that return those that are left
+REMOVALS = {  # maps what is removed to a function that takes patches sorted by rising attention and returns the rest
     "background": lambda order, count: order[:, -count:],
     "foreground": lambda order, count: order[:, :count],
     "random patches": lambda order, count: order.gather(1, torch.rand(order.shape).argsort(1).to(order)[:, :count]),
@@ -45,9 +45,8 @@ def table2(run: Experiment) -> Section:
 def removal_losses(
     fast: AcceleratedViT, batches: Iterable[tuple[Tensor, Tensor]], counts: Sequence[int]
 ) -> list[list[float]]:
-    """Mean cross-entropy and accuracy in % on whole images, then for each count of patches left after each removal.
-
-    Batches are normalised images (B, C, H, W) and their classes (B,). Returns 1 + len(counts) * len(REMOVALS) pairs.
+    """Measure the mean cross-entropy and accuracy in % on whole images, then for each count of patches that is left and
+    each removal: 1 + len(counts) * len(REMOVALS) pairs. Batches are normalised images (B, C, H, W) and classes (B,).
     """
     total, images = 0, 0
     with frozen(fast), torch.random.fork_rng():

@@ -15,13 +15,13 @@ from smi_fast.inversion.meter import StageCost
 
 
 def versions() -> dict[str, str]:
-    """The versions of this package, of Python and of the libraries that results depend on."""
+    """Return the versions of this package, of Python and of the libraries that results depend on."""
     libraries = {"torch": torch.__version__, "timm": timm.__version__}
     return {"smi_fast": smi_fast.__version__, "python": platform.python_version()} | libraries
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU with the number of threads that torch uses."""
+    """Return the name of the GPU, or of the CPU with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -33,7 +33,7 @@ def device_name(device: torch.device) -> str:
 
 
 def stage_records(costs: Sequence[StageCost]) -> list[dict]:
-    """The cost of each stage as report.json holds it. The first stage is the dense one."""
+    """Return the cost of each stage as report.json holds it. The first stage is the dense one."""
     dense = costs[0].iterations_per_second
     return [
         {
@@ -48,7 +48,7 @@ def stage_records(costs: Sequence[StageCost]) -> list[dict]:
 
 
 def stage_table(costs: Sequence[StageCost]) -> str:
-    """The cost of each stage as text, one line for each."""
+    """Return the cost of each stage as text, with a line for each stage."""
     rows = [["iterations", "patches", "tokens", "it/s", "GFLOP/it", "peak memory", "speed-up"]]
     for r in stage_records(costs):
         memory, speed = f"{r['peak_memory_bytes'] / 2**20:.0f} MiB", f"{r['iterations_per_second']:.1f}"
@@ -58,6 +58,6 @@ def stage_table(costs: Sequence[StageCost]) -> str:
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, aligned to the right."""
+    """Return a table as text, with its columns aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -1,7 +1,7 @@
-"""reproduce(): the paper's comparisons on a model and data at hand, written as one page.
+"""reproduce(): the paper's comparisons on your model and data, written as one page.
 
-Tables and figures have the numbers that they have in Hu et al., Sparse Model Inversion, ICML 2024. The page says of
-each what was measured and over how much. The JSON files of the sections hold the figures of each seed.
+Tables and figures have the same numbers as in Hu et al., Sparse Model Inversion, ICML 2024. For each of them, the page
+says what was measured, and on how many images. The JSON files of the sections hold the results of each seed.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ def reproduce(
 ) -> Path:
     """Run the paper's comparisons and write `out/page.md` and its pictures.
 
-    A section is saved as soon as it is finished, and the page with it. Inverted images are saved batch by batch. If it
-    is called again with the same arguments, it goes on where it was interrupted.
+    A section is saved as soon as it is finished, and the page with it. Inverted images are saved batch by batch. If the
+    function is called again with the same arguments, it goes on where it was interrupted.
 
     Args:
         model: a timm model that `quantize` takes. It is also the teacher.
-        data, root: labelled images, as `load_data` takes them. Real images that calibrate or teach come from the split
-            "train"; all accuracies are measured on the split "test".
-        out: the folder of the results, which is made.
-        student: the model that transfers teach by linear probing, with the model's classes and patches. It stays as it
-            is. Without one, transfers are left out.
+        data, root: labelled images, as `load_data` takes them. Real images for calibration or transfer come from the
+            split "train". All accuracies are measured on the split "test".
+        out: the folder of the results. It is created if it does not exist.
+        student: the model whose copies the transfers teach by linear probing, with the model's classes and patches.
+            Without one, transfers are left out.
         student_note: a sentence for the page about what the student has learnt so far.
         settings: "paper", "demo", or settings of your own.
         sections: names from `SECTIONS`. None means all of them.
@@ -74,8 +74,8 @@ def reproduce(
         The path of the page.
 
     Raises:
-        ValueError: A preset or a section is unknown, or `out` holds something else or results of other arguments. Also
-            what `load_data`, `quantize` and `distill` raise.
+        ValueError: A preset or a section is unknown, `out` holds something else or results of other arguments, or
+            `load_data`, `quantize` or `distill` raises it.
         KeyboardInterrupt: Ctrl-C was pressed. What was finished is in `out`.
     """
     if isinstance(settings, str):
@@ -97,7 +97,7 @@ def reproduce(
 
 
 def write(run: Experiment, student_note: str) -> Path:
-    """Write the page of the sections that are finished, and return its path."""
+    """Write the page with all finished sections, and return its path."""
     sections = {name: section for name in SECTIONS if (section := run.finished(name)) is not None}
     about, minutes = run.about, sum(section.seconds for section in sections.values()) / 60
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())

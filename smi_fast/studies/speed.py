@@ -41,7 +41,7 @@ def table8(run: Experiment) -> Section:
 def inversion_seconds(
     fast: AcceleratedViT, stopping: StoppingSchedule, iterations: int, batch_size: int, timed: int
 ) -> float:
-    """The seconds that the iterations of an inversion take, from the median of a few timed ones in each stage."""
+    """Estimate the seconds of an inversion's iterations from the median of a few timed ones in each stage."""
     stops = {timed * number: fraction for number, fraction in enumerate(stopping.stops.values(), 1)}
     count = timed * (len(stops) + 1)
     short = Inverter(fast, stopping=StoppingSchedule(stops), iterations=count, progress=False)

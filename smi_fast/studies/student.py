@@ -18,9 +18,9 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Student:
-    """A student of which each transfer teaches a copy.
+    """A student. Each transfer teaches a copy of it.
 
-    Only the heads of the copies learn. What they read of the test images is therefore computed once.
+    Only the heads of the copies learn, so their inputs for the test images are computed once.
 
     Args:
         model: the student. It stays as it is.
