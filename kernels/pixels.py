@@ -108,7 +108,7 @@ def pixel_step(
         sites: (T, 4), made by `patch_sites`.
         lowest, highest: (C,), the range of each channel.
         inverse: (B, rows, columns) int32, made by `gather_patches`; needed with a view, and only then.
-        view: as in `gather_patches`. A kept pixel that is seen in a cell without a kept patch gets no gradient from the
+        view: see `gather_patches`. A kept pixel that is seen in a cell without a kept patch gets no gradient from the
             model's loss.
         pixel_grad: (T, C * ph * pw) or (T, C, ph, pw) of the images' dtype, a further gradient of the kept pixels in
             the plain view, such as that of a loss that reads the images themselves.
@@ -397,8 +397,8 @@ def _site(sites, t, last):
 
 @jit
 def _patches_of_norm(sites, patches, halvings, IMAGE_NORM: tl.constexpr):
-    """Return the range of the patches that share their norms: all, or those of the image that is this program's index
-    on the first axis. A search of `halvings` = ceil(log2(patches + 1)) loads finds it in the sites, sorted by image."""
+    """Return the range of patches whose pixels share their norms: all patches, or the patches of the image with this
+    program's index. They are found by `halvings` = ceil(log2(patches + 1)) loads from the sites, sorted by image."""
     first, last = 0, patches
     if IMAGE_NORM:
         wanted = tl.program_id(0) + tl.arange(0, 2)  # [2], this image and the next: find each one's first patch

@@ -144,7 +144,7 @@ def _assert_valid(attention, cu_seqlens, starts, k, mass, num_prefix_tokens, max
     _assert_rows(valid.all(1), needed)
     if cu_seqlens is not None:
         least = starts.diff() - num_prefix_tokens if starts is not None else k or 1
-        _assert_rows(present.sum(1) >= least, "an image must have as many candidates as are to stay, and at least one")
+        _assert_rows(present.sum(1) >= least, "an image must have at least one candidate, and at least as many as stay")
 
 
 def _assert_rows(valid: Tensor, needed: str) -> None:

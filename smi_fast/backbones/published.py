@@ -61,8 +61,8 @@ class SMIAdaptor(nn.Module):
         Returns:
             logits: (B, num_classes) in the images' dtype.
             attentions: a list with an entry for each block, as in the published code. Those before the last are None.
-                The last is (B, 1, 1, Q) float32: the class token's attention, averaged over heads, to the tokens in
-                use, of which it is the first. The axes of heads and of queries have length 1, so that the published
+                The last is (B, 1, 1, Q) float32: the class token's attention, averaged over heads, to itself and then
+                to the other tokens in use. The axes of heads and of queries have length 1, so that the published
                 expression `attentions[-1].mean(dim=1)[:, 0, :][:, 1:]` gives the importance (B, Q - 1), and code that
                 asks for a single head or for another token's row fails instead of reading a wrong number. It carries
                 no gradient.

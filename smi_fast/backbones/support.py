@@ -171,8 +171,8 @@ def block_obstacle(block: nn.Module) -> str | None:
 
 
 def _attention_obstacle(name: str, attn: nn.Module, kinds: Collection[type]) -> str | None:
-    """Say why an attention cannot be bypassed; None if it can. A module that it calls on heads may be the reason,
-    because heads are laid out in another order here than in timm."""
+    """Say why an attention cannot be bypassed; None if it can. The modules that it calls on heads have to be plain too,
+    because heads lie in another order here than in timm."""
     reason = obstacle(attn, kinds)
     if reason is not None:
         return f"{name}{reason}"

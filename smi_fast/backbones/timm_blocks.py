@@ -62,7 +62,7 @@ def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
 
 
 def _diff_attention(attn: DiffAttention, x: Tensor, attend: Attend) -> Tensor:
-    """timm's DiffAttention. Modifications: those of `_differential`."""
+    """timm's DiffAttention. Modifications: `_differential` lists them."""
     q, k, v = _linear(attn.qkv, x).flatten(0, -2).chunk(3, dim=-1)
     out = attn.norm(_differential(attn, q, k, v, attend).view_as(x))
     return attn.proj_drop(_linear(attn.proj, out))
@@ -158,7 +158,7 @@ def _parallel_scaling_block(block: ParallelScalingBlock, x: Tensor, attend: Atte
 
 
 def _diff_parallel_scaling_block(block: DiffParallelScalingBlock, x: Tensor, attend: Attend) -> Tensor:
-    """timm's DiffParallelScalingBlock. Modifications: those of `_differential`."""
+    """timm's DiffParallelScalingBlock. Modifications: `_differential` lists them."""
     mlp, q, k, v = _linear(block.in_proj, block.in_norm(x)).split(block.in_split, dim=-1)
     out = _differential(block, q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), attend).view_as(x)
     mlp = block.mlp_drop(block.mlp_act(mlp if block.mlp_bias is None else mlp + block.mlp_bias))

@@ -1,4 +1,4 @@
-"""smi-fast distill: a student that learns from a teacher on inverted images alone."""
+"""smi-fast distill: teach a student with a teacher's inverted images."""
 
 from __future__ import annotations
 

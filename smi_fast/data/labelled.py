@@ -42,8 +42,8 @@ def load_data(
         A data set of samples (image (C, H, W) float32, label int).
 
     Raises:
-        ValueError: the name, split or folder is unknown, `root` is missing or holds no complete data set, or the folder
-            has no classes or another number of them than the model. The message names it.
+        ValueError: the name, split or folder is unknown, `root` is missing or holds no complete data set, or the number
+            of classes in the folder is 0 or not the model's. The message names it.
     """
     if split not in FOLDERS:
         raise ValueError(f"split must be train or test, got {split!r}")

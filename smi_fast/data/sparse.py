@@ -35,7 +35,7 @@ class InvertedDataset(torch.utils.data.Dataset):
 
     Images have a fixed order, so that `DataLoader(dataset, shuffle=True, generator=torch.Generator().manual_seed(s))`
     gives the same batches with any number of workers. The exception is `persistent_workers`, with which the loader
-    draws fewer numbers from its generator. If the order has to follow from seed and epoch alone, for example to resume,
+    draws fewer numbers from its generator. If the order must depend only on seed and epoch, for example to resume,
     use torch's sampler: `DataLoader(dataset, sampler=DistributedSampler(dataset, 1, 0, seed=s))` and its `set_epoch`.
 
     Args:

@@ -135,7 +135,7 @@ class Inverter:
         flip: the probability that a view is mirrored.
         view_per_image: draw a view for each image, instead of one for the batch as the published code does.
         image_size: (height, width) in pixels. None: the model's.
-        mean, std: the model's normalisation, one number per channel. None: from timm's data config of the model.
+        mean, std: the normalisation of images, one number per channel. None: the model's, by timm's data config.
         dtype, backend: arguments for `accelerate`. They cannot be given with a model that is accelerated already.
         compile: fuse the operations around the matrix products with torch.compile, which takes a minute before the
             first iteration.
@@ -181,7 +181,7 @@ class Inverter:
             raise TypeError(f"a prior is an ImagePrior or a function of (images, kept), got {self.prior!r}")
         self.select = check_strategy(select)
         if select == "lowest" and any(isinstance(stop, Mass) for stop in self.stopping.stops.values()):
-            raise ValueError('select="lowest" has no attention mass to keep: give the schedule fractions')
+            raise ValueError('select="lowest" cannot keep a mass of attention: the schedule has to hold fractions')
         self.iterations, self.lr, self.betas = iterations, lr, betas
         self.jitter, self.flip, self.view_per_image = jitter, flip, view_per_image
         self.cuda_graphs, self.progress = cuda_graphs, progress
@@ -205,7 +205,7 @@ class Inverter:
         late = [iteration for iteration in self.stopping.stops if iteration >= self.iterations]
         if late:
             raise ValueError(
-                f"the schedule stops patches at iteration {late[0]}, of {self.iterations} iterations in all"
+                f"the schedule stops patches at iteration {late[0]}, but there are only {self.iterations} iterations"
             )
         starts = {0: self.grid.num_patches, **self.stopping.patches(self.grid.num_patches)}
         ends = [*list(starts)[1:], self.iterations]

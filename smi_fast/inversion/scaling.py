@@ -34,7 +34,7 @@ class LossScale:
         return grads
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return a copy of the scale and of the number of iterations since the last overflow."""
+        """Return a copy of the scale and of the number of iterations since it last changed."""
         return {"value": self.value.clone(), "finite_in_a_row": self._finite_in_a_row.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -57,7 +57,7 @@ def scores(
     if not chosen.isfinite().all():
         raise ValueError("select returned scores that are NaN or infinite")
     if isinstance(stop, Mass) and (chosen < 0).any():
-        raise ValueError(f"select returned negative scores, of which {stop} cannot be kept")
+        raise ValueError(f"select returned negative scores, which {stop} does not allow")
     return chosen
 
 

@@ -24,7 +24,7 @@ class Stage:
 
     start: int  # first iteration
     end: int  # the iteration after the last one
-    patches: float | None  # kept patches per image, on average if images differ; None until a `Mass` is measured
+    patches: float | None  # kept patches per image, on average if images differ; None if a `Mass` is yet to decide
     tokens: float | None  # patches and prefix tokens per image
 
 

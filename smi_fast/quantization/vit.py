@@ -39,7 +39,7 @@ CACHED_VALUES = 3 * 2**19  # values of the widest activation at a time on a CPU,
 class QuantizedBlock(nn.Module):
     """timm's Block.
 
-    Modifications: a place of quantisation follows each step, and the class tokens can be computed alone.
+    Modifications: a place of quantisation follows each step, and the output can be that of the class tokens only.
     """
 
     def __init__(self, block: Block, bits: int):
