@@ -21,7 +21,7 @@ def first_order(backward: Callable) -> Callable:
             `torch.autograd.Function` or a `torch.library.custom_op`. It is not called if the output's gradient is None.
 
     Raises:
-        RuntimeError: (by the decorated function) under create_graph=True.
+        RuntimeError: the decorated function runs with create_graph=True.
     """
 
     @wraps(backward)

@@ -92,8 +92,8 @@ def _check_patches(images, positions, cu_seqlens, view, patch_size) -> None:
 def view_cells(positions: Tensor, view: Tensor, grid_size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
     """Compute the grid cell in which each patch is seen through a view.
 
-    It is the cell nearest to where the view moves the patch's centre, wrapped at the borders, where half a patch is
-    rounded up. Different positions have different cells.
+    It is the cell nearest to where the view moves the patch's centre, wrapped at the borders. Half a patch is rounded
+    up. Different positions have different cells.
 
     Args:
         positions: (...) patch-grid indices, row-major.

@@ -64,7 +64,7 @@ def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Compute where packed tokens lie in a batch that is padded to N = max_seqlen tokens a sequence.
+    """Compute where packed tokens lie in a batch that is padded to N = max_seqlen tokens per sequence.
 
     Returns:
         The place of each token among the B * N places of the padded batch, (T,) int64, and whether each place holds a

@@ -217,7 +217,7 @@ def patch_projection(model: nn.Module) -> nn.Conv2d:
     """Return `patch_embed.proj`, which is computed as a product with each patch.
 
     Raises:
-        UnsupportedModelError: it is not plain, or its patches overlap or are padded.
+        UnsupportedModelError: the projection is not plain, or its patches overlap or are padded.
     """
     proj = model.patch_embed.proj
     _require("patch_embed.proj", proj, (nn.Conv2d,))

@@ -190,7 +190,7 @@ def check_memory(option: str, images: int, shape: Sequence[int]) -> None:
     """Check that a number of float32 images of this shape fits into the machine's memory.
 
     Raises:
-        ValueError: The images do not fit. The message names the option that asks for them.
+        ValueError: the images do not fit. The message names the option that asks for them.
     """
     needed, there = 4 * images * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:

@@ -213,7 +213,7 @@ def parse_classes(text: str, names: Sequence[str]) -> list[int]:
     """Read a list of classes such as "0,3,7-9" or "cat,ship", "all", or "first ten" (all, if there are fewer).
 
     Raises:
-        ValueError: A part of the list is not the name or number of a class.
+        ValueError: a part of the list is not the name or number of a class.
     """
     if text.strip() in ("all", "first ten"):
         return list(range(len(names)))[: 10 if text.strip() == "first ten" else None]

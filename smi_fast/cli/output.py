@@ -22,7 +22,7 @@ class Results:
         files: the names of all files that the command may write.
 
     Raises:
-        ValueError: The folder cannot be made or written to, is not empty without --overwrite, or holds a folder by the
+        ValueError: the folder cannot be made or written to, is not empty without --overwrite, or holds a folder by the
             name of a file.
     """
 
@@ -65,7 +65,7 @@ def check_writable(out: Path) -> None:
     """Make the folder `out`, write a file to it, and leave everything as it was.
 
     Raises:
-        ValueError: The folder cannot be made or written to. The message says why.
+        ValueError: the folder cannot be made or written to. The message says why.
     """
     if "\0" in str(out):
         raise ValueError(f"--out: {str(out)!r} holds a NUL byte")

@@ -72,7 +72,7 @@ class InversionState:
         self.iteration = 0
         self.pair = (images, images.clone())
         self.current = 0  # which of the pair the next step reads
-        self.begun = images.clone()  # as the images were when the stage began, where they are finite
+        self.begun = images.clone()  # the images when the stage began, all of them finite
         moments = batch_size * grid.num_patches, channels * grid.patch_size[0] * grid.patch_size[1]
         self.exp_avg, self.exp_avg_sq = images.new_zeros(2, *moments)
         self.steps = torch.zeros(batch_size, dtype=torch.int64, device=device)

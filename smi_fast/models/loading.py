@@ -37,7 +37,7 @@ def load_model(
             command.
 
     Raises:
-        ValueError: The name is unknown, weights are given twice or not at all, the file is missing, damaged or belongs
+        ValueError: the name is unknown, weights are given twice or not at all, the file is missing, damaged or belongs
             to another model, or the download fails. The message says which.
     """
     if pretrained and checkpoint is not None:

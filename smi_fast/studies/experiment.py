@@ -114,7 +114,7 @@ class Experiment:
         """Make the folder, or check that it holds results of the same arguments.
 
         Raises:
-            ValueError: The folder holds something else, or the models or the data do not fit each other.
+            ValueError: the folder holds something else, or the models or the data do not fit each other.
         """
         self.load("train"), self.load("test")
         check_supported(self.model)

@@ -28,9 +28,9 @@ def save_grid(images: Tensor, path: str | os.PathLike, columns: int, labels: lis
         labels: a text for each row, which stands left of it.
 
     Raises:
-        ValueError: The images are not (N, 3, H, W) with N > 0, there are no columns, or there is not one label for each
+        ValueError: the images are not (N, 3, H, W) with N > 0, there are no columns, or there is not one label for each
             row.
-        FileNotFoundError: The folder of `path` does not exist.
+        FileNotFoundError: the folder of `path` does not exist.
     """
     if columns < 1:
         raise ValueError(f"columns must be at least 1, not {columns}")
@@ -51,8 +51,8 @@ def save_process(snapshots: list[Tensor], path: str | os.PathLike, titles: list[
             are too long for their columns are broken at " · ".
 
     Raises:
-        ValueError: There are no snapshots, their shapes differ, or there is not one title for each.
-        FileNotFoundError: The folder of `path` does not exist.
+        ValueError: there are no snapshots, their shapes differ, or there is not one title for each.
+        FileNotFoundError: the folder of `path` does not exist.
     """
     if not snapshots or len(titles) != len(snapshots):
         raise ValueError(f"{len(titles)} titles for {len(snapshots)} snapshots")

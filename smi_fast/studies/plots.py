@@ -21,7 +21,7 @@ def save_curve(losses: Sequence[float], tokens: Sequence[float], path: str | os.
         losses, tokens: one number for each iteration.
 
     Raises:
-        ValueError: There are no iterations.
+        ValueError: there are no iterations.
     """
     if not losses:
         raise ValueError("there are no losses to plot")

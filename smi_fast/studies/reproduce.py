@@ -74,7 +74,7 @@ def reproduce(
         The path of the page.
 
     Raises:
-        ValueError: A preset or a section is unknown, `out` holds something else or results of other arguments, or
+        ValueError: a preset or a section is unknown, `out` holds something else or results of other arguments, or
             `load_data`, `quantize` or `distill` raises it.
         KeyboardInterrupt: Ctrl-C was pressed. What was finished is in `out`.
     """
