@@ -321,7 +321,7 @@ class Inverter:
 
     def _stop(self, current: InversionState, stop: float | Mass) -> None:
         """Choose the patches that go on, by what the iteration before has measured."""
-        if not current.importance.isfinite().all():
+        if current.importance.isfinite().logical_not().any():
             raise NonFiniteError(current.iteration, self._result(current))
         chosen = scores(
             self.select, current.importance, current.keep, stop, seed=current.seed, iteration=current.iteration
