@@ -72,7 +72,7 @@ def test_second_order_gradients_of_picked_rows_are_right(shape, seed):
 
 
 @pytest.mark.parametrize("lengths", [(4, 6), (70, 70, 70)], ids=str)
-def test_second_order_gradients_of_torchs_fused_attention_are_an_error(lengths, seed):
+def test_second_order_of_fused_attention_is_an_error(lengths, seed):
     dtype = torch.float32 if len(set(lengths)) > 1 else torch.float64
     qkv = torch.randn(sum(lengths), 3, 2, 8, dtype=dtype, requires_grad=True)
     (grad,) = torch.autograd.grad(attend(qkv, "torch", lengths).sum(), qkv, create_graph=True)
