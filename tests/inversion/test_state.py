@@ -20,7 +20,7 @@ RUNS = {
     "bfloat16": {"stopping": {5: 0.3}, "dtype": torch.bfloat16},
     "float16": {"stopping": {5: 0.3}, "dtype": torch.float16},
     "norms": {"stopping": {5: Mass(0.8)}, "objective": deep_inversion(1e-2, 1e-3, norm="image")},
-    "triton": {"stopping": {2: Mass(0.8)}, "iterations": 4, "backend": "triton"},
+    "triton": {"stopping": {1: Mass(0.8)}, "iterations": 3, "backend": "triton"},
 }
 
 
