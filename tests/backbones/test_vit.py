@@ -137,6 +137,35 @@ def test_patches_alone_give_the_logits_of_their_images(model, images):
     torch.testing.assert_close(fast.forward_patches(packed), fast(images, keep=keep))
 
 
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+def test_features_are_what_timms_blocks_give_with_gradients(model, images, hooked):
+    """Of packed images too; where a block has a hook, they run one by one."""
+    if hooked:
+        model.blocks[0].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    keep = [torch.randperm(64)[:count] for count in (5, 64, 1)]
+    patches = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
+    packed = smi_fast.PackedTokens.from_sequences([p[k] for p, k in zip(patches, keep, strict=True)], keep)
+    packed.values.requires_grad_()
+    outputs = smi_fast.accelerate(model).outputs(packed, features=("blocks.0", "blocks.1"))
+    assert outputs.features.keys() == {"blocks.0", "blocks.1"}
+    torch.testing.assert_close(outputs.logits, smi_fast.accelerate(model)(images, keep=keep))
+    for name, tokens in outputs.features.items():
+        for image, row, found in zip(images, keep, tokens.sequences(), strict=True):
+            x = model._pos_embed(model.patch_embed(image[None]))
+            x = x[:, torch.cat((torch.arange(3), row + 3))]
+            for block in model.blocks[: int(name[-1]) + 1]:
+                x = block(x)
+            torch.testing.assert_close(found, x[0])
+        (grad,) = torch.autograd.grad(tokens.values.square().sum(), packed.values, retain_graph=True)
+        assert (grad.abs().sum(1) > 0).all()
+
+
+def test_features_of_no_block_are_refused(model):
+    packed = smi_fast.PackedTokens.from_batch(torch.randn(2, 4, 48, dtype=torch.float64), torch.arange(4))
+    with pytest.raises(ValueError, match=r"'blocks.2': the model has blocks.0 to blocks.1"):
+        smi_fast.accelerate(model).outputs(packed, features=("blocks.2",))
+
+
 def test_other_grids_resample_positions_as_timm_does(seed):
     model = timm.create_model("test_vit", pretrained=False).double().eval()
     images = torch.randn(2, 3, 96, 128, dtype=torch.float64)
