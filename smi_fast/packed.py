@@ -114,7 +114,7 @@ class PackedTokens:
     def groups(self, size: int) -> Iterator[PackedTokens]:
         """Yield the sequences in groups of `size`, the last of which may be smaller. The host waits for the device."""
         lengths = self.lengths()
-        if 0 < len(lengths) <= size:
+        if len(lengths) <= size:
             yield self
             return
         starts = self.cu_seqlens.tolist()

@@ -31,7 +31,7 @@ def cut_out(images, keep) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", KEEPS)
-def test_patches_are_gathered_from_their_places_and_scattered_back(images, name):
+def test_patches_are_gathered_and_scattered_back(images, name):
     keep = packed(name)
     patches = GRID.gather(images, keep)
     assert torch.equal(patches, cut_out(images, KEEPS[name]))
@@ -55,14 +55,14 @@ def test_tiles_are_the_same_memory(images):
     assert torch.equal(tiles[1, 2, 3], images[1, :, 4:6, 6:8])
 
 
-def test_a_mirrored_image_has_its_patches_at_the_mirrored_positions(images):
+def test_mirrored_positions_are_those_of_a_mirrored_image(images):
     positions = torch.arange(12)
     mirrored, tiles = GRID.tiles(images.flip(3)).flatten(1, 2), GRID.tiles(images).flatten(1, 2)
     assert torch.equal(mirrored[:, GRID.mirrored(positions)].flip(-1), tiles)
 
 
 @pytest.mark.parametrize(("image_size", "patch_size"), [((6, 9), (2, 2)), ((5, 8), (2, 2)), ((6, 8), (0, 2))])
-def test_patches_that_do_not_divide_the_images_are_refused_with_both_sizes(image_size, patch_size):
+def test_patches_that_do_not_divide_are_refused(image_size, patch_size):
     sizes = "{}x{}.*{}x{}".format(*image_size, *patch_size)
     with pytest.raises(ValueError, match=sizes):
         PatchGrid.of(image_size, patch_size)

@@ -1,7 +1,6 @@
 """Imports run one way through the house: from the command line down to the kernels."""
 
 import ast
-from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -30,20 +29,11 @@ def modules() -> dict[str, Path]:
     return {name.removesuffix(".__init__"): path for name, path in files.items()}
 
 
-def nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes that run. What stands under TYPE_CHECKING is for annotations alone."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        yield node
-        yield from nodes(node)
-
-
 def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
     """The modules of the package that a file imports, anywhere in it."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in nodes(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

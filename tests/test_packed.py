@@ -49,7 +49,7 @@ def test_padding_puts_each_token_at_its_slot_and_zeros_elsewhere(lengths):
 
 
 @given(lengths, st.integers(0, 3))
-def test_prefix_tokens_stand_before_every_sequence_with_negative_positions(lengths, count):
+def test_prefix_tokens_stand_before_every_sequence(lengths, count):
     tokens, prefix = packed(lengths), torch.randn(count, 2)
     longer = tokens.prepend(prefix)
     for ours, sequence in zip(longer.sequences(), tokens.sequences(), strict=True):

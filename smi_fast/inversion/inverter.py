@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -287,10 +287,29 @@ class Inverter:
             iterations=self.iterations,
             seed=seed,
             scales_loss=self.backbone.compute_dtype == torch.float16,
+            settings=self._settings(),
         )
         if state is not None:
             current.load_state_dict(state)
         return current, views.to(targets.device)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that must be equal in a saved run and in the run that continues it, functions by name."""
+        named = {"objective": self.objective, "prior": self.prior, "select": self.select}
+        return {
+            "stopping": str(self.stopping),
+            "iterations": self.iterations,
+            "lr": self.lr,
+            "betas": list(self.betas),
+            "jitter": self.jitter,
+            "flip": self.flip,
+            "view_per_image": self.view_per_image,
+            "image_size": list(self.image_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "dtype": str(self.backbone.compute_dtype),
+            **{name: _name_of(value) for name, value in named.items()},
+        }
 
     def _enter(self, current: InversionState, stage: Stage) -> Stage:
         """Begin a stage, or go on with the one that a saved run has begun. Return it with its number of patches."""
@@ -302,7 +321,7 @@ class Inverter:
 
     def _stop(self, current: InversionState, stop: float | Mass) -> None:
         """Choose the patches that go on by the importance that the iteration before has measured."""
-        if not current.importance.isfinite().all():
+        if current.importance.isfinite().logical_not().any():
             raise NonFiniteError(current.iteration, self._result(current))
         chosen = scores(
             self.select, current.importance, current.keep, stop, seed=current.seed, iteration=current.iteration
@@ -411,6 +430,13 @@ def _check_numbers(iterations: int, lr: float, betas: tuple[float, float], jitte
     for name, share in (("jitter", jitter), ("flip", flip)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {share}")
+
+
+def _name_of(value: Any) -> str:
+    """Return a text that identifies a strategy's name, a function or an objective with settings in every process."""
+    if isinstance(value, str) or is_dataclass(value):
+        return str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _gradients(loss: Tensor, inputs: tuple[Tensor, ...], current: InversionState) -> list[Tensor | None]:

@@ -54,7 +54,7 @@ def scores(
         found = tuple(chosen.shape) if isinstance(chosen, Tensor) else f"a {type(chosen).__name__}"
         raise ValueError(f"select returned {found}, expected a score for each patch, {tuple(importance.shape)}")
     chosen = chosen.detach().float()
-    if not chosen.isfinite().all():
+    if chosen.isfinite().logical_not().any():
         raise ValueError("select returned scores that are NaN or infinite")
     if isinstance(stop, Mass) and (chosen < 0).any():
         raise ValueError(f"select returned negative scores, which {stop} does not allow")

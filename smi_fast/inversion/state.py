@@ -42,6 +42,7 @@ class InversionState:
         iterations: the number of steps of the whole run.
         seed: the seed of the run's random numbers.
         scales_loss: whether the loss is scaled for its backward pass, as float16 needs it.
+        settings: further settings by name, which must be equal in a run that continues this one: numbers, texts, lists.
 
     Attributes:
         iteration: the number of steps that are done, which is also the number of the next step.
@@ -64,9 +65,10 @@ class InversionState:
         iterations: int,
         seed: int,
         scales_loss: bool,
+        settings: Mapping[str, Any],
     ):
         (batch_size, channels), device = images.shape[:2], images.device
-        self.grid, self.targets, self.seed = grid, targets, seed
+        self.grid, self.targets, self.seed, self.settings = grid, targets, seed, dict(settings)
         self.mean, self.std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))
         self.lowest, self.highest = (-self.mean / self.std).flatten(), ((1 - self.mean) / self.std).flatten()
         self.iteration = 0
@@ -180,6 +182,7 @@ class InversionState:
         }
         return {
             "version": VERSION,
+            "settings": dict(self.settings),
             "seed": self.seed,
             "iteration": self.iteration,
             "max_seqlen": self.keep.max_seqlen,
@@ -193,23 +196,18 @@ class InversionState:
         """Go on from what `state_dict` returned, on the device of this state.
 
         Raises:
-            ValueError: the state is of another version, of a run with other targets, another seed or another image
-                size, or beyond the end of this run. The message names the difference, and this state is unchanged.
+            ValueError: the state is of another version, or of a run with other targets, another seed or other settings.
+                The message names the difference, and this state is unchanged.
         """
         if state.get("version") != VERSION:
             raise ValueError(f"the state is of version {state.get('version')}, this code reads version {VERSION}")
         device = self.targets.device
         tensors = {name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)}
-        for name, ours, theirs in (
-            ("targets", self.targets.tolist(), tensors["targets"].tolist()),
-            ("seed", self.seed, state["seed"]),
-            ("image size", tuple(self.images().shape[1:]), tuple(tensors["images"].shape[1:])),
-            ("loss scaling", self.loss_scale is not None, state["loss_scale"] is not None),
-        ):
-            if ours != theirs:
-                raise ValueError(f"the state is of a run whose {name} is {theirs}, not {ours}")
-        if state["iteration"] > len(self.losses):
-            raise ValueError(f"the state is at iteration {state['iteration']} of a run of only {len(self.losses)}")
+        ours = self.settings | {"seed": self.seed, "targets": self.targets.tolist()}
+        theirs = state["settings"] | {"seed": state["seed"], "targets": tensors["targets"].tolist()}
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise ValueError(f"the state is of a run whose {name} is {theirs.get(name)}, not {value}")
         self.iteration = state["iteration"]
         self.pair, self.current = (tensors["images"].clone(), tensors["images"].clone()), 0
         self.begun, self.steps = tensors["begun"].clone(), tensors["steps"].clone()

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +26,13 @@ from torch import Tensor, nn
 
 from smi_fast.data.files import atomic_write, checksum, first_line
 
-if TYPE_CHECKING:
-    from smi_fast.quantization.vit import QuantizedViT
-
 FORMAT_VERSION = 2
 HEADER_KEY, CHECKSUM_KEY = "smi_fast_quantized", "checksum"
 MAX_PACKED_BITS = 4  # weights of up to this many bits lie two to a byte in a file
 
 
-def save_model(model: QuantizedViT, path: str | os.PathLike, overwrite: bool) -> None:
-    """Write a model to a file. `QuantizedViT.save` lists the errors."""
+def save_model(model: nn.Module, path: str | os.PathLike, overwrite: bool) -> None:
+    """Write a `QuantizedViT` to a file. Its method `save` lists the errors."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name of a quantised model must end in .safetensors")
@@ -62,8 +58,8 @@ def save_model(model: QuantizedViT, path: str | os.PathLike, overwrite: bool) ->
         save_file(tensors, partial_file, {HEADER_KEY: text, CHECKSUM_KEY: str(_checksum(text, tensors))})
 
 
-def load_model(kind: type[QuantizedViT], path: str | os.PathLike) -> QuantizedViT:
-    """Read a model of the class `kind` from a file. `QuantizedViT.load` lists the errors."""
+def load_model(kind: type[nn.Module], path: str | os.PathLike) -> nn.Module:
+    """Read a model of the class `kind`, which is `QuantizedViT`, from a file. Its method `load` lists the errors."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -89,7 +85,7 @@ def load_model(kind: type[QuantizedViT], path: str | os.PathLike) -> QuantizedVi
         raise ValueError(f"{path}: not a quantised model that is understood ({first_line(error)})") from None
 
 
-def _build(kind: type[QuantizedViT], header: dict, tensors: dict[str, Tensor]) -> QuantizedViT:
+def _build(kind: type[nn.Module], header: dict, tensors: dict[str, Tensor]) -> nn.Module:
     """Build the model that a file's header and tensors describe."""
     arguments = dict(header["arguments"])
     arguments["norm_layer"] = partial(nn.LayerNorm, eps=arguments.pop("norm_eps"))

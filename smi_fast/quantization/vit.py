@@ -247,10 +247,11 @@ class QuantizedViT(nn.Module):
         """Write one `.safetensors` file, in the format that `checkpoint.py` describes: complete, or not at all.
 
         Raises:
-            ValueError: `path` does not end in .safetensors.
+            ValueError: `path` does not end in .safetensors, or the model is not calibrated.
             FileExistsError: `path` exists and `overwrite` is false.
             FileNotFoundError: the folder of `path` does not exist.
         """
+        self._check_calibrated()
         save_model(self, path, overwrite)
 
     @classmethod
@@ -271,8 +272,16 @@ class QuantizedViT(nn.Module):
         `torch.export.save` writes it, with one byte per weight. It needs neither this package nor timm. After
         `import torch.ao.quantization.fx._decomposed`, which registers its operators, `torch.export.load(path).module()`
         runs anywhere. `torch.compile` with `torch._inductor.config.freezing` turns it into integer matrix products.
+
+        Raises:
+            ValueError: the model is not calibrated.
         """
+        self._check_calibrated()
         return export_program(self)
+
+    def _check_calibrated(self) -> None:
+        if not self.calibrated:
+            raise ValueError("the model is not calibrated: `quantize` makes a model that is")
 
 
 def first_tokens(x: Scaled, ragged: PackedTokens | None) -> Scaled:

@@ -113,10 +113,10 @@ def test_weights_train_through_the_compiled_model(seed):
     [(None, "torch"), (None, "triton"), (lambda logits, images, targets: logits.square().mean(), "torch")],
     ids=["torch", "triton", "user"],
 )
-def test_the_loop_is_the_same_where_its_forward_pass_is_compiled(seed, monkeypatch, objective, backend):
+def test_the_loop_is_the_same_compiled(seed, monkeypatch, objective, backend):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager", fullgraph=True))
-    options = {"stopping": smi_fast.StoppingSchedule({2: 0.3}), "iterations": 5, "progress": False}
+    options = {"stopping": smi_fast.StoppingSchedule({2: 0.3}), "iterations": 4, "progress": False}
     model = {"depth": 2, "backend": backend, "dtype": torch.float32}
     runs = [
         smi_fast.Inverter(accelerated(**model), objective=objective, compile=compile, **options)

@@ -105,12 +105,12 @@ def assert_as_timm(model, images, keep, prune) -> None:
 
 @pytest.mark.parametrize("kept", ["all", "uniform", "ragged"])
 @pytest.mark.parametrize("prune", PRUNES, ids=str)
-def test_pruning_is_timms_blocks_on_the_patches_of_highest_class_attention(model, images, prune, kept):
+def test_pruning_equals_timms_blocks_on_the_kept_patches(model, images, prune, kept):
     assert_as_timm(model, images, some_keep(kept), prune)
 
 
 @pytest.mark.parametrize("block", [ResPostBlock, ParallelScalingBlock, ParallelThingsBlock])
-def test_every_kind_of_block_with_class_attention_prunes_by_the_mean_over_its_heads(images, block):
+def test_every_kind_of_block_prunes_by_its_mean_over_heads(images, block):
     assert_as_timm(build(block_fn=block), images, some_keep("uniform"), {1: 0.3, 2: Mass(0.8)})
 
 
@@ -167,7 +167,7 @@ def test_ties_go_to_the_patch_that_comes_first_in_keep(model, images):
     assert (importance[:, 15:] == 0).all()
 
 
-def test_select_patches_goes_on_from_the_importance_and_finds_only_patches_that_were_left(model, images):
+def test_select_patches_finds_only_patches_that_are_left(model, images):
     keep = some_keep("uniform")
     _, importance = smi_fast.accelerate(model, prune={2: 0.5})(images, keep=keep, return_attention=True)
     assert ((importance > 0).sum(1) == 15).all()
@@ -230,7 +230,7 @@ def test_a_wrong_prune_is_refused_with_its_block_and_value(model, prune, message
         smi_fast.accelerate(model, prune=prune)
 
 
-def test_models_without_class_attention_are_refused_with_the_part_that_stands_in_the_way(seed):
+def test_models_without_class_attention_are_refused(seed):
     with pytest.raises(smi_fast.UnsupportedModelError, match="no class token"):
         smi_fast.accelerate(build(class_token=False, global_pool="avg"), prune={1: 0.3})
     with pytest.raises(smi_fast.UnsupportedModelError, match=r"blocks\[1\] holds a DiffAttention.* before block 2"):

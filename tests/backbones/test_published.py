@@ -69,7 +69,7 @@ def columns_to_keep(attention: torch.Tensor, count: int) -> torch.Tensor:
     return importance.argsort(1, descending=True)[:, : count + 1]
 
 
-def test_two_stoppings_in_a_chain_are_those_of_timms_blocks_on_gathered_tokens(model, images):
+def test_two_stoppings_equal_timms_blocks_on_gathered_tokens(model, images):
     adaptor = SMIAdaptor(model)
     index, columns, attentions = every_token(3, 64), every_token(3, 64), None
     tokens, expected_attention = every_token(3, 64), None
@@ -256,7 +256,7 @@ def test_the_published_model_gives_the_same_over_two_stoppings(both):
 
 
 @needs_checkout
-def test_the_published_loop_makes_the_same_images_with_the_adaptor_as_its_teacher(both, seed, tmp_path):
+def test_the_published_loop_makes_the_same_images(both, seed, tmp_path):
     smi = imported("synthesis.smi")
 
     class Normalizer(SimpleNamespace):

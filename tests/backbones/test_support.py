@@ -309,7 +309,7 @@ def test_changed_modules_act_as_in_timm_or_are_refused(seed, images, change):
     assert_timms_numbers(*CHANGES[change], images)
 
 
-def test_a_model_that_is_changed_already_is_accelerated_alike_or_refused(seed, images):
+def test_models_changed_before_are_alike_or_refused(seed, images):
     for place, expected in PLACES.items():
         model = build()
         HOOKS["forward_hook"](model.get_submodule(place))
@@ -329,7 +329,7 @@ def test_a_class_whose_forward_is_replaced_is_refused(seed, images, monkeypatch,
     assert outcome(fast, images, KEEP, False) == SAME
 
 
-def test_global_hooks_are_refused_but_for_those_that_only_count(seed, images):
+def test_global_hooks_are_refused_unless_they_count(seed, images):
     fast = smi_fast.accelerate(build())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         logits = fast(images)
@@ -363,7 +363,7 @@ def test_refusals_name_the_module_and_the_reason(seed, images):
         fast(images)
 
 
-def test_patches_are_not_pruned_by_an_attention_that_cannot_be_measured(seed, images):
+def test_attention_that_cannot_be_measured_prunes_nothing(seed, images):
     model = build()
     fast = smi_fast.accelerate(model, prune={1: 0.3})
     expected = fast(images)
@@ -375,7 +375,7 @@ def test_patches_are_not_pruned_by_an_attention_that_cannot_be_measured(seed, im
 
 
 @pytest.mark.parametrize("keep", [KEEP, RAGGED], ids=["uniform", "ragged"])
-def test_pruned_images_in_a_batch_are_those_alone_where_tokens_are_mixed(seed, images, keep):
+def test_pruned_images_do_not_depend_on_their_batch(seed, images, keep):
     model = build()
     replace_module(model, "blocks.1.norm2", lambda norm: nn.Sequential(norm, Mixing()))
     fast = smi_fast.accelerate(model, prune={1: smi_fast.Mass(0.6)})
@@ -463,7 +463,7 @@ def test_changed_models_are_not_quantised(seed, change):
             smi_fast.quantize(model, images)
 
 
-def test_a_compiled_model_notices_hooks_where_the_compiler_is_told_to_look(seed, images):
+def test_a_compiled_model_notices_hooks_if_told_to_look(seed, images):
     model = build()
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         compiled = torch.compile(smi_fast.accelerate(model), backend="aot_eager")
@@ -472,7 +472,7 @@ def test_a_compiled_model_notices_hooks_where_the_compiler_is_told_to_look(seed,
         torch.testing.assert_close(compiled(images, keep=KEEP), timm_numbers(model, images, KEEP)[0])
 
 
-def test_a_model_exports_with_the_tensors_that_stand_for_its_weights(seed, images):
+def test_a_model_exports(seed, images):
     fast = smi_fast.accelerate(build().requires_grad_(False))
     program = torch.export.export(fast, (images.detach(),), strict=False)
     torch.testing.assert_close(program.module()(images.detach()), fast(images.detach()))

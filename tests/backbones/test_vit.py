@@ -44,7 +44,7 @@ def last_attention(model: VisionTransformer, images: torch.Tensor) -> torch.Tens
     return (q @ k.transpose(-2, -1) * attn.scale).softmax(-1)
 
 
-def test_importance_is_the_class_tokens_attention_averaged_over_heads(model, images):
+def test_importance_is_the_class_tokens_attention(model, images):
     logits, importance = smi_fast.accelerate(model)(images, return_attention=True)
     expected = last_attention(model, images).mean(1)[:, 0, 3:]
     assert importance.dtype == torch.float32
@@ -53,14 +53,14 @@ def test_importance_is_the_class_tokens_attention_averaged_over_heads(model, ima
     assert not importance.requires_grad
 
 
-def test_importance_without_class_token_is_the_mean_attention_received(seed, images):
+def test_importance_without_class_token_is_attention_received(seed, images):
     model = cifar10_vit(False, depth=2, embed_dim=48, num_heads=3, class_token=False, global_pool="avg").double()
     _, importance = smi_fast.accelerate(model)(images, return_attention=True)
     expected = last_attention(model, images).mean((1, 2))
     torch.testing.assert_close(importance.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_importance_with_attention_pooling_is_the_pooling_querys_attention(seed, images):
+def test_importance_of_attention_pooling_is_the_querys(seed, images):
     model = cifar10_vit(False, depth=1, embed_dim=48, num_heads=3, class_token=False, global_pool="map", reg_tokens=1)
     model = model.double()
     nn.init.normal_(model.attn_pool.latent)
@@ -93,7 +93,7 @@ def test_outputs_are_aligned_to_the_order_of_keep(model, images):
     torch.testing.assert_close(shuffled_importance, importance[:, order])
 
 
-def test_a_mask_whose_rows_differ_gives_each_image_what_it_gives_alone(model, images):
+def test_ragged_images_give_what_they_give_alone(model, images):
     fast = smi_fast.accelerate(model)
     mask = torch.rand(3, 64) < torch.tensor([[0.1], [0.5], [0.9]])
     mask[:, 0] = True
@@ -116,7 +116,7 @@ def test_ragged_pruning_goes_on_from_what_the_forward_returned(model, images):
 
 
 @pytest.mark.parametrize("per_image", [False, True])
-def test_a_view_is_the_rolled_and_mirrored_image_with_the_patches_where_they_went(model, images, per_image):
+def test_a_view_is_the_rolled_and_mirrored_image(model, images, per_image):
     fast = smi_fast.accelerate(model)
     keep = random_keep(3, 20)
     views = torch.stack((*torch.randint(-40, 41, (2, 3)), torch.randint(0, 2, (3,))), dim=1)
@@ -137,13 +137,42 @@ def test_patches_alone_give_the_logits_of_their_images(model, images):
     torch.testing.assert_close(fast.forward_patches(packed), fast(images, keep=keep))
 
 
-def test_a_grid_of_another_size_resamples_the_position_embedding_as_timm_does(seed):
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+def test_features_are_what_timms_blocks_give_with_gradients(model, images, hooked):
+    """Of packed images too; where a block has a hook, they run one by one."""
+    if hooked:
+        model.blocks[0].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    keep = [torch.randperm(64)[:count] for count in (5, 64, 1)]
+    patches = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2)
+    packed = smi_fast.PackedTokens.from_sequences([p[k] for p, k in zip(patches, keep, strict=True)], keep)
+    packed.values.requires_grad_()
+    outputs = smi_fast.accelerate(model).outputs(packed, features=("blocks.0", "blocks.1"))
+    assert outputs.features.keys() == {"blocks.0", "blocks.1"}
+    torch.testing.assert_close(outputs.logits, smi_fast.accelerate(model)(images, keep=keep))
+    for name, tokens in outputs.features.items():
+        for image, row, found in zip(images, keep, tokens.sequences(), strict=True):
+            x = model._pos_embed(model.patch_embed(image[None]))
+            x = x[:, torch.cat((torch.arange(3), row + 3))]
+            for block in model.blocks[: int(name[-1]) + 1]:
+                x = block(x)
+            torch.testing.assert_close(found, x[0])
+        (grad,) = torch.autograd.grad(tokens.values.square().sum(), packed.values, retain_graph=True)
+        assert (grad.abs().sum(1) > 0).all()
+
+
+def test_features_of_no_block_are_refused(model):
+    packed = smi_fast.PackedTokens.from_batch(torch.randn(2, 4, 48, dtype=torch.float64), torch.arange(4))
+    with pytest.raises(ValueError, match=r"'blocks.2': the model has blocks.0 to blocks.1"):
+        smi_fast.accelerate(model).outputs(packed, features=("blocks.2",))
+
+
+def test_other_grids_resample_positions_as_timm_does(seed):
     model = timm.create_model("test_vit", pretrained=False).double().eval()
     images = torch.randn(2, 3, 96, 128, dtype=torch.float64)
     torch.testing.assert_close(smi_fast.accelerate(model)(images), model(images))
 
 
-def test_bfloat16_logits_are_near_those_of_float32_and_weights_stay_float32(seed):
+def test_bfloat16_logits_are_near_those_of_float32(seed):
     model = cifar10_vit(pretrained=False).eval()
     images = torch.randn(4, 3, 32, 32)
     keep = random_keep(4, 20)
@@ -169,7 +198,7 @@ def test_weights_are_shared_with_the_model(model, images):
     assert fast.model is model
 
 
-def test_weights_train_through_the_accelerated_model_as_through_timms(model, images):
+def test_weights_train_as_through_timms_model(model, images):
     fast = smi_fast.accelerate(model.train())
     weights = torch.randn(3, 7, dtype=torch.float64)
     expected = torch.autograd.grad((model(images) * weights).sum(), list(model.parameters()))
@@ -209,7 +238,7 @@ def test_a_wrong_keep_is_refused_with_its_row_and_value(model, images, keep, mes
         ((3, 32), "shape"),
     ],
 )
-def test_images_that_do_not_fit_the_model_are_refused_with_their_size(model, shape, message):
+def test_images_that_do_not_fit_are_refused_by_size(model, shape, message):
     with pytest.raises(ValueError, match=message):
         smi_fast.accelerate(model)(torch.zeros(shape, dtype=torch.float64))
 
@@ -219,7 +248,7 @@ def test_integer_images_are_refused(model):
         smi_fast.accelerate(model)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
-def test_models_that_cannot_be_accelerated_are_refused_with_the_part_that_stands_in_the_way(seed):
+def test_refused_models_name_the_part_in_the_way(seed):
     class OwnBlock(Block):
         pass
 
@@ -233,7 +262,7 @@ def test_models_that_cannot_be_accelerated_are_refused_with_the_part_that_stands
         smi_fast.accelerate(cifar10_vit(False, depth=1, num_heads=16))
 
 
-def test_dropping_attention_while_training_is_refused_not_left_out(seed):
+def test_dropping_attention_in_training_is_refused(seed):
     fast = smi_fast.accelerate(cifar10_vit(False, depth=1, attn_drop_rate=0.1).train())
     with pytest.raises(smi_fast.UnsupportedModelError, match="attn_drop"):
         fast(torch.zeros(1, 3, 32, 32))
@@ -243,7 +272,7 @@ def test_dropping_attention_while_training_is_refused_not_left_out(seed):
         fast(torch.zeros(1, 3, 32, 32))
 
 
-def test_a_model_without_position_embedding_drops_no_tokens_while_training_as_in_timm(seed, images):
+def test_without_position_embedding_no_token_is_dropped(seed, images):
     model = cifar10_vit(False, depth=1, embed_dim=48, num_heads=3, pos_embed="none", pos_drop_rate=0.5).double().train()
     torch.testing.assert_close(smi_fast.accelerate(model)(images), model(images))
 

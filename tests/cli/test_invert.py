@@ -245,7 +245,7 @@ def test_an_infinite_loss_is_one_warning_and_null_in_the_report(tmp_path, capsys
     assert record["loss"] == [None, None]
 
 
-def test_attention_that_is_nan_is_one_sentence_and_keeps_what_there_is(tmp_path, capsys, monkeypatch):
+def test_nan_attention_is_one_sentence_and_keeps_results(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(smi_fast.deep_inversion, "loss", lambda self, outputs, _: outputs.logits.sum() * math.nan)
     assert main(["invert", "--out", str(tmp_path / "out"), *SHORT]) == 2
     *_, error = capsys.readouterr().err.splitlines()

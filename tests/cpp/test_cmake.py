@@ -263,7 +263,7 @@ def embedded_cubins(library: bytes) -> list[bytes]:
     return cubins
 
 
-def test_the_library_exports_the_functions_of_its_header_and_no_others(build):
+def test_the_library_exports_the_functions_of_its_header(build):
     if not shutil.which("nm"):
         pytest.skip("no nm on this machine")
     symbols = run("nm", "-D", "--defined-only", build / "libsmi_fast_kernels.so").splitlines()
@@ -277,7 +277,7 @@ def test_the_header_is_plain_c(build):
     run(compiler, *options, "-isystem", include, ROOT / "cpp" / "smi_fast_kernels.h")
 
 
-def test_the_library_holds_the_machine_code_of_each_kernel_for_each_architecture(build, tmp_path):
+def test_the_library_holds_each_kernel_for_each_architecture(build, tmp_path):
     library = (build / "libsmi_fast_kernels.so").read_bytes()
     held = {"sm_80": set(), "sm_90a": set()}
     cubins = embedded_cubins(library)
@@ -293,7 +293,7 @@ def test_the_library_holds_the_machine_code_of_each_kernel_for_each_architecture
     assert str(ROOT).encode() not in library
 
 
-def test_nothing_is_assumed_of_integers_and_accesses_are_as_wide_as_in_python():
+def test_accesses_are_as_wide_as_in_python():
     """There are as many loads and stores of 16 bytes as in the kernel that Triton specialises to multiples of 16, and
     the integers are no constants."""
     program = """
@@ -391,7 +391,7 @@ def test_each_status_has_a_sentence_of_its_own(small):
     ("capability", "arch"),
     [(80, 80), (86, 80), (89, 80), (90, 90), (75, None), (100, None), (103, None), (120, None), (0, None)],
 )
-def test_a_device_runs_what_was_built_for_its_major_version_or_is_told_that_nothing_was(fake, capability, arch):
+def test_a_device_runs_what_was_built_for_it(fake, capability, arch):
     fake.archs.clear()
     fake.capability.value = capability
     status = fake.status("smi_fast_attention", **ATTENTION)
@@ -413,7 +413,7 @@ def test_a_device_runs_what_was_built_for_its_major_version_or_is_told_that_noth
         ("smi_fast_gather_patches_backward", FULL_PATCHES, {"view"}),
     ],
 )
-def test_a_pointer_must_be_there_and_aligned_just_where_the_kernels_take_it_to_be(fake, name, arguments, optional):
+def test_a_pointer_must_be_aligned_where_kernels_need_it(fake, name, arguments, optional):
     fake.capability.value = 90
     if "max_seqlen" in arguments:
         arguments = {**arguments, "max_seqlen": LONGEST}  # where the kernels take the most arguments
@@ -540,7 +540,7 @@ def test_patches_are_launched_as_python_launches_them(fake, python, on, arch, dt
     assert fake.launches == as_the_library_lists(python)
 
 
-def test_more_shared_memory_than_there_is_without_asking_is_asked_for(fake):
+def test_large_shared_memory_is_asked_for(fake):
     fake.capability.value = 90
     asked = ctypes.c_int.in_dll(fake.loaded, "fake_shared_bytes")
     assert fake.status("smi_fast_load") == OK
@@ -634,7 +634,7 @@ def assert_alike(found, expected) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize("how", [dict(k=20), dict(k=[46, 23, 40]), dict(mass=0.7)])
-def test_the_selection_of_the_library_is_that_of_python_bit_for_bit(library, seed, dtype, how):
+def test_selection_equals_pythons_bit_for_bit(library, seed, dtype, how):
     lengths = [197, 47, 120]
     cu_seqlens, tokens = packed(lengths)
     attention = torch.rand(3, tokens, device="cuda")
@@ -676,7 +676,7 @@ def test_the_selection_of_the_library_is_that_of_python_bit_for_bit(library, see
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize("view", [None, [-3, 40, 1], [[5, 0, 0], [-17, 30, 1]]])
-def test_the_patches_of_the_library_are_those_of_python_bit_for_bit(library, seed, dtype, view):
+def test_patches_equal_pythons_bit_for_bit(library, seed, dtype, view):
     cu_seqlens, _ = packed([46, 95])
     positions = torch.cat([torch.randperm(196)[:count] for count in (46, 95)]).int().cuda()
     images = torch.randn(2, 3, 224, 224, device="cuda", requires_grad=True)

@@ -106,7 +106,7 @@ def test_the_docstring_lists_each_changed_line(example):
     assert [number for number in range(1, 10) if f"\n{number}. " in example.__doc__] == [1, 2, 3, 4, 5]
 
 
-def test_both_loops_have_the_same_losses_until_the_first_stopping(example, model, seed):
+def test_losses_are_the_same_until_the_first_stopping(example, model, seed):
     targets, first = torch.arange(5), min(STOPS)
     assert StoppingSchedule.paper(ITERATIONS).patches(16) == STOPS
     dense = example.invert_dense(model, targets, ITERATIONS, seed)
@@ -117,7 +117,7 @@ def test_both_loops_have_the_same_losses_until_the_first_stopping(example, model
     assert sparse[2][-1] < sparse[2][0]
 
 
-def test_a_stopped_patch_keeps_its_pixels_bit_for_bit_and_the_kept_ones_go_on(example, model, seen, seed):
+def test_stopped_patches_keep_their_pixels_bit_for_bit(example, model, seen, seed):
     result, _, _ = example.invert_sparse(model, torch.tensor([3, 0, 3]), ITERATIONS, seed)
     assert [keep.shape[1] for keep in seen.keeps] == list(STOPS.values())
     for stop, keep in zip(STOPS, seen.keeps, strict=True):
@@ -138,14 +138,14 @@ def test_the_model_sees_the_kept_patches_of_the_rolled_image(example, model, see
     assert any(dy % PATCH and dx % PATCH for dy, dx in seen.offsets)
 
 
-def test_the_models_gradient_reaches_as_many_pixels_as_are_kept(example, model, seen, seed):
+def test_the_gradient_reaches_as_many_pixels_as_are_kept(example, model, seen, seed):
     example.invert_sparse(model, torch.tensor([1, 2]), ITERATIONS, seed)
     for iteration, gradient in enumerate(seen.gradients):
         kept = [16, *STOPS.values()][sum(stop <= iteration for stop in STOPS)]
         assert (gradient != 0).flatten(1).sum(1).tolist() == [kept * 3 * PATCH**2] * 2
 
 
-def test_without_jitter_a_stopped_patch_has_no_gradient_from_the_model(example, model, seen, seed, monkeypatch):
+def test_without_jitter_stopped_patches_have_no_gradient(example, model, seen, seed, monkeypatch):
     monkeypatch.setattr(example, "jitter", lambda *_: (0, 0))
     example.invert_sparse(model, torch.tensor([4]), ITERATIONS, seed)
     for stop, keep in zip(STOPS, seen.keeps, strict=True):

@@ -123,7 +123,7 @@ def check_replays(events: list[Event]) -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-def test_every_stage_is_captured_and_replayed_on_the_runs_device_and_one_side_stream(play, device):
+def test_every_stage_is_replayed_on_one_side_stream(play, device):
     _, events = play("stages", device)
     streams = set()
     for run in split(events, "own loss"):
@@ -162,7 +162,7 @@ def test_a_failed_capture_is_said_and_harms_nothing_later(play):
     assert found["reserved"][2] <= 1.1 * found["reserved"][0]
 
 
-def test_runs_in_two_threads_do_not_record_into_each_others_graphs(play):
+def test_threads_do_not_record_each_others_work(play):
     _, events = play("threads")
     nodes = Counter(event.name for event in events if event.kind == "replay")
     assert len(nodes) == 2

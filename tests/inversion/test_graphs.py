@@ -83,7 +83,7 @@ def users_loss(logits, images, targets):
     ],
     ids=["", "no prior", "user", "views", "mass", "mass, user", "bfloat16", "triton"],
 )
-def test_an_iteration_replayed_by_its_operators_is_the_iteration(model, monkeypatch, options):
+def test_a_replayed_iteration_gives_the_same_bits(model, monkeypatch, options):
     options = {
         "stopping": StoppingSchedule(STOPS), "objective": deep_inversion(1e-2, 1e-3), "iterations": 16, "jitter": 1 / 2,
         "progress": False, **options,
@@ -98,7 +98,7 @@ def test_an_iteration_replayed_by_its_operators_is_the_iteration(model, monkeypa
     assert torch.equal(replayed.images, expected.images)
 
 
-def test_a_loss_that_reads_its_value_on_the_host_is_seen_by_the_tape(model, monkeypatch):
+def test_the_tape_sees_a_loss_that_waits_for_the_host(model, monkeypatch):
     monkeypatch.setattr(inverter_module, "has_graphs", lambda device: True)
     monkeypatch.setattr(inverter_module, "Replayed", Taped)
     inverter = Inverter(model, objective=lambda logits, images, targets: logits.mean() * logits.mean().item(),
@@ -132,7 +132,7 @@ def fake_graphs(monkeypatch):
     return made
 
 
-def test_each_number_runs_once_is_captured_once_and_replayed_ever_after(fake_graphs):
+def test_a_call_runs_once_and_is_captured_once(fake_graphs):
     calls = []
     replayed = Replayed(calls.append)
     for iteration in range(10):
@@ -142,7 +142,7 @@ def test_each_number_runs_once_is_captured_once_and_replayed_ever_after(fake_gra
 
 
 @pytest.mark.parametrize(("fails_at", "expected"), [(3, [0, 1, 0, 0, 1, 0, 1]), (4, [0, 1, 0, 1, 1, 0, 1])])
-def test_what_cannot_be_captured_runs_as_it_is_and_is_said_once(fake_graphs, recwarn, fails_at, expected):
+def test_what_cannot_be_captured_runs_as_it_is(fake_graphs, recwarn, fails_at, expected):
     """The third call and the fourth are captures."""
     calls = []
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_captured_runs_as_it_is_and_is_said_once(fake_graphs, rec
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_the_copies_of_weights_give_the_numbers_of_casting_in_every_forward_pass_and_are_gone_afterwards(model, pack):
+def test_cast_weights_give_the_same_numbers_and_are_gone_afterwards(model, pack):
     fast, images = smi_fast.accelerate(model.requires_grad_(False), dtype=torch.bfloat16), torch.randn(2, 3, 8, 8)
     expected, packed = fast(images), pack and can_pack(torch.bfloat16, torch.device("cpu"))
     tolerance = {"rtol": 1e-2, "atol": 3e-2} if packed else {"rtol": 0, "atol": 0}  # sums in another order

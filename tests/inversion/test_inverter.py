@@ -71,7 +71,7 @@ def oracle(model, targets, stops: dict, iterations: int, lr: float, tv_l2: float
 
 
 @pytest.mark.parametrize("stops", [{}, {2: 0.3, 5: 0.3, 6: 0.3}], ids=["dense", "sparse"])
-def test_the_loop_gives_the_images_keep_and_losses_of_the_dense_oracle(model, seed, stops):
+def test_the_loop_equals_the_dense_oracle(model, seed, stops):
     targets, iterations = torch.tensor([4, 0, 2]), 10
     options = dict(objective=deep_inversion(1e-2, 1e-3), iterations=iterations, lr=0.05, jitter=1 / 2)
     result = quiet(model, stopping=StoppingSchedule(stops), **options).run(targets, seed)
@@ -108,7 +108,7 @@ def test_stopped_pixels_never_change_again_bit_for_bit(model, stops, draw, per_i
     ]
 
 
-def test_stopping_by_attention_mass_keeps_the_fewest_patches_that_hold_it(model, seed):
+def test_mass_keeps_the_fewest_patches_that_hold_it(model, seed):
     """Image by image, against the importance of the whole model's last block; afterwards a fraction of what is left."""
     seen = {}
 
@@ -153,7 +153,7 @@ def test_results_are_in_range_and_black_where_stopped(model):
     assert result.images[mask].std() > 0.1
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(model):
+def test_the_same_seed_gives_the_same_bits(model):
     runs = [quiet(model, stopping=StoppingSchedule({2: 0.3}), iterations=5).run([1, 2], s) for s in (7, 7, 8)]
     assert torch.equal(runs[0].images, runs[1].images)
     assert torch.equal(runs[0].losses, runs[1].losses)
@@ -262,7 +262,7 @@ def test_an_accelerated_model_is_taken_as_it_is(model):
     ("targets", "message"),
     [([0, 5], r"target 5 \(number 1\)"), ([-1], "target -1"), ([], r"\(0,\)"), ([[1]], r"\(1, 1\)"), ([0.5], "float")],
 )
-def test_targets_that_are_no_classes_are_refused_with_their_value(model, targets, message):
+def test_targets_that_are_no_classes_are_refused(model, targets, message):
     with pytest.raises(ValueError, match=message):
         quiet(model, stopping=StoppingSchedule.dense(), iterations=1).run(targets)
 
@@ -283,7 +283,7 @@ def test_a_loss_that_is_not_finite_is_reported(model):
         inverter.run([0])
 
 
-def test_attention_that_is_not_finite_at_a_stopping_ends_the_run_and_keeps_the_images(model):
+def test_infinite_attention_ends_the_run_and_keeps_the_images(model):
     calls = itertools.count()
 
     def loss(logits, images, targets):

@@ -39,14 +39,14 @@ def test_the_first_calls_of_a_stage_are_not_in_its_speed(cold, monkeypatch):
     assert speeds(monkeypatch, [(dense, cold), (sparse, [*[0.7] * 6, *[0.05] * 86])]) == pytest.approx([5, 20])
 
 
-def test_a_stages_speed_is_over_all_batches_even_an_interrupted_one(monkeypatch):
+def test_a_stages_speed_is_over_all_batches(monkeypatch):
     stage, then = Stage(0, 3, 64, 65), Stage(3, 9, 14, 15)
     whole, interrupted = [(stage, [9.0, 3.0, 3.0]), (then, [0.5] * 6)], [(stage, [2.0, 2.0])]
     # all iterations are first calls, so that the median is over all of both batches
     assert speeds(monkeypatch, whole, interrupted) == pytest.approx([1 / 3.0, 1 / 0.5])
 
 
-def test_the_durations_of_iterations_add_up_to_the_time_of_the_run(device, seed):
+def test_durations_add_up_to_the_time_of_the_run(device, seed):
     inverter = Inverter(vit().to(device), stopping=StoppingSchedule({4: 0.5}), iterations=12, progress=False)
     meter, ends = StageMeter(device), []
     before = time.perf_counter()

@@ -121,7 +121,7 @@ def test_each_images_own_loss_does_not_depend_on_its_batch(model, seed):
         assert difference.median() < 1e-6
 
 
-def test_what_is_no_objective_or_prior_is_refused_with_its_value(model):
+def test_what_is_no_objective_or_prior_is_refused(model):
     with pytest.raises(TypeError, match="42"):
         Inverter(model, objective=42)
     with pytest.raises(TypeError, match="43"):

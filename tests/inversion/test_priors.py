@@ -17,7 +17,7 @@ def random_mask(images: torch.Tensor, share: float | None) -> torch.Tensor | Non
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 1.0, None])
-def test_total_variation_sums_the_norms_over_pairs_of_kept_pixels(images, share):
+def test_total_variation_is_over_pairs_of_kept_pixels(images, share):
     kept = random_mask(images, share)
     mask = torch.ones(2, 1, 6, 8, dtype=torch.bool) if kept is None else kept
     ours, expected = total_variation(images, kept), total_variation_by_pairs(images, mask)

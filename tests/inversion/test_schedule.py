@@ -7,17 +7,17 @@ from hypothesis import strategies as st
 from smi_fast import StoppingSchedule
 
 
-def test_the_papers_schedule_keeps_the_published_numbers_of_patches():
+def test_the_papers_schedule_keeps_the_published_counts():
     assert list(StoppingSchedule.paper().patches(196).items()) == [(50, 137), (100, 95), (200, 66), (300, 46)]
 
 
-def test_the_scaled_schedule_stops_at_the_same_share_of_the_iterations():
+def test_a_scaled_schedule_stops_at_the_same_shares():
     assert StoppingSchedule.paper(8000) == StoppingSchedule({100: 0.3, 200: 0.3, 400: 0.3, 600: 0.3})
     assert StoppingSchedule.paper(4000) == StoppingSchedule.paper()
 
 
 @given(st.integers(1, 200))
-def test_a_scaled_schedule_is_valid_for_any_number_of_iterations(iterations):
+def test_a_schedule_scales_to_any_number_of_iterations(iterations):
     assert all(1 <= stop < iterations for stop in StoppingSchedule.paper(iterations).stops)
 
 
@@ -52,7 +52,7 @@ def test_an_iteration_that_is_no_integer_is_refused():
 
 
 @pytest.mark.parametrize("text", ["50", "50:x", "a:0.3", "", "50:0.3,", "50=0.3"])
-def test_text_that_is_no_schedule_is_refused_with_the_part_that_is_wrong(text):
+def test_text_that_is_no_schedule_is_refused_by_its_part(text):
     with pytest.raises(ValueError, match="cannot read"):
         StoppingSchedule.parse(text)
 

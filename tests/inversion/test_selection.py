@@ -88,7 +88,7 @@ def test_mass_keeps_the_fewest_patches_that_reach_it(count, mass, seed):
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([{"fraction": 0.4}, {"mass": 0.6}]))
-def test_images_that_keep_different_numbers_are_selected_one_by_one(lengths, options):
+def test_ragged_images_are_selected_one_by_one(lengths, options):
     attention, keep = torch.rand(sum(lengths)), [torch.randperm(50)[:n] for n in lengths]
     for part, row, kept in zip(attention.split(lengths), keep, select_patches(attention, keep, **options), strict=True):
         alone = select_patches(part[None], row[None], **options)[0]
@@ -97,7 +97,7 @@ def test_images_that_keep_different_numbers_are_selected_one_by_one(lengths, opt
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([{"fraction": 0.4}, {"mass": 0.6}]))
-def test_a_packed_keep_is_taken_as_the_list_that_it_was_made_of(lengths, options):
+def test_a_packed_keep_equals_its_list(lengths, options):
     attention, keep = torch.rand(sum(lengths)), [torch.randperm(50)[:n] for n in lengths]
     packed = pack_keep(keep, len(lengths), 50, torch.device("cpu"))
     for ours, theirs in zip(
@@ -110,7 +110,7 @@ def test_no_images_are_selected_from_as_an_empty_list():
     assert select_patches(torch.rand(0), [], fraction=0.5) == []
 
 
-def test_a_list_of_equally_many_patches_is_selected_as_the_batch_it_is():
+def test_a_list_of_equal_lengths_equals_its_batch():
     attention, keep = torch.rand(3, 6), torch.stack([torch.randperm(50)[:6] for _ in range(3)])
     assert torch.equal(
         select_patches(attention, list(keep), fraction=0.5), select_patches(attention, keep, fraction=0.5)
@@ -135,7 +135,7 @@ def test_nan_importance_is_an_error():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("packed", [False, True])
-def test_gpu_stops_a_fraction_of_ragged_images_without_synchronising(packed, device):
+def test_a_gpu_selects_a_fraction_without_synchronising(packed, device):
     attention, keep = torch.rand(9, device=device), [torch.arange(n, device=device) for n in (2, 7)]
     if packed:
         attention, keep = attention[:8], pack_keep(torch.arange(8, device=device).view(2, 4), 2, 8, device)

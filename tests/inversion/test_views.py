@@ -25,7 +25,7 @@ def test_the_patch_map_is_one_to_one(dy, dx, flip):
 
 
 @given(st.integers(-5, 5), st.integers(-5, 5), st.booleans())
-def test_offsets_by_whole_patches_map_a_patch_to_the_cell_that_shows_it(down, right, flip):
+def test_whole_offsets_map_a_patch_to_its_cell(down, right, flip):
     marks = torch.arange(15).view(1, 1, 3, 5).repeat_interleave(4, 2).repeat_interleave(2, 3)
     seen = apply_view(marks, (4 * down, 2 * right, flip))[0, 0, ::4, ::2].flatten()  # the patch shown by each cell
     cells = view_cells(torch.arange(15), torch.tensor([4 * down, 2 * right, flip]), (3, 5), (4, 2))

@@ -189,7 +189,7 @@ def test_class_attention_sums_to_one_and_has_no_gradient(backend, device, seed):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_strides_of_the_projection_and_of_the_gradient_do_not_matter(backend, device, seed):
+def test_strides_do_not_matter(backend, device, seed):
     lengths, cu_seqlens = [5, 9], cu_seqlens_of([5, 9], device)
     plain = torch.randn(14, 3, 2, 16, device=device)
     grad_out = torch.randn(14, 2, 16, device=device)

@@ -15,6 +15,7 @@ from smi_fast.kernels.dispatch import choose, padded_head_dim, table
 
 BENCH = Path(__file__).parents[2] / "bench"
 TABLE = Path(__file__).with_name("compiled.txt")
+ARCHITECTURES = ("sm_80", "sm_90")  # the others are compiled in samples; bench/compile_report.py compiles all
 SAMPLE = """
 import json, random, sys
 from pathlib import Path
@@ -22,10 +23,11 @@ from resources import MULTIPROCESSORS, configurations, measured, read_table
 
 if __name__ == "__main__":
     random.seed(int(sys.argv[2]))
-    rows = [random.choice(read_table(Path(sys.argv[1]))) for _ in range(4)]
-    for row in rows:
-        launches = configurations([row.arch], row.kernel)[row[:3]]
-        print(json.dumps([row, *measured({row[:3]: launches})]))
+    written = {row[:3]: row for row in read_table(Path(sys.argv[1]))}
+    there = configurations(MULTIPROCESSORS)
+    for key in random.sample(sorted(written), 2) + random.sample(sorted(there.keys() - written.keys()), 2):
+        (use,) = measured({key: there[key]})
+        print(json.dumps([written.get(key, use), use, use.faults()]))
 """
 
 
@@ -36,9 +38,9 @@ def resources(monkeypatch):
 
 
 def test_the_table_has_every_kernel_and_configuration(resources):
-    """Those that the dispatch table can choose, and no others, on every architecture."""
+    """Those that the dispatch table can choose, and no others, on the architectures that have lines of their own."""
     rows = resources.read_table(TABLE)
-    assert {row[:3] for row in rows} == set(resources.configurations(resources.MULTIPROCESSORS))
+    assert {row[:3] for row in rows} == set(resources.configurations(ARCHITECTURES))
     assert len({row[:3] for row in rows}) == len(rows)
     kernels = {
         f"{module}.{name[1:].removesuffix('_kernel')}"
@@ -60,7 +62,7 @@ def test_no_configuration_spills_or_exceeds_the_shared_memory(resources):
 
 
 def test_the_table_says_what_the_compiler_says(resources, seed):
-    """A fresh sample, compiled in all that its kernels are specialised to."""
+    """A fresh sample, compiled in all that its kernels are specialised to; half of it on other architectures."""
     if resources.versions() not in TABLE.read_text():
         pytest.skip(f"{resources.versions()} are not the versions that the table was written with")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -70,8 +72,9 @@ def test_the_table_says_what_the_compiler_says(resources, seed):
     assert done.returncode == 0, done.stderr
     pairs = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(pairs) == 4
-    for written, compiled in pairs:
+    for written, compiled, faults in pairs:
         assert written == compiled
+        assert not faults
 
 
 @pytest.mark.parametrize("dtype", ["half", "float32"])

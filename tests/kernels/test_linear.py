@@ -85,7 +85,7 @@ class OneDnnProducts(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="this torch is built without oneDNN")
-def test_onednn_runs_large_float32_products_of_frozen_weights_only(seed):
+def test_onednn_runs_large_products_of_frozen_weights_only(seed):
     def products(x, weight):
         with OneDnnProducts() as products:
             linear(x, weight)

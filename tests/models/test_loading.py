@@ -67,7 +67,7 @@ def test_a_checkpoint_of_another_model_is_refused(test_vit, tmp_path):
         load_model("test_vit2", checkpoint=tmp_path / "weights.pth")
 
 
-def test_unknown_names_missing_files_and_missing_weights_are_refused(tmp_path):
+def test_unknown_names_and_missing_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="did you mean deit_tiny"):
         load_model("deit_tinny_patch16_224", pretrained=True)
     with pytest.raises(ValueError, match=r"nowhere\.pth does not exist"):
@@ -97,7 +97,7 @@ def test_unknown_names_missing_files_and_missing_weights_are_refused(tmp_path):
     ],
     ids=["list", "tensor", "int keys", "no dict", "0-d", "int8", "missing keys", "sparse", "nan", "unsafe"],
 )
-def test_a_file_that_holds_other_things_than_weights_is_refused_in_one_sentence(tmp_path, content, message):
+def test_files_that_hold_more_than_weights_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=rf"checkpoint .*weights\.pth .*{message}") as caught:
         load_model("test_vit", checkpoint=tmp_path / "weights.pth")
@@ -120,7 +120,7 @@ def test_a_name_with_an_unknown_tag_is_refused(test_vit, tmp_path):
     ("name", "options"),
     [("test_resnet", {"num_classes": 5}), ("cifar10_student", {}), ("deit_tiny_distilled_patch16_224", {})],
 )
-def test_a_checkpoint_of_any_classifier_loads_with_its_number_of_classes(seed, tmp_path, name, options):
+def test_a_checkpoint_decides_the_number_of_classes(seed, tmp_path, name, options):
     model = cifar10_student(pretrained=False) if name == "cifar10_student" else timm.create_model(name, **options)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     loaded = load_model(name, checkpoint=tmp_path / "weights.safetensors")
@@ -136,7 +136,7 @@ def test_classes_have_the_models_names():
         assert class_names(timm.create_model("deit_tiny_patch16_224", num_classes=3)) == ["0", "1", "2"]
 
 
-def test_damaged_torch_files_of_the_old_format_are_one_sentence_or_weights(tmp_path, seed):
+def test_damaged_torch_files_are_one_sentence(tmp_path, seed):
     path = tmp_path / "old.pth"
     torch.save(cifar10_vit(False, depth=1).state_dict(), path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()

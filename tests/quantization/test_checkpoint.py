@@ -119,3 +119,11 @@ def test_names_in_the_file_are_those_of_version_2(model, images, tmp_path):
     expected = {f"{layer}.{part}" for layer in layers for part in ("weight", "weight_scale", "bias")}
     expected |= {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")} | {"class_token", "pos_embed"}
     assert tensors == expected
+
+
+def test_a_model_without_calibration_is_neither_saved_nor_exported(tmp_path):
+    model = QuantizedViT(cifar10_vit(False, depth=1))
+    for use in (lambda: model.save(tmp_path / "model.safetensors"), model.export):
+        with pytest.raises(ValueError, match="not calibrated"):
+            use()
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ from smi_fast.studies.downstream import table5
 from smi_fast.studies.page import Section
 
 
-def test_table_5_counts_to_the_first_round_that_reaches_the_dense_best(tiny):
+def test_table_5_counts_to_the_dense_best(tiny):
     curves = {
         "dense inversion": [[10.0, 30.0, 20.0], [50.0, 40.0, 45.0]],
         "sparse inversion": [[30.0, 5.0, 99.0], [1.0] * 3],

@@ -9,7 +9,7 @@ import torch
 from smi_fast.studies.page import Section, cell, table, write_page
 
 
-def test_a_cell_is_mean_and_sample_deviation_and_counts_what_was_reached(seed):
+def test_a_cell_is_mean_and_deviation(seed):
     values = torch.rand(5, dtype=torch.float64).tolist()
     assert cell(values, ".3f") == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
     assert cell([1.25], ".1f") == cell(1.25, ".1f") == "1.2"

@@ -42,14 +42,14 @@ def test_a_grid_holds_every_image_in_row_major_order_on_white(seed, tmp_path, n,
 
 
 @pytest.mark.parametrize(("side", "factor"), [(96, 1), (95, 2), (32, 3), (16, 6), (1, 96)])
-def test_small_images_are_enlarged_by_an_integer_factor_each_pixel_a_square(seed, tmp_path, side, factor):
+def test_small_images_are_enlarged_pixel_by_pixel(seed, tmp_path, side, factor):
     image = random_images(seed, 1, 3, side, side)
     save_grid(image, tmp_path / "grid.png", 1)
     tile = read(tmp_path / "grid.png")[GAP:-GAP, GAP:-GAP]
     assert np.abs(tile - np.kron(as_bytes(image[0]), np.ones((factor, factor, 1), int))).max() <= 1
 
 
-def test_labels_stand_left_of_their_rows_and_move_the_images_only(seed, tmp_path):
+def test_labels_stand_left_of_their_rows(seed, tmp_path):
     images = random_images(seed, 4, 3, 96, 96)
     save_grid(images, tmp_path / "plain.png", 2)
     save_grid(images, tmp_path / "labelled.png", 2, labels=["dense", ""])
@@ -63,7 +63,7 @@ def test_labels_stand_left_of_their_rows_and_move_the_images_only(seed, tmp_path
 
 
 @pytest.mark.parametrize("side", [32, 224])
-def test_a_process_has_an_image_a_row_and_a_snapshot_a_column_under_its_title(seed, tmp_path, side):
+def test_a_process_has_a_row_an_image(seed, tmp_path, side):
     snapshots = [random_images(seed + s, 2, 3, side, side) for s in range(3)]
     titles = [f"iteration {60 * s} · {45 - s} patches" for s in range(3)]
     save_process(snapshots, tmp_path / "process.png", titles)

@@ -61,7 +61,7 @@ def test_the_page_says_over_how_much_its_figures_are(out):
     assert "with the student student. It knows nothing." in page
 
 
-def test_accuracies_are_those_of_the_saved_images_on_the_whole_test_split(models, data, out):
+def test_accuracies_are_those_of_the_saved_images(models, data, out):
     images, labels = read_test_images(data, models[0])
     rows = {row[0]: row for row in result(out, "table3").rows}
     for kind in ("dense", "sparse"):
