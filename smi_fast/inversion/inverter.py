@@ -188,8 +188,8 @@ class Inverter:
         self._loss, self._features = as_loss(self.objective), tuple(getattr(self.objective, "features", ()))
         self._compiled = compile
         self._outputs = torch.compile(self.backbone.outputs) if compile else self.backbone.outputs
-        self.mean = tuple(self.backbone.mean if mean is None else mean)
-        self.std = tuple(self.backbone.std if std is None else std)
+        self.mean = tuple(map(float, self.backbone.mean if mean is None else mean))
+        self.std = tuple(map(float, self.backbone.std if std is None else std))
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.backbone.num_channels:
                 raise ValueError(
@@ -297,14 +297,15 @@ class Inverter:
         """What a run that goes on has to agree in with the saved one. A function is known by its name."""
         named = {"objective": self.objective, "prior": self.prior, "select": self.select}
         return {
-            "stopping": str(self.stopping),
+            "stopping": repr(self.stopping),  # str() rounds the fractions
             "iterations": self.iterations,
-            "lr": self.lr,
-            "betas": list(self.betas),
-            "jitter": self.jitter,
-            "flip": self.flip,
-            "view_per_image": self.view_per_image,
+            "lr": float(self.lr),
+            "betas": list(map(float, self.betas)),
+            "jitter": float(self.jitter),
+            "flip": float(self.flip),
+            "view_per_image": bool(self.view_per_image),
             "image_size": list(self.image_size),
+            "patch_size": list(self.grid.patch_size),
             "mean": list(self.mean),
             "std": list(self.std),
             "dtype": str(self.backbone.compute_dtype),
