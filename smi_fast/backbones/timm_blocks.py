@@ -41,7 +41,7 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
-    """Weight and bias, or the copies of them that were cast within `AcceleratedViT.castweights`."""
+    """Weight and bias, or the copies of them that were cast within `AcceleratedViT.cast_weights`."""
     return getattr(module, "_cast_weights", None) or (module.weight, module.bias)
 
 
