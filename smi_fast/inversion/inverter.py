@@ -405,6 +405,7 @@ class Inverter:
         counts = torch.stack([parameter.detach().isfinite().logical_not().sum() for parameter in parameters]).tolist()
         for name, count in zip(names, counts, strict=True):
             if count:
+                name = name.removeprefix("model.")  # as timm's model calls it
                 raise ValueError(f"the model's weight {name} holds {count} values that are NaN or infinite")
 
     def _bar(self, current: InversionState) -> _Bar:
@@ -442,11 +443,16 @@ def _name_of(value: Any) -> str:
 
 def _gradients(loss: Tensor, inputs: tuple[Tensor, ...], current: InversionState) -> list[Tensor | None]:
     """The gradients of a scalar loss, which is scaled for the backward pass where float16 needs it. None for an input
-    that the loss does not read."""
-    if current.loss_scale is None:
-        return list(torch.autograd.grad(loss, inputs, allow_unused=True))
-    grads = torch.autograd.grad(loss * current.loss_scale.value, inputs, allow_unused=True)
-    return current.loss_scale.unscale(*grads)
+    that the loss does not read.
+
+    Raises:
+        ValueError: the loss reads none of the inputs.
+    """
+    scale = current.loss_scale
+    grads = torch.autograd.grad(loss if scale is None else loss * scale.value, inputs, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError("the loss has no gradient: it reads neither the model's outputs nor the images")
+    return list(grads) if scale is None else scale.unscale(*grads)
 
 
 def _first_non_finite(losses: Tensor) -> str:
