@@ -42,6 +42,7 @@ def save_model(model: QuantizedViT, path: str | os.PathLike, overwrite: bool) ->
         raise ValueError(f"{path}: the name of a quantised model must end in .safetensors")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already; overwrite=True replaces it")
+    check_calibrated(model)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     for name in _integer_weights(tensors):
         integers = tensors[name].to(torch.int8)
@@ -60,6 +61,16 @@ def save_model(model: QuantizedViT, path: str | os.PathLike, overwrite: bool) ->
     text = json.dumps(header)
     with atomic_write(path) as partial_file:
         save_file(tensors, partial_file, {HEADER_KEY: text, CHECKSUM_KEY: str(_checksum(text, tensors))})
+
+
+def check_calibrated(model: QuantizedViT) -> None:
+    """Check that calibration has ended.
+
+    Raises:
+        ValueError: it has not, so that the model has no integers yet.
+    """
+    if not model.calibrated:
+        raise ValueError("the model has not been calibrated yet, so that it has no integers to write")
 
 
 def load_model(kind: type[QuantizedViT], path: str | os.PathLike) -> QuantizedViT:

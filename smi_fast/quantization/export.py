@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smi_fast.quantization.checkpoint import check_calibrated
 from smi_fast.quantization.layers import IntegerLinear
 from smi_fast.quantization.observers import Quantizer, Scaled
 
@@ -16,6 +17,7 @@ def export_program(model: nn.Module) -> torch.export.ExportedProgram:
     """Export a `QuantizedViT`; its method `export` describes the program."""
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers the operators)
 
+    check_calibrated(model)
     example = torch.zeros(2, model.num_channels, *model.grid.image_size)
     return torch.export.export(_Program(model), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 

@@ -247,7 +247,7 @@ class QuantizedViT(nn.Module):
         """Write one `.safetensors` file, in the format that `checkpoint.py` describes: complete, or not at all.
 
         Raises:
-            ValueError: `path` does not end in .safetensors.
+            ValueError: `path` does not end in .safetensors; the model is not calibrated yet.
             FileExistsError: `path` exists and `overwrite` is false.
             FileNotFoundError: the folder of `path` does not exist.
         """
@@ -271,6 +271,9 @@ class QuantizedViT(nn.Module):
         `torch.export.save` writes it, with one byte a weight. It needs neither this package nor timm: after
         `import torch.ao.quantization.fx._decomposed`, which names its operators, `torch.export.load(path).module()`
         runs anywhere, and `torch.compile` with `torch._inductor.config.freezing` makes integer matrix products of it.
+
+        Raises:
+            ValueError: the model is not calibrated yet.
         """
         return export_program(self)
 
