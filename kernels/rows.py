@@ -30,6 +30,8 @@ def cumulative_lengths(lengths: Sequence[int] | Tensor, device: torch.device | N
 
 def uniform_lengths(batch: int, length: int, device: torch.device | str) -> Tensor:
     """Return the cumulative lengths (B + 1,) int32 of `batch` sequences of `length` tokens each."""
+    if length == 0:
+        return torch.zeros(batch + 1, dtype=torch.int32, device=device)  # arange takes no step of 0
     return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)[: batch + 1]
 
 

@@ -188,8 +188,8 @@ class Inverter:
         self._loss, self._features = as_loss(self.objective), tuple(getattr(self.objective, "features", ()))
         self._compiled = compile
         self._outputs = torch.compile(self.backbone.outputs) if compile else self.backbone.outputs
-        self.mean = tuple(self.backbone.mean if mean is None else mean)
-        self.std = tuple(self.backbone.std if std is None else std)
+        self.mean = tuple(map(float, self.backbone.mean if mean is None else mean))
+        self.std = tuple(map(float, self.backbone.std if std is None else std))
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.backbone.num_channels:
                 raise ValueError(
@@ -297,14 +297,15 @@ class Inverter:
         """Return the settings that must be equal in a saved run and in the run that continues it, functions by name."""
         named = {"objective": self.objective, "prior": self.prior, "select": self.select}
         return {
-            "stopping": str(self.stopping),
+            "stopping": repr(self.stopping),  # str() rounds the fractions
             "iterations": self.iterations,
-            "lr": self.lr,
-            "betas": list(self.betas),
-            "jitter": self.jitter,
-            "flip": self.flip,
-            "view_per_image": self.view_per_image,
+            "lr": float(self.lr),
+            "betas": list(map(float, self.betas)),
+            "jitter": float(self.jitter),
+            "flip": float(self.flip),
+            "view_per_image": bool(self.view_per_image),
             "image_size": list(self.image_size),
+            "patch_size": list(self.grid.patch_size),
             "mean": list(self.mean),
             "std": list(self.std),
             "dtype": str(self.backbone.compute_dtype),
@@ -404,6 +405,7 @@ class Inverter:
         counts = torch.stack([parameter.detach().isfinite().logical_not().sum() for parameter in parameters]).tolist()
         for name, count in zip(names, counts, strict=True):
             if count:
+                name = name.removeprefix("model.")  # as timm's model calls it
                 raise ValueError(f"the model's weight {name} holds {count} values that are NaN or infinite")
 
     def _bar(self, current: InversionState) -> _Bar:
@@ -441,11 +443,16 @@ def _name_of(value: Any) -> str:
 
 def _gradients(loss: Tensor, inputs: tuple[Tensor, ...], current: InversionState) -> list[Tensor | None]:
     """Return the gradients of a scalar loss, which is scaled for the backward pass if float16 needs it. The gradient of
-    an input that the loss does not read is None."""
-    if current.loss_scale is None:
-        return list(torch.autograd.grad(loss, inputs, allow_unused=True))
-    grads = torch.autograd.grad(loss * current.loss_scale.value, inputs, allow_unused=True)
-    return current.loss_scale.unscale(*grads)
+    an input that the loss does not read is None.
+
+    Raises:
+        ValueError: the loss reads none of the inputs.
+    """
+    scale = current.loss_scale
+    grads = torch.autograd.grad(loss if scale is None else loss * scale.value, inputs, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError("the loss has no gradient: it reads neither the model's outputs nor the images")
+    return list(grads) if scale is None else scale.unscale(*grads)
 
 
 def _first_non_finite(losses: Tensor) -> str:

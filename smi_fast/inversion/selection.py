@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.backbones.pruning import Mass, keep_highest
-from smi_fast.packed import Keep, PackedTokens, all_patches
+from smi_fast.packed import INTEGER_DTYPES, Keep, PackedTokens, all_patches
 from smi_fast.seeds import batch_seed, seeded_generator
 
 Scores = Callable[[Tensor, PackedTokens], Tensor]
@@ -109,6 +109,10 @@ def _packed_keep(attention: Tensor, keep: Keep | None) -> PackedTokens:
         raise ValueError("packed attention (T,) needs keep as a list of index tensors, one an image")
     if keep is None:
         return all_patches(*attention.shape, attention.device)
+    for row in () if isinstance(keep, PackedTokens) else [keep] if isinstance(keep, Tensor) else keep:
+        if not isinstance(row, Tensor) or row.dtype not in INTEGER_DTYPES:
+            found = row.dtype if isinstance(row, Tensor) else type(row).__name__
+            raise ValueError(f"keep holds {found}, expected patch indices of torch.int64 or torch.int32")
     if isinstance(keep, Tensor):
         if keep.shape != attention.shape:
             shape = tuple(keep.shape)

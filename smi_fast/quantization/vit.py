@@ -200,7 +200,8 @@ class QuantizedViT(nn.Module):
         if patches.values.shape[1] != size:
             raise ValueError(f"patches have {patches.values.shape[1]} values each, the model's have {size}")
         images = CACHED_VALUES // (self.blocks[0].fc1.weight.shape[0] * (1 + patches.max_seqlen))
-        groups = patches.groups(max(1, images)) if patches.values.is_cpu else [patches]
+        split = patches.values.is_cpu and patches.batch_size  # no images are one group of none
+        groups = patches.groups(max(1, images)) if split else [patches]
         dtype, first_only = self.class_token.dtype, self.calibrated  # places observe all tokens
         return torch.cat([self.evaluate(group.values.to(dtype, copy=True), group, first_only) for group in groups])
 

@@ -270,8 +270,18 @@ def test_targets_that_are_no_classes_are_refused(model, targets, message):
 def test_weights_that_are_not_finite_are_refused_by_name(model):
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[3, 4] = float("nan")
-    with pytest.raises(ValueError, match=r"blocks.1.mlp.fc1.weight holds 1 value"):
+    with pytest.raises(ValueError, match=r"weight blocks.1.mlp.fc1.weight holds 1 value"):
         quiet(model, stopping=StoppingSchedule.dense(), iterations=1).run([0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_loss_that_reads_nothing_of_the_model_is_refused(model, dtype):
+    other = torch.ones((), requires_grad=True)
+    inverter = quiet(
+        model, stopping="dense", iterations=2, dtype=dtype, objective=lambda logits, images, targets: other * 2
+    )
+    with pytest.raises(ValueError, match="neither the model's outputs nor the images"):
+        inverter.run([0])
 
 
 def test_a_loss_that_is_not_finite_is_reported(model):

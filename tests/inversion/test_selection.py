@@ -158,3 +158,16 @@ def test_wrong_amounts_are_refused(options):
 def test_a_keep_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"\(2, 4\)"):
         select_patches(torch.rand(2, 5), torch.zeros(2, 4, dtype=torch.long), fraction=0.5)
+
+
+@pytest.mark.parametrize("wrong", [torch.bool, torch.float32, list])
+def test_a_keep_that_holds_no_indices_is_refused(wrong):
+    rows = [[0, 1, 1], [1, 0, 1]] if wrong is list else torch.tensor([[0, 1, 1], [1, 0, 1]]).to(wrong)
+    for keep in (list(rows), *([] if wrong is list else [rows])):
+        with pytest.raises(ValueError, match=str(wrong.__name__ if wrong is list else wrong)):
+            select_patches(torch.rand(2, 3), keep, fraction=0.5)
+
+
+def test_images_without_patches_are_refused():
+    with pytest.raises(ValueError, match="0 patches"):
+        select_patches(torch.rand(2, 0), fraction=0.5)

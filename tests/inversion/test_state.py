@@ -4,11 +4,13 @@ import io
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from inversion_cases import small_model
 
 from smi_fast import Inverter, Mass, deep_inversion
+from smi_fast.models import cifar10_vit
 
 OPTIONS = {"iterations": 8, "lr": 0.05, "jitter": 1 / 2, "objective": deep_inversion(1e-2, 1e-3), "progress": False}
 RUNS = {
@@ -115,7 +117,8 @@ def test_a_state_of_another_run_is_refused_by_what_differs(model, change, messag
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stopping": {3: 0.4}}, "stopping is 3:0.3, not 3:0.4"),
+        ({"stopping": {3: 0.4}}, r"stopping is .*\{3: 0.3\}.*, not .*\{3: 0.4\}"),
+        ({"stopping": {3: 0.3000001}}, "stopping is"),
         ({"lr": 0.1}, "lr is 0.05, not 0.1"),
         ({"iterations": 9}, "iterations is 8, not 9"),
         ({"objective": deep_inversion(1e-2, 1e-4)}, "objective is .*l2=0.001.*, not .*l2=0.0001"),
@@ -129,3 +132,20 @@ def test_a_run_with_other_settings_does_not_go_on(model, change, message):
     Inverter(model, **options).run([0, 1], 3, lambda step: states.append(step.state_dict()))
     with pytest.raises(ValueError, match=message):
         Inverter(model, **options | change).run([0, 1], 3, state=states[4])
+
+
+def test_a_model_with_other_patches_does_not_go_on(model):
+    states, options = [], OPTIONS | {"stopping": {3: 0.3}}
+    Inverter(model, **options).run([0, 1], 3, lambda step: states.append(step.state_dict()))
+    coarse = cifar10_vit(False, img_size=8, patch_size=4, depth=2, embed_dim=32, num_heads=2, num_classes=5)
+    with pytest.raises(ValueError, match=r"patch_size is \[2, 2\], not \[4, 4\]"):
+        Inverter(coarse, **options).run([0, 1], 3, state=states[4])
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones(model):
+    plain = {"lr": 0.125, "betas": (0.5, 0.75), "mean": [0.5, 0.25, 0.5], "std": [0.5] * 3, "jitter": 0.25, "flip": 0.5}
+    states = {}
+    for name, options in ("plain", plain), ("numpy", {key: np.array(value)[()] for key, value in plain.items()}):
+        inverter = Inverter(model, **OPTIONS | {"stopping": {3: 0.3}} | options)
+        inverter.run([0, 1], 3, lambda step, name=name: states.setdefault(name, saved(step.state_dict())))
+    assert read(states["numpy"])["settings"] == read(states["plain"])["settings"]

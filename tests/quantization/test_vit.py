@@ -139,6 +139,14 @@ def test_float_model_until_calibration_ends(model, images, random_keep):
     torch.testing.assert_close(quantized(images, keep=keep), Eq5(model, 8, 8).batch(images, keep))
 
 
+def test_nothing_is_written_until_calibration_ends(model, tmp_path):
+    quantized = QuantizedViT(model)
+    for write in (lambda: quantized.save(tmp_path / "model.safetensors"), quantized.export):
+        with pytest.raises(ValueError, match="calibrated"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
 def test_model_stays_as_it_is(model, images):
     before = copy.deepcopy(model.state_dict())
     logits = model(images)
