@@ -134,8 +134,8 @@ def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
         what += f" (default: {paper:g}" + (")" if demo == paper else f", for {MODEL_INSIDE} {demo:g})")
         group.add_argument(option, dest=f"inversion_{field}", type=kind, metavar="N", help=what)
     what = (
-        "when patches stop: ITERATION:FRACTION or ITERATION:mass=SHARE, such as 50:0.3,100:mass=0.9; paper for the published schedule, scaled "
-        "to the number of iterations; or dense to stop none (default: paper)"
+        "when patches stop: ITERATION:FRACTION or ITERATION:mass=SHARE, such as 50:0.3,100:mass=0.9; paper for the "
+        "published schedule, scaled to the number of iterations; or dense to stop none (default: paper)"
     )
     group.add_argument("--stopping", dest="inversion_stopping", metavar="SCHEDULE", help=what)
 
