@@ -206,6 +206,19 @@ def test_no_iteration_waits_for_the_gpu(model, objective, cuda_graphs):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_the_warning_names_the_line_that_runs_the_inversion(model, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", tuple)
+    monkeypatch.setattr(graphs, "capture", fails)
+    monkeypatch.setattr(inverter_module, "has_graphs", lambda device: True)
+    inverter = Inverter(model, stopping="dense", iterations=4, progress=False)
+    with pytest.warns(UserWarning, match="without a CUDA graph") as caught:
+        inverter.run([0])
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.cuda
 def test_a_loss_that_waits_for_the_gpu_runs_without_graphs(model):
     def impatient(logits, images, targets):
