@@ -39,14 +39,13 @@ class ImagePrior:
         for name, value in (("tv_l2", self.tv_l2), ("l2", self.l2)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        _check_norm(self.norm)
 
 
 def total_variation(images: Tensor, kept: Tensor | None = None, norm: str = "batch") -> Tensor:
     """Compute the sum over four neighbour directions (two axes, two diagonals) of the l2 norm of the differences.
 
-    A direction whose norm is 0 has the gradient 0. Gradients of any order are right.
+    A direction whose norm is 0 has the gradient 0; there, gradients of a higher order are NaN.
 
     Args:
         images: (B, C, H, W).
@@ -55,6 +54,9 @@ def total_variation(images: Tensor, kept: Tensor | None = None, norm: str = "bat
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: another norm.
     """
     total = images.new_zeros(())
     for dy, dx in NEIGHBOURS:
@@ -72,4 +74,10 @@ def l2_norm(images: Tensor, kept: Tensor | None = None, norm: str = "batch") -> 
 
 
 def _norm(x: Tensor, norm: str) -> Tensor:
+    _check_norm(norm)
     return torch.linalg.vector_norm(x) if norm == "batch" else torch.linalg.vector_norm(x.flatten(1), dim=1).sum()
+
+
+def _check_norm(norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")

@@ -61,3 +61,9 @@ def test_pixels_that_are_not_kept_are_not_read(images):
 def test_a_wrong_prior_is_refused_with_its_value(options, message):
     with pytest.raises(ValueError, match=message):
         ImagePrior(**options)
+
+
+@pytest.mark.parametrize("term", [total_variation, l2_norm])
+def test_a_term_refuses_another_norm(images, term):
+    with pytest.raises(ValueError, match="'pixel'"):
+        term(images, None, "pixel")
