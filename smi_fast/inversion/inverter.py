@@ -176,6 +176,7 @@ class Inverter:
         self.backbone: Backbone = as_backbone(model, dtype, backend)
         self.stopping = StoppingSchedule.paper() if stopping is None else as_schedule(stopping, iterations)
         self.objective = deep_inversion() if objective is None else objective
+        self._loss, self._features = as_loss(self.objective), tuple(getattr(self.objective, "features", ()))
         self.prior = getattr(self.objective, "prior", None) if prior is None else prior
         if not (self.prior is None or isinstance(self.prior, ImagePrior) or callable(self.prior)):
             raise TypeError(f"a prior is an ImagePrior or a function of (images, kept), got {self.prior!r}")
@@ -185,7 +186,6 @@ class Inverter:
         self.iterations, self.lr, self.betas = iterations, lr, betas
         self.jitter, self.flip, self.view_per_image = jitter, flip, view_per_image
         self.cuda_graphs, self.progress = cuda_graphs, progress
-        self._loss, self._features = as_loss(self.objective), tuple(getattr(self.objective, "features", ()))
         self._compiled = compile
         self._outputs = torch.compile(self.backbone.outputs) if compile else self.backbone.outputs
         self.mean = tuple(map(float, self.backbone.mean if mean is None else mean))

@@ -73,9 +73,10 @@ def as_loss(objective: Objective | Loss) -> Callable[[Outputs, Tensor, Tensor], 
     Raises:
         TypeError: `objective` is neither.
     """
-    if isinstance(objective, Objective):
+    is_class = isinstance(objective, type)  # such as deep_inversion without its brackets
+    if isinstance(objective, Objective) and not is_class:
         return lambda outputs, images, targets: objective.loss(outputs, targets)
-    if not callable(objective):
+    if not callable(objective) or is_class:
         raise TypeError(
             f"an objective is a function of (logits, images, targets) or has a method loss, got {objective!r}"
         )

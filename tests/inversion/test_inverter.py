@@ -244,6 +244,7 @@ def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
         ({"stopping": StoppingSchedule({5: 0.3}), "iterations": 5}, ValueError, "iteration 5, of 5"),
         ({"stopping": StoppingSchedule({1: 0.9, 2: 0.9})}, ValueError, "leaves no patch"),
         ({"objective": "loss"}, TypeError, "loss"),
+        ({"objective": deep_inversion}, TypeError, "an objective is .* got <class .*deep_inversion'>"),
     ],
 )
 def test_wrong_arguments_are_refused_with_their_value(model, options, error, message):
