@@ -241,7 +241,7 @@ def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
         ({"image_size": (9, 8)}, ValueError, "9x8"),
         ({"mean": (0.5,)}, ValueError, "1 values"),
         ({"std": (1.0, 0.0, 1.0)}, ValueError, "positive"),
-        ({"stopping": StoppingSchedule({5: 0.3}), "iterations": 5}, ValueError, "iteration 5, of 5"),
+        ({"stopping": StoppingSchedule({5: 0.3}), "iterations": 5}, ValueError, "iteration 5, .* only 5 iterations"),
         ({"stopping": StoppingSchedule({1: 0.9, 2: 0.9})}, ValueError, "leaves no patch"),
         ({"objective": "loss"}, TypeError, "loss"),
         ({"objective": deep_inversion}, TypeError, "an objective is .* got <class .*deep_inversion'>"),
