@@ -176,7 +176,7 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
     Args:
         keep: patch indices (B, K) int64 or int32 in [0, num_patches), a boolean mask (B, num_patches), a list of B
             index tensors, or None for all patches. Outputs that are aligned to `keep` have its order. A result of
-            this function is accepted without further checks.
+            this function is a `keep` too.
         batch_size: B, the number of images.
         num_patches: the number of patches in the grid, without prefix tokens.
         device: the device of the images.
@@ -191,6 +191,8 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
     if isinstance(keep, PackedTokens):
         if keep.batch_size != batch_size:
             raise ValueError(f"keep is for {keep.batch_size} images, the batch has {batch_size}")
+        _check_device(keep.positions, device, "keep")
+        _check_packed(keep, num_patches)
         return replace(keep, values=None)
     if keep is None:
         return all_patches(batch_size, num_patches, device)
@@ -249,6 +251,19 @@ def _check_device(tensor: Tensor, device: torch.device, name: str) -> None:
 def _check_dtype(tensor: Tensor, name: str) -> None:
     if tensor.dtype not in INTEGER_DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.int64, torch.int32 or a boolean mask")
+
+
+def _check_packed(keep: PackedTokens, num_patches: int) -> None:
+    """Check that each sequence names patches of the grid, and names no patch twice."""
+    outside = (keep.positions < 0) | (keep.positions >= num_patches)
+    ordered = (keep.owners() * num_patches + keep.positions).sort().values
+    repeated = ordered[1:] == ordered[:-1]
+    if keep.positions.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(~outside.any(), f"keep holds a patch index outside [0, {num_patches})")
+        torch._assert_async(~repeated.any(), "keep names a patch twice in one row")
+    elif outside.any() or repeated.any():
+        for number, row in enumerate(keep.positions.split(keep.lengths())):
+            _check_values(row[None], num_patches, first_row=number)
 
 
 def _check_values(keep: Tensor, num_patches: int, first_row: int = 0) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smi_fast.packed import PackedTokens
+from smi_fast.packed import PackedTokens, pack_keep
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -31,6 +31,15 @@ def test_a_uniform_batch_is_the_same_memory_packed_and_batched(batch, length):
     assert tokens.batch().data_ptr() == values.data_ptr()
     assert torch.equal(tokens.batch(), values)
     assert tokens.cu_seqlens.tolist() == [i * length for i in range(batch + 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([[1, 5], [2, 9]], "row 1 holds patch 9"), ([[1], [3, 2, 3]], "row 1 names patch 3 twice")]
+)
+def test_a_packed_keep_is_checked_too(rows, message):
+    keep = PackedTokens.from_sequences(None, [torch.tensor(row) for row in rows])
+    with pytest.raises(ValueError, match=message):
+        pack_keep(keep, 2, 6, torch.device("cpu"))
 
 
 def test_sequences_of_differing_length_have_no_batch():

@@ -176,7 +176,10 @@ class Inverter:
         self.backbone: Backbone = as_backbone(model, dtype, backend)
         self.stopping = StoppingSchedule.paper() if stopping is None else as_schedule(stopping, iterations)
         self.objective = deep_inversion() if objective is None else objective
-        self._loss, self._features = as_loss(self.objective), tuple(getattr(self.objective, "features", ()))
+        self._loss, features = as_loss(self.objective), getattr(self.objective, "features", ())
+        if isinstance(features, str):
+            raise TypeError(f"an objective's features are a sequence of names, got the text {features!r}")
+        self._features = tuple(features)
         self.prior = getattr(self.objective, "prior", None) if prior is None else prior
         if not (self.prior is None or isinstance(self.prior, ImagePrior) or callable(self.prior)):
             raise TypeError(f"a prior is an ImagePrior or a function of (images, kept), got {self.prior!r}")

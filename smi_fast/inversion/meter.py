@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from smi_fast.backbones.base import frozen
+from smi_fast.backbones.base import Backbone, frozen
 from smi_fast.backbones.vit import AcceleratedViT, accelerate
 from smi_fast.inversion.inverter import Inverter, Step
 from smi_fast.inversion.state import Stage
+from smi_fast.packed import PackedTokens, pack_keep
 
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 FIRST_CALLS = 5  # a stage's first iterations load libraries, compile kernels, lay out weights and capture CUDA graphs
@@ -127,17 +128,20 @@ def iteration_flops(inverter: Inverter, stage: Stage, batch_size: int) -> int:
     torch's FlopCounterMode counts them on one image in plain torch, where attention is written as matrix products. The
     count is multiplied by the batch size.
     """
-    plain = accelerate(inverter.backbone.model, backend="torch")
-    images = torch.randn(1, plain.num_channels, *inverter.image_size, device=plain.device)
-    keep = torch.arange(round(stage.patches), device=plain.device)[None]
-    with frozen(plain), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        plain(images.requires_grad_(), keep=keep).sum().backward()
+    backbone, grid, count = inverter.backbone, inverter.grid, round(stage.patches)
+    if isinstance(backbone, AcceleratedViT):
+        backbone = accelerate(backbone.model, backend="torch")
+    values = grid.patch_size[0] * grid.patch_size[1] * backbone.num_channels
+    patches = torch.randn(1, count, values, device=backbone.device, requires_grad=True)
+    tokens = PackedTokens.from_batch(patches, torch.arange(count, device=backbone.device))
+    with frozen(backbone), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        backbone.outputs(tokens, grid_size=grid.size).logits.sum().backward()
     return counter.get_total_flops() * batch_size
 
 
 @torch.no_grad()
 def confidences(
-    fast: AcceleratedViT,
+    backbone: Backbone,
     images: Tensor,
     keep: Tensor | list[Tensor],
     targets: Tensor,
@@ -155,10 +159,12 @@ def confidences(
     Returns:
         Probabilities (B,) float32 and predicted classes (B,) int64, both on the CPU.
     """
-    device = fast.device
+    device = backbone.device
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
     keep = keep.to(device) if isinstance(keep, Tensor) else [row.to(device) for row in keep]
-    with frozen(fast):
-        logits = fast((images.to(device) - mean) / std, keep)
+    images, grid = (images.to(device) - mean) / std, backbone.grid(images.shape[-2:])
+    kept = pack_keep(keep, len(images), grid.num_patches, device)
+    with frozen(backbone):
+        logits = backbone.outputs(replace(kept, values=grid.gather(images, kept)), grid_size=grid.size).logits
     probabilities = logits.float().softmax(1).cpu()
     return probabilities.gather(1, targets[:, None])[:, 0], probabilities.argmax(1)

@@ -10,6 +10,7 @@ from torch import nn
 from smi_fast import Inverter, deep_inversion
 from smi_fast.backbones.base import Backbone, Outputs, frozen
 from smi_fast.grid import PatchGrid
+from smi_fast.inversion.meter import confidences, iteration_flops
 from smi_fast.inversion.priors import total_variation
 from smi_fast.inversion.views import apply_view, random_views
 
@@ -60,6 +61,20 @@ def test_a_cnn_is_inverted_as_by_a_loop_of_its_own(seed):
     torch.testing.assert_close(result.losses, torch.tensor(losses), rtol=1e-4, atol=1e-4)
     # Where a gradient is all but zero, rounding decides Adam's first steps.
     assert ((result.images - (images.detach() * std + mean)).abs() > 1e-3).float().mean() < 0.01
+
+
+def test_a_cnn_is_measured_as_any_backbone(seed):
+    model = SmallCNN()
+    inverter = Inverter(model, stopping="dense", iterations=2, progress=False)
+    result = inverter.run([3, 1], seed)
+    products = 64 * 8 * 27 + 8 * 64 * 4  # multiply-adds of the convolution and of the Linear
+    assert iteration_flops(inverter, result.history[0], batch_size=2) == 2 * 2 * 2 * products
+    got, predicted = confidences(model, result.images, result.keep, result.targets, model.mean, model.std)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.mean, model.std))
+    with torch.no_grad():
+        expected = model.eval().layers((result.images - mean) / std).softmax(1)
+    torch.testing.assert_close(got, expected[[0, 1], [3, 1]])
+    assert torch.equal(predicted, expected.argmax(1))
 
 
 def test_a_backbone_that_measures_no_importance_stops_nothing(seed):
