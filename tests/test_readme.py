@@ -103,7 +103,7 @@ def test_all_blocks_run_in_order_and_again(place, offline, tmp_path, monkeypatch
         copy_of_the_checkout(Path.cwd())
     before = files(Path.cwd())
     assert FEWER_ITERATIONS[0] in README
-    for _ in range(2):
+    for _ in range(2 if place == "clean folder" else 1):
         names = run_readme(tmp_path / "stubs")
         assert names["logits"].shape == (2, 1000)
         assert names["result"].images.shape == (2, 3, 224, 224)

@@ -110,14 +110,14 @@ def test_weights_train_through_the_compiled_model(seed):
 
 @pytest.mark.parametrize(
     ("objective", "backend"),
-    [(None, "torch"), (None, "triton"), (lambda logits, images, targets: logits.square().mean(), "torch")],
-    ids=["torch", "triton", "user"],
+    [(lambda logits, images, targets: logits.square().mean() + images.square().mean(), "torch"), (None, "triton")],
+    ids=["torch", "triton"],
 )
 def test_the_loop_is_the_same_compiled(seed, monkeypatch, objective, backend):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager", fullgraph=True))
     options = {"stopping": smi_fast.StoppingSchedule({2: 0.3}), "iterations": 4, "progress": False}
-    model = {"depth": 2, "backend": backend, "dtype": torch.float32}
+    model = {"depth": 1, "backend": backend, "dtype": torch.float32}
     runs = [
         smi_fast.Inverter(accelerated(**model), objective=objective, compile=compile, **options)
         for compile in (True, False)
@@ -131,7 +131,7 @@ def test_the_loop_is_the_same_compiled(seed, monkeypatch, objective, backend):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default compiler needs g++ to compile for a CPU")
 def test_the_default_compiler_gives_the_numbers_of_eager(seed):
-    assert_as_eager(accelerated(depth=2), "inductor", [20, 30, 31], True, return_attention=True)
+    assert_as_eager(accelerated(depth=1), "inductor", [20, 30, 31], True, return_attention=True)
     assert counters["stats"]["unique_graphs"] == 2
 
 

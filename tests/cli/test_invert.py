@@ -178,7 +178,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
         (["--stopping", "50:1.5"], "must lie in (0, 1), got 1.5"),
         (["--stopping", "50:0.3,20:0.3"], "20 after 50"),
         (["--stopping", "1:0.9,2:0.9"], "leaves no patch"),
-        (["--stopping", "700:0.3"], "iteration 700, of 600"),
+        (["--stopping", "700:0.3"], "iteration 700, but there are only 600"),
         (["--stopping", "nonsense"], "cannot read 'nonsense'"),
         (["--model", "deit_tiny_patch16_225"], "no model 'deit_tiny_patch16_225'"),
         (["--model", "resnet18", "--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),

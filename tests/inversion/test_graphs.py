@@ -79,7 +79,7 @@ def users_loss(logits, images, targets):
         {"stopping": StoppingSchedule({3: Mass(0.8), 9: 0.3})},
         {"stopping": StoppingSchedule({3: Mass(0.8)}), "objective": users_loss},
         {"dtype": torch.bfloat16},
-        {"backend": "triton", "dtype": torch.float32},
+        {"backend": "triton", "dtype": torch.float32, "stopping": StoppingSchedule({1: 0.3}), "iterations": 10},
     ],
     ids=["", "no prior", "user", "views", "mass", "mass, user", "bfloat16", "triton"],
 )
