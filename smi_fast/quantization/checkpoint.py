@@ -18,26 +18,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast.data.files import atomic_write, checksum, first_line
+from smi_fast.data.tensors import new_file, open_tensors
 
 FORMAT_VERSION = 2
 HEADER_KEY, CHECKSUM_KEY = "smi_fast_quantized", "checksum"
+KIND = "quantised model"
 MAX_PACKED_BITS = 4  # weights of up to this many bits lie two to a byte in a file
 
 
 def save_model(model: nn.Module, path: str | os.PathLike, overwrite: bool) -> None:
     """Write a `QuantizedViT` to a file. Its method `save` lists the errors."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: the name of a quantised model must end in .safetensors")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; overwrite=True replaces it")
+    path = new_file(path, KIND, overwrite)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     for name in _integer_weights(tensors):
         integers = tensors[name].to(torch.int8)
@@ -60,29 +57,20 @@ def save_model(model: nn.Module, path: str | os.PathLike, overwrite: bool) -> No
 
 def load_model(kind: type[nn.Module], path: str | os.PathLike) -> nn.Module:
     """Read a model of the class `kind`, which is `QuantizedViT`, from a file. Its method `load` lists the errors."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete quantised model ({error})") from None
-    if HEADER_KEY not in metadata:
-        raise ValueError(f'{path}: no "{HEADER_KEY}" in its header, so it is not a quantised model')
-    text, expected = metadata[HEADER_KEY], metadata.get(CHECKSUM_KEY)
-    if expected is not None and expected != str(_checksum(text, tensors)):
-        raise ValueError(f"{path}: does not have the checksum that it was saved with, it is damaged")
-    try:
-        header = json.loads(text)
-        if expected is None and header["format_version"] != 1:
-            raise ValueError("it has no checksum")
-        if header["format_version"] > FORMAT_VERSION:
-            raise ValueError(f"format version {header['format_version']} is newer than {FORMAT_VERSION}")
-        return _build(kind, header, tensors)
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: not a quantised model that is understood ({first_line(error)})") from None
+    with open_tensors(Path(path), HEADER_KEY, KIND) as (file, text):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        expected = file.metadata().get(CHECKSUM_KEY)
+        if expected is not None and expected != str(_checksum(text, tensors)):
+            raise ValueError("does not have the checksum that it was saved with, it is damaged")
+        try:
+            header = json.loads(text)
+            if expected is None and header["format_version"] != 1:
+                raise ValueError("it has no checksum")
+            if header["format_version"] > FORMAT_VERSION:
+                raise ValueError(f"format version {header['format_version']} is newer than {FORMAT_VERSION}")
+            return _build(kind, header, tensors)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"not a {KIND} that is understood ({first_line(error)})") from None
 
 
 def _build(kind: type[nn.Module], header: dict, tensors: dict[str, Tensor]) -> nn.Module:
