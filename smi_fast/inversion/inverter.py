@@ -183,6 +183,8 @@ class Inverter:
         self.prior = getattr(self.objective, "prior", None) if prior is None else prior
         if not (self.prior is None or isinstance(self.prior, ImagePrior) or callable(self.prior)):
             raise TypeError(f"a prior is an ImagePrior or a function of (images, kept), got {self.prior!r}")
+        # The step on the pixels computes an ImagePrior and its gradient.
+        self._fused = asdict(self.prior) if isinstance(self.prior, ImagePrior) else {}
         self.select = check_strategy(select)
         if select == "lowest" and any(isinstance(stop, Mass) for stop in self.stopping.stops.values()):
             raise ValueError('select="lowest" cannot keep a mass of attention: the schedule has to hold fractions')
@@ -342,10 +344,8 @@ class Inverter:
         tokens, inverse = current.gather(number, view, backbone.compute_dtype, backbone.backend)
         patches, images = tokens.values.requires_grad_(), current.pair[number].detach().requires_grad_()
         outputs = self._outputs(tokens, grid_size=self.grid.size, importance=measures, features=self._features)
-        loss, fused = self._loss(outputs, images, current.targets), {}
-        if isinstance(self.prior, ImagePrior):
-            fused = asdict(self.prior)  # the step on the pixels computes the prior and its gradient
-        elif self.prior is not None:
+        loss = self._loss(outputs, images, current.targets)
+        if self.prior is not None and not self._fused:
             loss = loss + self.prior(images, current.mask)
         grad, of_images = _gradients(loss, (patches, images), current)
         grad = torch.zeros_like(patches) if grad is None else grad
@@ -358,7 +358,7 @@ class Inverter:
             lr=self.lr,
             betas=self.betas,
             backend=backbone.backend,
-            **fused,
+            **self._fused,
         )
         loss = loss.detach() + value
         current.losses.index_copy_(0, current.clock - 1, loss.to(current.losses.dtype).view(1))
