@@ -192,7 +192,7 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
         if keep.batch_size != batch_size:
             raise ValueError(f"keep is for {keep.batch_size} images, the batch has {batch_size}")
         _check_device(keep.positions, device, "keep")
-        _check_packed(keep, num_patches)
+        _check_values(keep.positions, keep, num_patches)
         return replace(keep, values=None)
     if keep is None:
         return all_patches(batch_size, num_patches, device)
@@ -207,8 +207,9 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
         _check_dtype(keep, "keep")
         if keep.shape[1] == 0 and batch_size:
             raise ValueError("keep names no patch in row 0: an image needs at least one")
-        _check_values(keep, num_patches)
-        return PackedTokens.from_batch(None, keep)
+        packed = PackedTokens.from_batch(None, keep)
+        _check_values(keep.flatten(), packed, num_patches)
+        return packed
     rows = list(keep)
     if len(rows) != batch_size:
         raise ValueError(f"keep lists {len(rows)} images, the batch has {batch_size}")
@@ -220,10 +221,11 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
         _check_dtype(row, f"keep row {number}")
         if len(row) == 0:
             raise ValueError(f"keep names no patch in row {number}: an image needs at least one")
-        _check_values(row[None], num_patches, first_row=number)
     if not rows:
         return all_patches(0, num_patches, device)
-    return PackedTokens.from_sequences(None, rows)
+    packed = PackedTokens.from_sequences(None, rows)
+    _check_values(torch.cat(rows), packed, num_patches)
+    return packed
 
 
 def all_patches(batch_size: int, num_patches: int, device: torch.device) -> PackedTokens:
@@ -253,31 +255,24 @@ def _check_dtype(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.int64, torch.int32 or a boolean mask")
 
 
-def _check_packed(keep: PackedTokens, num_patches: int) -> None:
-    """Check that each sequence names patches of the grid, and names no patch twice."""
-    outside = (keep.positions < 0) | (keep.positions >= num_patches)
-    ordered = (keep.owners() * num_patches + keep.positions).sort().values
+def _check_values(patches: Tensor, packed: PackedTokens, num_patches: int) -> None:
+    """Check that each sequence names patches of the grid, and names no patch twice.
+
+    Args:
+        patches: (T,), the indices as they were given; int64 ones may not fit into the positions of `packed`.
+        packed: says which sequence each index belongs to.
+    """
+    owners = packed.owners()
+    outside = (patches < 0) | (patches >= num_patches)
+    ordered = (owners * num_patches + patches).sort().values
     repeated = ordered[1:] == ordered[:-1]
-    if keep.positions.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(~outside.any(), f"keep holds a patch index outside [0, {num_patches})")
-        torch._assert_async(~repeated.any(), "keep names a patch twice in one row")
-    elif outside.any() or repeated.any():
-        for number, row in enumerate(keep.positions.split(keep.lengths())):
-            _check_values(row[None], num_patches, first_row=number)
-
-
-def _check_values(keep: Tensor, num_patches: int, first_row: int = 0) -> None:
-    """Check that each row of (B, K) names patches of the grid, and names no patch twice."""
-    outside = (keep < 0) | (keep >= num_patches)
-    ordered = keep.sort(dim=1).values
-    repeated = ordered[:, 1:] == ordered[:, :-1]
-    if keep.is_cuda or torch.compiler.is_compiling():  # a traced graph cannot branch on values
+    if patches.is_cuda or torch.compiler.is_compiling():  # a traced graph cannot branch on values
         torch._assert_async(~outside.any(), f"keep holds a patch index outside [0, {num_patches})")
         torch._assert_async(~repeated.any(), "keep names a patch twice in one row")
         return
     if outside.any():
-        row, column = outside.nonzero()[0].tolist()
-        raise ValueError(f"keep row {first_row + row} holds patch {int(keep[row, column])}, outside [0, {num_patches})")
+        first = int(outside.nonzero()[0])
+        raise ValueError(f"keep row {int(owners[first])} holds patch {int(patches[first])}, outside [0, {num_patches})")
     if repeated.any():
-        row, column = repeated.nonzero()[0].tolist()
-        raise ValueError(f"keep row {first_row + row} names patch {int(ordered[row, column])} twice")
+        row, patch = divmod(int(ordered[1:][repeated][0]), num_patches)
+        raise ValueError(f"keep row {row} names patch {patch} twice")
