@@ -24,7 +24,7 @@ _kernels_of_checkout()
 from smi_fast.backbones.pruning import Mass  # noqa: E402
 from smi_fast.backbones.published import SMIAdaptor  # noqa: E402
 from smi_fast.backbones.support import UnsupportedModelError  # noqa: E402
-from smi_fast.backbones.vit import AcceleratedViT, accelerate  # noqa: E402
+from smi_fast.backbones.vit import AcceleratedViT, accelerate, restore  # noqa: E402
 from smi_fast.data.labelled import accuracy, load_data  # noqa: E402
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip, normalize_patches  # noqa: E402
 from smi_fast.distillation import DistillationResult, Round, distill, transfer_loss  # noqa: E402
@@ -60,6 +60,7 @@ __all__ = [
     "load_data",
     "normalize_patches",
     "quantize",
+    "restore",
     "select_patches",
     "transfer_loss",
 ]

@@ -138,8 +138,9 @@ class PackedTokens:
         return x.flatten(0, 1)[padding(self.cu_seqlens, self.max_seqlen, len(self.positions))[0]]
 
     def prepend(self, prefix: Tensor) -> PackedTokens:
-        """Return the batch with the same P prefix tokens (P, C) before each sequence, at positions -P to -1."""
-        count, batch_size = len(prefix), self.batch_size
+        """Return the batch with P prefix tokens before each sequence, at positions -P to -1: (P, C), the same for all
+        sequences, or (B, P, C)."""
+        count, batch_size = prefix.shape[-2], self.batch_size
         if count == 0:
             return self
         positions = torch.arange(-count, 0, dtype=torch.int32, device=prefix.device)
@@ -153,7 +154,7 @@ class PackedTokens:
         total = len(self.values) + batch_size * count
         values = self.values.new_zeros(total, self.values.shape[1])
         values = values.index_copy(0, rows, self.values)
-        values = values.index_copy(0, heads, prefix.to(values.dtype).repeat(batch_size, 1))
+        values = values.index_copy(0, heads, prefix.to(values.dtype).expand(batch_size, -1, -1).flatten(0, 1))
         all_positions = positions.new_zeros(total).index_copy(0, rows, self.positions)
         all_positions = all_positions.index_copy(0, heads, positions.repeat(batch_size))
         cu_seqlens = self.cu_seqlens + uniform_lengths(batch_size, count, rows.device)

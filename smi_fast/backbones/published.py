@@ -44,7 +44,7 @@ class SMIAdaptor(nn.Module):
             model = accelerate(model, dtype=dtype, backend=backend)
         elif dtype is not None or backend != "auto":
             raise ValueError(f"the model is accelerated already: dtype={dtype} and backend={backend!r} come too late")
-        _check_model(model.model)
+        _check_model(model)
         self.fast = model
 
     def forward(
@@ -79,7 +79,7 @@ class SMIAdaptor(nn.Module):
         # A softmax row sums to 1, so the rest is the class token's attention to itself.
         rest = (1 - importance.sum(1, keepdim=True)).clamp(min=0)
         attention = torch.cat((rest, importance), dim=1)[:, None, None]  # [B, 1, 1, Q]
-        return logits.to(images.dtype), [None] * (len(self.fast.model.blocks) - 1) + [attention], index
+        return logits.to(images.dtype), [None] * (len(self.fast.blocks) - 1) + [attention], index
 
     def _tokens_in_use(self, images: Tensor, current: Tensor | None, following: Tensor | None) -> Tensor:
         """Return the tokens that are in use now, (B, Q) int64."""
