@@ -336,12 +336,12 @@ class AcceleratedViT(VisionTransformer):
             )
             return replace(kept, values=patches, positions=cells)
 
-        kept = pack_keep(keep, len(images), grid.num_patches, images.device)
+        kept = pack_keep(keep, images.shape[0], grid.num_patches, images.device)
         whole = None
         if embedding_obstacle(self) is not None:
             whole = images
             if view is not None:
-                every = seen(all_patches(len(images), grid.num_patches, images.device))
+                every = seen(all_patches(images.shape[0], grid.num_patches, images.device))
                 whole = grid.scatter(every.values, every, torch.empty_like(images))
         return seen(kept), kept, grid, whole
 
