@@ -284,6 +284,8 @@ def check_supported(model: nn.Module) -> None:
 
     if type(model) not in MODELS:
         refuse("the model", model, "timm's VisionTransformer or VisionTransformerDistilled")
+    if (reason := changed_method(model, "forward")) is not None:
+        raise UnsupportedModelError(f"the model{reason}, which nothing can accelerate")
     check_bypassed(model)
     check_embeds_patches(model.patch_embed)
     if model.patch_embed.dynamic_img_pad:
