@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import ExitStack
+from typing import Any
+
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
@@ -27,9 +31,10 @@ class SMIAdaptor(nn.Module):
 
     Args:
         model: a timm model that `accelerate` takes, or an `AcceleratedViT`, whose only prefix token is a class token.
-            The weights are shared. An inversion does not need their gradients: call `model.requires_grad_(False)` to
-            save that part of the backward pass.
+            The weights are shared.
         dtype, backend: arguments for `accelerate`. They cannot be given with a model that is accelerated already.
+        freeze: take a copy of the model whose weights need no gradients, as an inversion does not need them. They are
+            cast and laid out for the matrix products once, and again only after they have changed.
 
     Raises:
         UnsupportedModelError: see `accelerate`; also if the convention cannot be applied to the model, because it has
@@ -38,14 +43,17 @@ class SMIAdaptor(nn.Module):
         ValueError: a dtype or backend is given for a model that is accelerated already.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto"):
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto", *, freeze: bool = False
+    ):
         super().__init__()
         if not isinstance(model, AcceleratedViT):
             model = accelerate(model, dtype=dtype, backend=backend)
         elif dtype is not None or backend != "auto":
             raise ValueError(f"the model is accelerated already: dtype={dtype} and backend={backend!r} come too late")
         _check_model(model)
-        self.fast = model
+        self.fast = copy.deepcopy(model).requires_grad_(False) if freeze else model
+        self._frozen = _CastWeights(self.fast) if freeze else None
 
     def forward(
         self, images: Tensor, current_abs_index: Tensor | None = None, next_relative_index: Tensor | None = None
@@ -75,11 +83,18 @@ class SMIAdaptor(nn.Module):
                 the row and the value. On a GPU, device-side assertions check values, so that nothing synchronises.
         """
         index = self._tokens_in_use(images, current_abs_index, next_relative_index)
+        if self._frozen is not None:
+            self._frozen.refresh()
         logits, importance = self.fast(images, keep=index[:, 1:] - 1, return_attention=True)
         # A softmax row sums to 1, so the rest is the class token's attention to itself.
         rest = (1 - importance.sum(1, keepdim=True)).clamp(min=0)
         attention = torch.cat((rest, importance), dim=1)[:, None, None]  # [B, 1, 1, Q]
         return logits.to(images.dtype), [None] * (len(self.fast.blocks) - 1) + [attention], index
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._frozen is not None:
+            self._frozen.close()  # a copy casts its own weights
+        return self.__dict__
 
     def _tokens_in_use(self, images: Tensor, current: Tensor | None, following: Tensor | None) -> Tensor:
         """Return the tokens that are in use now, (B, Q) int64."""
@@ -97,6 +112,41 @@ class SMIAdaptor(nn.Module):
             return current.long()
         _check_values("next_relative_index", following, current.shape[1])
         return current.long().gather(1, following.long())
+
+
+class _CastWeights:
+    """Keeps the weights of a model cast, as `AcceleratedViT.cast_weights` does, and casts them again after a change."""
+
+    def __init__(self, model: AcceleratedViT):
+        self.model = model
+        self.close()
+
+    def close(self) -> None:
+        if getattr(self, "context", None) is not None:
+            self.context.close()
+        self.context: ExitStack | None = None
+        self.parts: list[nn.Module] = []
+        self.tensors: list[Tensor] = []  # held, so that no other tensor gets the address of one of them
+        self.seen: list[tuple[int, int, int]] = []
+
+    def refresh(self) -> None:
+        """Cast the weights, unless they are cast and were not replaced, moved or written to since."""
+        tensors = self._tensors()
+        if self.context is not None and self.seen == [_state(tensor) for tensor in tensors]:
+            return
+        self.close()
+        self.context = ExitStack()
+        self.context.enter_context(self.model.cast_weights())
+        self.parts = [module for module in self.model.modules() if hasattr(module, "_cast_weights")]
+        self.tensors = self._tensors()
+        self.seen = [_state(tensor) for tensor in self.tensors]
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for part in self.parts for tensor in part._parameters.values() if tensor is not None]
+
+
+def _state(tensor: Tensor) -> tuple[int, int, int]:
+    return id(tensor), tensor._version, tensor.data_ptr()
 
 
 def _check_model(model: nn.Module) -> None:
