@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from smi_fast import kernels
 from smi_fast.backbones.base import Backbone, Outputs
 from smi_fast.backbones.embedding import embed_images, embed_patches
+from smi_fast.backbones.features import parts_of_blocks
 from smi_fast.backbones.importance import Attend, pooling_attention, pools_by_attention
-from smi_fast.backbones.pruning import Mass, Prune, check_prune, keep_highest
+from smi_fast.backbones.pruning import Merge, Prune, check_prune
 from smi_fast.backbones.support import (
     LINEAR,
     SEQUENTIAL,
@@ -63,9 +64,11 @@ def accelerate(
     result's own attributes, such as `reset_classifier`, does not reach `model`. What changes a module or a parameter,
     such as training or `train()`, does.
 
-    With `prune` the forward pass itself drops patches, as EViT does (Liang et al., 2022), but without EViT's fused
-    token and without retraining. Before block b it drops the patches to which the class token attends least in block
-    b - 1, averaged over heads. The patches that are left go on as a packed batch.
+    With `prune` the forward pass itself drops patches, as EViT does (Liang et al., 2022), or merges them, as ToMe does
+    (Bolya et al., 2023), without retraining. Before block b it drops the patches to which the class token attends least
+    in block b - 1, averaged over heads, or merges those with similar keys in block b - 1. Both happen within block
+    b - 1, between its attention and its MLP, if all parts of that block are plain or if they are defined there,
+    otherwise after it. The patches that are left go on as a packed batch.
 
     Hooks, wrapped or subclassed modules and patched methods act as they do in timm, and may come and go at any time. A
     module that is not one of timm's plain modules is called as it is, on tokens (B, N, C) of the kept patches, which
@@ -81,14 +84,17 @@ def accelerate(
             if that is not float32, bfloat16 on GPUs that have it in hardware, and float32 elsewhere.
         backend: "auto" (Triton on CUDA, plain torch elsewhere), "triton" or "torch".
         prune: maps the number of a block, from 1 to the last, to what is pruned before it. A fraction in (0, 1) leaves
-            int(n * (1 - fraction)) of n patches, at least one. `Mass(p)` leaves the fewest patches that hold a share p
-            of the attention, and their number can differ between images. See `select_patches`.
+            int(n * (1 - fraction)) of n patches, at least one. An integer is the number of patches that stay. `Mass(p)`
+            leaves the fewest patches that hold a share p of the attention, and their number can differ between images.
+            A function of (tokens, positions, importance) returns scores, and the patches of positive score stay. `Drop`
+            combines these and has EViT's rounding and fused token. `Merge(r)` merges r patches into others.
         inplace: turn the given object itself, and return it. `restore` turns it back.
 
     Raises:
-        UnsupportedModelError: the model has a part that is not known, or has no class token whose attention could
-            decide what is pruned. The message names the part.
-        ValueError: the backend is unknown, the weights do not allow the dtype, or a block or share is out of range.
+        UnsupportedModelError: the model has a part that is not known, has no class token whose attention could decide
+            what is pruned, or cannot fuse or merge in a block. The message names the part.
+        ValueError: the backend is unknown, the weights do not allow the dtype, or what is said of pruning is out of
+            range. The message names the block and the value.
     """
     check_supported(model)
     settings = {"prune": check_prune(model, prune or {}), "backend": backend, "_dtype": dtype}
@@ -227,7 +233,8 @@ class AcceleratedViT(VisionTransformer):
         keep: Keep | None = None,
         view: Tensor | None = None,
         return_attention: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        features: Sequence[str] = (),
+    ) -> Tensor | tuple:
         """Compute the logits of each image from its kept patches.
 
         Args:
@@ -238,26 +245,33 @@ class AcceleratedViT(VisionTransformer):
                 of each image. The model sees images rolled by (dy, dx) pixels and then, if flip is 1, mirrored
                 left-right. `keep` and the attention refer to the plain images.
             return_attention: whether to return the importance of the kept patches too.
+            features: the names of tokens to return too, with gradients; see `outputs`.
 
         Returns:
             The logits (B, num_classes) as timm's model gives them. With `return_attention` also the importance of the
             kept patches, float32, (B, K) aligned to `keep`, or packed (T,) if images keep different numbers. Importance
             is the class token's attention in the last block, averaged over heads. Without a class token, it is the mean
             attention that a patch receives there, or the pooling query's attention if the model pools by attention. It
-            carries no gradient. Patches that the forward pass has pruned have importance 0.
+            carries no gradient. Patches that the forward pass has pruned have importance 0. With `features` also a dict
+            from their full names to `PackedTokens`.
 
         Raises:
-            ValueError: images or `keep` do not fit the model or each other. The message names the value.
-            UnsupportedModelError: timm's own forward pass has to run, and cannot do what is asked; or see `accelerate`.
+            ValueError: images or `keep` do not fit the model or each other, or a feature is unknown. The message names
+                the value.
+            UnsupportedModelError: timm's own forward pass has to run, and cannot do what is asked; a block does not
+                have a feature; or see `accelerate`.
         """
-        options = {"keep": keep, "view": view, "return_attention": return_attention}
+        options = {"keep": keep, "view": view, "return_attention": return_attention, "features": features or None}
         reason = self._needs_timm(x, attn_mask, is_causal)
         if reason is not None:
             with self._autocast(x.device):
                 return super().forward(self._check_plain(reason, x, **options), attn_mask, is_causal)
         patches, kept, grid, whole = self._patches(x, keep, view)
-        outputs = self._outputs(patches, grid.size, return_attention, whole=whole)
-        return _with_attention(outputs, kept) if return_attention else outputs.logits
+        outputs = self._outputs(patches, grid.size, return_attention, features, whole=whole)
+        if not return_attention and not features:
+            return outputs.logits
+        results = _with_attention(outputs, kept) if return_attention else (outputs.logits,)
+        return (*results, outputs.features) if features else results
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Compute timm's features: the normalised tokens (B, N, C) of the last block, prefix tokens first. With `prune`
@@ -371,18 +385,21 @@ class AcceleratedViT(VisionTransformer):
 
         Args:
             importance: whether to measure the importance (T,) of the patches.
-            features: names "blocks.N", with N from 0, of the blocks whose output tokens (T', C) are returned, prefix
-                tokens included, at their positions. Features that are not requested cost nothing.
+            features: the names of tokens that are returned, prefix tokens included, at their positions in the grid that
+                the model sees. "blocks.N", with N from 0, are the tokens (T', C) that block N hands on, after what is
+                pruned before block N + 1. "blocks.N.attn" and "blocks.N.mlp" are what its attention and its MLP return,
+                (T', C), "blocks.N.attn.heads" is the attention before its norm and projection, and "blocks.N.attn.keys"
+                are the keys as they enter the scores, (T', H, D). A block that prunes may do so before its MLP. The
+                names "block", "attn", "mlp", "heads" and "keys" stand for those of all blocks. Features that are not
+                requested cost nothing.
 
         Raises:
-            ValueError: the patches do not fit the model, or a feature has another name.
+            ValueError: the patches do not fit the model, or a feature is unknown.
+            UnsupportedModelError: a block does not have a feature that was asked for: it has no such part or several,
+                or it runs by its own forward, of which only the output is known.
         """
         check_bypassed(self)
         check_called(self)
-        known = [f"blocks.{number}" for number in range(len(self.blocks))]
-        for name in features:
-            if name not in known:
-                raise ValueError(f"there is no feature {name!r}: the model has {known[0]} to {known[-1]}")
         grid_size, whole = tuple(grid_size or self.patch_embed.grid_size), None
         if embedding_obstacle(self) is not None:
             check_embeds_patches(self.patch_embed)
@@ -402,15 +419,14 @@ class AcceleratedViT(VisionTransformer):
     ) -> Outputs:
         """Compute `outputs` after the model and the names have been checked. A changed embedding takes the whole images
         (B, C, H, W)."""
-        uniform = patches.is_uniform and not any(isinstance(stop, Mass) for stop in self.prune.values())
+        uniform = patches.is_uniform and all(isinstance(how, Merge) or how.equal_counts for how in self.prune.values())
         if not uniform and patches.batch_size > 1 and not self._packs():
             return self._one_by_one(patches, grid_size, importance, features, whole)
-        found: dict[str, PackedTokens] = {}
         with self._autocast(patches.values.device):
-            x, tokens, attend = self._features(patches, grid_size, importance, features, found, whole=whole)
-            logits = self._head(x, tokens)
-        measured = self._importance(attend.rows().mean(0), patches, tokens, grid_size) if importance else None
-        return Outputs(logits, measured, found)
+            x, attend = self._features(patches, grid_size, importance, features, whole=whole)
+            logits = self._head(x, attend.tokens)
+        measured = self._importance(attend.rows().mean(0), patches, attend.tokens, grid_size) if importance else None
+        return Outputs(logits, measured, {name: tokens for name, (tokens,) in attend.found.items()})
 
     def _features(
         self,
@@ -418,48 +434,38 @@ class AcceleratedViT(VisionTransformer):
         grid_size: tuple[int, int],
         importance: bool = False,
         features: Sequence[str] = (),
-        found: dict[str, PackedTokens] | None = None,
         *,
         all_tokens: bool = False,
         whole: Tensor | None = None,
-    ) -> tuple[Tensor, PackedTokens, Attend]:
-        """Run all blocks and the last norm. Return the tokens that the head needs or, with `all_tokens`, all."""
+    ) -> tuple[Tensor, Attend]:
+        """Run all blocks and the last norm. Return the tokens that the head needs or, with `all_tokens`, all; and what
+        is known of them."""
+        wanted = parts_of_blocks(features, len(self.blocks))
         tokens = embed_patches(self, patches, grid_size) if whole is None else embed_images(self, whole, patches)
-        x, attend = self.norm_pre(tokens.batch_or_values()), Attend(tokens, self.has_class_token, self.backend)
+        x = self.norm_pre(tokens.batch_or_values())
+        attend = Attend(tokens, self.has_class_token, self.num_prefix_tokens, self.backend)
         reason = obstacle(self.blocks, SEQUENTIAL)
         if reason is not None:
             if importance or features or self.prune:
                 raise UnsupportedModelError(f"blocks{reason}, so it runs as one, and nothing within it can be measured")
-            return self.norm(self.blocks(x)), tokens, attend
+            return self.norm(self.blocks(x)), attend
         *blocks, last = self.blocks
         for number, block in enumerate(blocks):
-            stop = self.prune.get(number + 1)
-            attend.measures = stop is not None
-            x = any_block(block, number, x, attend)
-            if f"blocks.{number}" in features:
-                found[f"blocks.{number}"] = replace(tokens, values=x.flatten(0, -2))
-            if stop is not None:
-                tokens = replace(tokens, values=x.flatten(0, -2))
-                tokens = keep_highest(
-                    tokens, attend.rows(), stop, num_prefix_tokens=self.num_prefix_tokens, backend=self.backend
-                )
-                x, attend = tokens.batch_or_values(), Attend(tokens, self.has_class_token, self.backend)
-        attend.measures = importance and not pools_by_attention(self)
-        name = f"blocks.{len(blocks)}"
-        queries = None if all_tokens or name in features else self._pooled_tokens(last)
-        if queries is None or (queries > 1 and not tokens.is_uniform):
-            x = any_block(last, len(blocks), x, attend)
+            attend.enter(number, wanted[number], prune=self.prune.get(number + 1))
+            x = any_block(block, x, attend)
+        attend.enter(len(blocks), wanted[-1], measures=importance and not pools_by_attention(self))
+        queries = self._pooled_tokens(last) if not all_tokens and wanted[-1] <= {"keys"} else None
+        if queries is None or (queries > 1 and not attend.tokens.is_uniform):
+            x = any_block(last, x, attend)
         else:
             x = block_of_first_tokens(last, x, queries, attend)
-        if name in features:
-            found[name] = replace(tokens, values=x.flatten(0, -2))
         x = self.norm(x)
         if importance and pools_by_attention(self):
             reason = obstacle_within_pool(self.attn_pool)
             if reason is not None:
                 raise UnsupportedModelError(f"attn_pool{reason}, so the attention within it cannot be measured")
-            attend.measured = [pooling_attention(self, x, tokens)[None]]
-        return x, tokens, attend
+            attend.measured = [pooling_attention(self, x, attend.tokens)[None]]
+        return x, attend
 
     def _importance(
         self, importance: Tensor, patches: PackedTokens, tokens: PackedTokens, grid_size: tuple[int, int]
@@ -469,8 +475,9 @@ class AcceleratedViT(VisionTransformer):
         if tokens.is_uniform and not self.prune:
             return importance.view(-1, tokens.max_seqlen)[:, prefix:].flatten()
         # The cells of the grid connect the patches that are left with the patches that were given.
-        cells = prefix + grid_size[0] * grid_size[1]
-        given, left = (packed.owners() * cells + packed.positions + prefix for packed in (patches, tokens))
+        before = prefix + 1  # prefix tokens and fused tokens lie before the grid
+        cells = before + grid_size[0] * grid_size[1]
+        given, left = (packed.owners() * cells + packed.positions + before for packed in (patches, tokens))
         return importance.new_zeros(patches.batch_size * cells).index_copy(0, left, importance)[given]
 
     def _packs(self) -> bool:
@@ -495,7 +502,7 @@ class AcceleratedViT(VisionTransformer):
             self._outputs(one, grid_size, importance, features, whole=image)
             for one, image in zip(patches.groups(1), images, strict=True)
         ]
-        found = {name: [output.features[name] for output in outputs] for name in features}
+        found = {name: [output.features[name] for output in outputs] for name in outputs[0].features}
         return Outputs(
             logits=torch.cat([output.logits for output in outputs]),
             importance=torch.cat([output.importance for output in outputs]) if importance else None,
