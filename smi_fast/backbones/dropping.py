@@ -40,7 +40,7 @@ def drop_patches(
     """
     if drop.scores is not None:
         importance = _scores(tokens, importance.mean(0), drop, number, num_prefix_tokens)
-    rows = torch.arange(len(tokens.positions), dtype=torch.int32, device=tokens.positions.device)
+    rows = torch.arange(tokens.positions.shape[0], dtype=torch.int32, device=tokens.positions.device)
     kept = keep_highest(
         replace(tokens, positions=rows), importance, drop, num_prefix_tokens=num_prefix_tokens, backend=backend
     )
@@ -66,7 +66,7 @@ def require(valid: Tensor, tokens: PackedTokens, needed: str) -> None:
 def _scores(tokens: PackedTokens, importance: Tensor, drop: Drop, number: int, num_prefix_tokens: int) -> Tensor:
     """Call the function of scores. Return its scores (T,) float32, with zeros for prefix tokens."""
     starts = tokens.cu_seqlens - uniform_lengths(tokens.batch_size, num_prefix_tokens, importance.device)
-    count = len(importance) - tokens.batch_size * num_prefix_tokens
+    count = importance.shape[0] - tokens.batch_size * num_prefix_tokens
     rows = torch.arange(count, device=importance.device)
     rows = rows + num_prefix_tokens * (sequence_of_tokens(starts, count) + 1)  # where the patches are among all tokens
     patches = PackedTokens(

@@ -120,7 +120,9 @@ class Attend:
         count, head_dim = q.shape[1], q.shape[-1]
         if self.sizes is not None:
             ones, channels = size_channels(self.sizes, scale, kv.dtype).split((1, 2), dim=1)
-            q = torch.cat((q, ones[: len(q)].expand(-1, count, q.shape[2], -1)), dim=-1)  # all queries have the same
+            q = torch.cat(
+                (q, ones[: q.shape[0]].expand(-1, count, q.shape[2], -1)), dim=-1
+            )  # all queries have the same
             kv = torch.cat((kv, channels.expand(-1, -1, kv.shape[2], -1)), dim=-1)
         if count == 1:
             out, rows = kernels.class_attention(
@@ -134,7 +136,7 @@ class Attend:
             )
             out = out[:, None]
         else:  # all sequences are equally long
-            k, v = kv.unflatten(0, (len(q), -1)).unbind(2)  # [B, N, H, D] each
+            k, v = kv.unflatten(0, (q.shape[0], -1)).unbind(2)  # [B, N, H, D] each
             exact = torch.promote_types(k.dtype, torch.float32)
             scores = torch.einsum("bqhd,bnhd->hbqn", q.to(exact), k.to(exact)) * scale
             attention = scores.softmax(-1)  # [H, B, count, N]

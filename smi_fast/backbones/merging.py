@@ -53,19 +53,19 @@ def merge_patches(
     source = (first + 2 * ranked).flatten()[merging]  # rows of the tokens that merge into others
     target = (first + 2 * partner.gather(1, ranked) + 1).flatten()[merging]  # rows of these others
 
-    stays = torch.ones(len(keys), dtype=torch.bool, device=keys.device).index_fill(0, source, False)
+    stays = torch.ones(keys.shape[0], dtype=torch.bool, device=keys.device).index_fill(0, source, False)
     stays, _ = tokens.pad(stays)  # [B, N]
     place = torch.arange(tokens.max_seqlen, device=keys.device)
     group = torch.where(place < num_prefix_tokens, 0, 1 + place % 2)  # prefix, even, odd
     order = group.expand(stays.shape).masked_fill(~stays, 3).argsort(dim=1, stable=True)
     rows = (first + order[:, :longest]).flatten()[left]
-    slots = rows.new_zeros(len(keys)).scatter(0, rows, torch.arange(len(rows), device=keys.device))
+    slots = rows.new_zeros(keys.shape[0]).scatter(0, rows, torch.arange(rows.shape[0], device=keys.device))
 
     def merged(x: Tensor) -> Tensor:
         # On a GPU this sum does not depend on the order of its terms, as that of `index_add` does.
         return gather_rows(x, rows).index_put((slots[target],), gather_rows(x, source), accumulate=True)
 
-    sizes = torch.ones(len(keys), device=keys.device) if sizes is None else sizes
+    sizes = torch.ones(keys.shape[0], device=keys.device) if sizes is None else sizes
     exact = torch.promote_types(tokens.values.dtype, torch.float32)
     sums, sizes = merged(tokens.values.to(exact) * sizes[:, None]), merged(sizes)
     values = (sums / sizes[:, None]).to(tokens.values.dtype)
@@ -105,7 +105,7 @@ def size_channels(sizes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """
     logarithm = sizes.double().log() / scale
     high = logarithm.to(dtype)
-    channels = high.new_zeros(len(sizes), 3, 1, SIZE_CHANNELS)
+    channels = high.new_zeros(sizes.shape[0], 3, 1, SIZE_CHANNELS)
     channels[:, 0, :, :2] = 1
     channels[:, 1, :, 0] = high[:, None]
     channels[:, 1, :, 1] = (logarithm - high.double()).to(dtype)[:, None]

@@ -160,12 +160,6 @@ def test_features_are_what_timms_blocks_give_with_gradients(model, images, hooke
         assert (grad.abs().sum(1) > 0).all()
 
 
-def test_features_of_no_block_are_refused(model):
-    packed = smi_fast.PackedTokens.from_batch(torch.randn(2, 4, 48, dtype=torch.float64), torch.arange(4))
-    with pytest.raises(ValueError, match=r"'blocks.2': the model has blocks.0 to blocks.1"):
-        smi_fast.accelerate(model).outputs(packed, features=("blocks.2",))
-
-
 def test_other_grids_resample_positions_as_timm_does(seed):
     model = timm.create_model("test_vit", pretrained=False).double().eval()
     images = torch.randn(2, 3, 96, 128, dtype=torch.float64)
