@@ -57,6 +57,8 @@ class Drop:
             patches are chosen later, but it has no place in the grid: in a model with P prefix tokens its position is
             -P - 1.
 
+    EViT that keeps a rate k of the patches in block b is `{b + 1: Drop(1 - k, round="ceil", fuse="sum")}`.
+
     Raises:
         ValueError: an argument is out of range, or `fuse` comes with `scores`.
     """
@@ -108,7 +110,10 @@ class Drop:
 class Merge:
     """Merge `count` patches of each image into patches with similar keys (ToMe: Bolya et al., 2023, section 3).
 
-    At most half of an image's patches merge, as in ToMe; images with fewer than twice `count` merge that half.
+    At most half of an image's patches merge, as in ToMe, so images with fewer than twice `count` merge that half. In
+    the blocks that follow, a merged patch gets attention in proportion to its size. Average pooling counts it once, as
+    in ToMe's patch for timm. ToMe with r = 8 is `{b: Merge(8) for b in range(1, depth)}`, without the merging within
+    the last block, which a class token does not see.
 
     Raises:
         ValueError: the count is not an integer of at least 1.

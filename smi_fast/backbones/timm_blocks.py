@@ -19,8 +19,9 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
+from smi_fast.backbones.attend import Attend
 from smi_fast.backbones.features import feature_name
-from smi_fast.backbones.importance import Attend, softmax_scale
+from smi_fast.backbones.importance import softmax_scale
 from smi_fast.backbones.pruning import Drop, Merge
 from smi_fast.backbones.support import (
     LINEAR,

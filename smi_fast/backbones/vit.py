@@ -20,10 +20,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast import kernels
+from smi_fast.backbones.attend import Attend
 from smi_fast.backbones.base import Backbone, Outputs
 from smi_fast.backbones.embedding import embed_images, embed_patches
 from smi_fast.backbones.features import parts_of_blocks
-from smi_fast.backbones.importance import Attend, pooling_attention, pools_by_attention
+from smi_fast.backbones.importance import pooling_attention, pools_by_attention
 from smi_fast.backbones.pruning import Merge, Prune, check_prune
 from smi_fast.backbones.support import (
     LINEAR,
@@ -278,7 +279,7 @@ class AcceleratedViT(VisionTransformer):
         they are the tokens that are left.
 
         Raises:
-            ValueError: the images do not fit the model, or pruning by `Mass` has left different numbers of tokens.
+            ValueError: the images do not fit the model, or pruning has left different numbers of tokens.
         """
         reason = self._needs_timm(x, attn_mask, is_causal)
         if reason is not None:
