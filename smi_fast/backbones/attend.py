@@ -84,13 +84,15 @@ class Attend:
 
     def __call__(self, qkv: Tensor, scale: float) -> Tensor:
         """Compute attention of queries, keys and values (T, 3, H, D) -> (T, H, D), and record what was asked for."""
-        keys, head_dim = self.record("keys", qkv[:, 1]), qkv.shape[-1]
+        if "keys" in self.wanted:
+            self.record("keys", qkv[:, 1])
+        if isinstance(self.prune, Merge):
+            self._basis = qkv[:, 1]
+        head_dim = qkv.shape[-1]
         if self.sizes is not None:
             channels = size_channels(self.sizes, scale, qkv.dtype).expand(-1, -1, qkv.shape[2], -1)
             qkv = torch.cat((qkv, channels), dim=-1)
-        if isinstance(self.prune, Merge):
-            self._basis = keys
-        elif self.prune is not None and self.prune.fuse:
+        if isinstance(self.prune, Drop) and self.prune.fuse:
             self._basis = received_attention(self.tokens, qkv[:, 0], qkv[:, 1], scale, self.has_class_token)
         if self.measures and self.has_class_token:
             out, rows = self.attention(qkv, scale, return_class_attention=True)

@@ -24,6 +24,8 @@ def parts_of_blocks(features: Sequence[str], depth: int) -> list[frozenset[str]]
     """
     if isinstance(features, str):
         raise TypeError(f"features are a sequence of names, got the text {features!r}")
+    if not features:  # every forward pass comes by
+        return [frozenset()] * depth
     known = {feature_name(number, part): (number, part) for number in range(depth) for part in PARTS}
     for name in features:
         if name not in known and name not in PARTS:
