@@ -8,6 +8,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 
 import smi_fast
 from smi_fast import Drop, Merge
+from smi_fast.backbones.merging import size_channels
 
 PRUNES = [{2: Merge(8)}, {1: Merge(9), 2: Merge(9), 3: Merge(9)}, {1: Merge(1000)}]
 
@@ -113,6 +114,15 @@ def test_dropping_and_fusing_keep_the_sizes_of_what_is_left(images):
         return model.forward_head(model.norm(x)), importance
 
     assert_as_by_image(both, images, keep, by_image)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_scores_gain_the_logarithm_of_the_sizes_beyond_the_dtypes_precision(dtype):
+    sizes, scale = torch.arange(1.0, 1000.0), 32**-0.5
+    q, k, v = size_channels(sizes, scale, dtype).double()[:, :, 0].unbind(1)
+    error = scale * (q * k).sum(-1) - sizes.double().log()
+    assert (error.abs() <= torch.finfo(dtype).eps ** 2 * sizes.double().log() + 1e-12).all()
+    assert not v.any()
 
 
 def test_an_empty_batch_merges_nothing(images):
