@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.backbones.pruning import Drop, Mass, keep_highest
-from smi_fast.kernels.rows import sequence_of_tokens, uniform_lengths
+from smi_fast.kernels.rows import cumulative_lengths, gather_rows, sequence_of_tokens, uniform_lengths
 from smi_fast.packed import PackedTokens
 
 
@@ -50,8 +50,7 @@ def drop_patches(
     if drop.fuse is None:
         return kept, sizes
     fused = _fuse(tokens, weights.index_fill(0, rows, 0), mean=drop.fuse == "mean")
-    return _append(kept, sizes, fused, [a > b for a, b in zip(tokens.lengths(), kept.lengths(), strict=True)],
-                   position=-num_prefix_tokens - 1)  # fmt: skip
+    return _append(kept, sizes, fused, tokens, position=-num_prefix_tokens - 1)
 
 
 def require(valid: Tensor, tokens: PackedTokens, needed: str) -> None:
@@ -95,19 +94,25 @@ def _fuse(tokens: PackedTokens, weights: Tensor, *, mean: bool) -> Tensor:
 
 
 def _append(
-    tokens: PackedTokens, sizes: Tensor | None, fused: Tensor, lost: list[bool], *, position: int
+    tokens: PackedTokens, sizes: Tensor | None, fused: Tensor, before: PackedTokens, *, position: int
 ) -> tuple[PackedTokens, Tensor | None]:
-    """Append its row of `fused` (B, C) to each sequence that lost patches, with size 1."""
-    if not any(lost):
-        return tokens, sizes
+    """Append its row of `fused` (B, C), of size 1, to each sequence that is shorter than it was `before`."""
     lengths = tokens.lengths()
+    added = [old > new for old, new in zip(before.lengths(), lengths, strict=True)]
+    count = sum(added)
+    if count == 0:
+        return tokens, sizes
+    starts = cumulative_lengths(before.cu_seqlens.diff() > tokens.cu_seqlens.diff())  # of the added tokens
+    images = sequence_of_tokens(starts, count)
+    order = torch.cat((tokens.owners(), images)).argsort(stable=True)
 
-    def appended(x: Tensor, last: Tensor) -> list[Tensor]:
-        rows = zip(x.split(lengths), last.split(1), lost, strict=True)
-        return [torch.cat((row, end)) if has_lost else row for row, end, has_lost in rows]
+    def appended(x: Tensor, last: Tensor) -> Tensor:
+        return gather_rows(torch.cat((x, last)), order)
 
-    ones = torch.ones(len(lost), device=fused.device)
-    packed = PackedTokens.from_sequences(
-        appended(tokens.values, fused), appended(tokens.positions, (position * ones).to(torch.int32))
+    packed = PackedTokens(
+        values=appended(tokens.values, fused[images]),
+        positions=appended(tokens.positions, tokens.positions.new_full((count,), position)),
+        cu_seqlens=tokens.cu_seqlens + starts,
+        max_seqlen=max(length + more for length, more in zip(lengths, added, strict=True)),
     )
-    return packed, None if sizes is None else torch.cat(appended(sizes, ones))
+    return packed, None if sizes is None else appended(sizes, sizes.new_ones(count))

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import smi_fast
@@ -131,6 +132,14 @@ def evit(model, image, keep, prune) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_fused_token_equals_evits_with_its_gradient(images, amounts, fuse, kept):
     model = build(init_values=0.7)
     prune = {b: Drop(amount, round="ceil", fuse=fuse) for b, amount in enumerate(amounts, start=1)}
+    fast = smi_fast.accelerate(model, prune=prune)
+    assert_as_by_image(fast, images, some_keep(kept), lambda image, row: evit(model, image, row, prune))
+
+
+@pytest.mark.parametrize("kept", ["uniform", "ragged"])
+def test_a_hooked_mlp_sees_the_fused_token(model, images, kept):
+    model.blocks[1].mlp.register_forward_hook(lambda module, args, output: output * torch.arange(1, 49))
+    prune = {2: Drop(0.3, round="ceil", fuse="sum")}
     fast = smi_fast.accelerate(model, prune=prune)
     assert_as_by_image(fast, images, some_keep(kept), lambda image, row: evit(model, image, row, prune))
 
@@ -294,6 +303,23 @@ def test_the_triton_backend_prunes_as_plain_torch_does(seed, device, prune):
         outputs.append((logits, importance, *torch.autograd.grad(logits.square().sum(), images)))
     for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_pruning_by_known_counts_reads_nothing_back_from_the_device(seed):
+    """A GPU's fake tensors have no values, so that reading one fails, as it does for a `Mass`."""
+    model, counts = (
+        build().float(),
+        {1: Drop(0.3, fuse="mean"), 2: Merge(4), 3: Drop(9, scores=lambda *given: given[2])},
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, images = model.to("cuda"), torch.randn(3, 3, 32, 32, device="cuda")
+        for prune, keep in ((counts, None), (counts, torch.zeros(3, 20, dtype=torch.long, device="cuda"))):
+            fast = smi_fast.accelerate(model, dtype=torch.float32, backend="torch", prune=prune)
+            logits, importance = fast(images, keep=keep, return_attention=True)
+            assert logits.is_cuda
+            assert importance.shape == (3, 64 if keep is None else 20)
+        with pytest.raises(DataDependentOutputException):
+            smi_fast.accelerate(model, dtype=torch.float32, backend="torch", prune={1: Mass(0.5)})(images)
 
 
 def test_bfloat16_prunes_as_many_patches_as_float64(model, images):
