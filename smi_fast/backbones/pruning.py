@@ -187,20 +187,55 @@ def check_prune(model: VisionTransformer, prune: Prune) -> dict[int, Drop | Merg
         if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= last:
             raise ValueError(f"prune names block {number!r}: patches are pruned before one of blocks 1 to {last}")
         checked[number] = how = _as_drop_or_merge(number, value)
-        if isinstance(how, Merge):
-            _check_sizes(model.blocks[number:], number)
-        else:
-            _check_class_attention(model, number)
-        block = model.blocks[number - 1]
-        is_plain = type(block) is Block and type(block.attn) is Attention
-        if not is_plain and (isinstance(how, Merge) or how.fuse):
-            what = f"blocks[{number - 1}] is a {type(block).__name__}"
-            what += f" with a {type(block.attn).__name__}" if type(block) is Block else ""
+        if isinstance(how, Drop) and not model.has_class_token:
             raise UnsupportedModelError(
-                f"{what}, but {how!r} before block {number} acts between the attention and the MLP of a Block with an "
-                "Attention"
+                "the model has no class token, whose attention decides which patches are pruned"
             )
+        check_prunes(model.blocks[number - 1], number - 1, how)
+        if isinstance(how, Merge):
+            for place in range(number, last + 1):
+                check_heeds_sizes(model.blocks[place], place)
     return checked
+
+
+def check_prunes(block: nn.Module, number: int, how: Drop | Merge) -> None:
+    """Raise UnsupportedModelError if block `number` cannot do what is pruned before the next one."""
+    kind = _difference(block)
+    if kind is not None and isinstance(how, Drop):
+        raise UnsupportedModelError(
+            f"blocks[{number}] holds a {kind}, whose attention is a difference of two and cannot decide what to "
+            f"prune before block {number + 1}"
+        )
+    if type(block) is Block and type(block.attn) is Attention:
+        return
+    if isinstance(how, Merge) or how.fuse:
+        holds = f" with a {type(block.attn).__name__}" if type(block) is Block else ""
+        raise UnsupportedModelError(
+            f"blocks[{number}] is a {type(block).__name__}{holds}, but {how!r} before block {number + 1} acts between "
+            "the attention and the MLP of a Block with an Attention"
+        )
+
+
+def check_heeds_sizes(block: nn.Module, number: int) -> None:
+    """Raise UnsupportedModelError if the attention in block `number` cannot heed the sizes of merged patches."""
+    kind = _difference(block)
+    if kind is not None:
+        raise UnsupportedModelError(
+            f"blocks[{number}] holds a {kind}, whose attention is a difference of two and cannot heed the sizes of "
+            "merged patches"
+        )
+    for part in block.modules():
+        if getattr(part, "head_dim", 0) + SIZE_CHANNELS > kernels.MAX_HEAD_DIM:
+            raise UnsupportedModelError(
+                f"blocks[{number}] has a head_dim of {part.head_dim}, but the sizes of merged patches need "
+                f"{SIZE_CHANNELS} of the kernels' {kernels.MAX_HEAD_DIM} channels"
+            )
+
+
+def _difference(block: nn.Module) -> str | None:
+    """Return the name of a part whose attention is a difference of two, or None if there is none."""
+    parts = (DiffParallelScalingBlock, DiffAttention)
+    return next((type(part).__name__ for part in block.modules() if isinstance(part, parts)), None)
 
 
 def _as_drop_or_merge(number: int, value: object) -> Drop | Merge:
@@ -219,38 +254,3 @@ def _as_drop_or_merge(number: int, value: object) -> Drop | Merge:
 
 def _is_function(value: object) -> bool:
     return callable(value) and not isinstance(value, type)
-
-
-def _check_class_attention(model: VisionTransformer, number: int) -> None:
-    """Refuse to drop patches before block `number` if there is no class token's attention that could decide it."""
-    if not model.has_class_token:
-        raise UnsupportedModelError("the model has no class token, whose attention decides which patches are pruned")
-    kind = _difference(model.blocks[number - 1])
-    if kind is not None:
-        raise UnsupportedModelError(
-            f"blocks[{number - 1}] holds a {kind}, whose attention is a difference of two and cannot decide what to "
-            f"prune before block {number}"
-        )
-
-
-def _check_sizes(blocks: nn.Sequential, number: int) -> None:
-    """Refuse to merge patches before block `number` if one of the blocks from there on cannot heed their sizes."""
-    for place, block in enumerate(blocks, start=number):
-        kind = _difference(block)
-        if kind is not None:
-            raise UnsupportedModelError(
-                f"blocks[{place}] holds a {kind}, whose attention is a difference of two and does not heed the sizes "
-                f"of patches that are merged before block {number}"
-            )
-        for part in block.modules():
-            if getattr(part, "head_dim", 0) + SIZE_CHANNELS > kernels.MAX_HEAD_DIM:
-                raise UnsupportedModelError(
-                    f"blocks[{place}] has a head_dim of {part.head_dim}, but the sizes of patches that are merged "
-                    f"before block {number} need {SIZE_CHANNELS} of the kernels' {kernels.MAX_HEAD_DIM} channels"
-                )
-
-
-def _difference(block: nn.Module) -> str | None:
-    """Return the name of a part whose attention is a difference of two, or None if there is none."""
-    parts = (DiffParallelScalingBlock, DiffAttention)
-    return next((type(part).__name__ for part in block.modules() if isinstance(part, parts)), None)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from smi_fast.backbones.attend import Attend
 from smi_fast.backbones.features import feature_name
 from smi_fast.backbones.importance import softmax_scale
-from smi_fast.backbones.pruning import Drop, Merge
+from smi_fast.backbones.pruning import Drop, Merge, check_heeds_sizes, check_prunes
 from smi_fast.backbones.support import (
     LINEAR,
     MLP,
@@ -109,11 +109,15 @@ def any_block(block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
     that they bypass are plain, otherwise by its own forward, within which nothing can be measured, merged or recorded.
 
     Raises:
-        UnsupportedModelError: the block runs by its own forward, but has to measure importance, merge patches or attend
-            to merged ones; or it has no feature, or several, of a name that was asked for.
+        UnsupportedModelError: the block, perhaps because it runs by its own forward, cannot measure importance, merge
+            patches or heed merged ones, but has to; or it has no feature, or several, of a name that was asked for.
     """
     reason, number = block_obstacle(block), attend.number
     if reason is None:
+        if attend.prune is not None:
+            check_prunes(block, number, attend.prune)
+        if attend.sizes is not None:
+            check_heeds_sizes(block, number)
         x = BLOCKS[type(block)](block, x, attend)
     elif attend.measures:
         raise UnsupportedModelError(f"blocks[{number}]{reason}, so the attention within it cannot be measured")

@@ -149,10 +149,14 @@ def test_models_that_cannot_heed_sizes_are_refused_by_block(images):
         smi_fast.accelerate(build(block_fn=ParallelScalingBlock), prune={2: Merge(3)})
     with pytest.raises(smi_fast.UnsupportedModelError, match=r"blocks\[2\] has a head_dim of 128"):
         smi_fast.accelerate(build(embed_dim=128, num_heads=1), prune={2: Merge(3)})
-    with pytest.raises(smi_fast.UnsupportedModelError, match=r"blocks\[1\] holds a DiffAttention.* before block 1"):
-        smi_fast.accelerate(build(attn_layer="diff", embed_dim=96), prune={1: Merge(3)})
-    model = build()
+    model, other = build(embed_dim=96), build(embed_dim=96, attn_layer="diff")
     fast = smi_fast.accelerate(model, prune={2: Merge(3)})
+    for number, message in ((1, r"is a Block with a DiffAttention, but Merge"), (3, "holds a DiffAttention, .* sizes")):
+        plain, model.blocks[number].attn = model.blocks[number].attn, other.blocks[number].attn
+        for run in (lambda: fast(images), lambda: smi_fast.accelerate(model, prune={2: Merge(3)})):
+            with pytest.raises(smi_fast.UnsupportedModelError, match=rf"blocks\[{number}\] {message}"):
+                run()
+        model.blocks[number].attn = plain
     for number in (1, 2, 3):
         handle = model.blocks[number].attn.register_forward_hook(lambda *_: None)
         with pytest.raises(smi_fast.UnsupportedModelError, match=rf"blocks\[{number}\].attn has hooks, so it can nei"):
