@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import INTERPRETED, cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose
-from .gradients import first_order
+from .gradients import any_order, transformed, untransformed
 from .rows import cumulative_lengths, gather_rows, padding, uniform_lengths
 
 MAX_CANDIDATES = 4096
@@ -68,7 +68,7 @@ def select_tokens(
     if cu_seqlens is None:
         max_seqlen = num_prefix_tokens + attention.shape[-1]
     max_seqlen = max(max_seqlen, num_prefix_tokens + 1)  # it is less only for a packed batch without images
-    plain = resolve_backend(backend, attention.device) == "torch"
+    plain = resolve_backend(backend, attention.device) == "torch" or transformed()
     starts = limits = lengths = None
     if mass is None and not isinstance(k, int):
         lengths = [num_prefix_tokens + count for count in k]
@@ -151,8 +151,11 @@ def _assert_rows(valid: Tensor, needed: str) -> None:
     """Raise an error unless `valid` (B,) holds for all images. On a GPU this is a device-side assertion."""
     if valid.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(valid.all(), needed)
-    elif not valid.all():
-        raise ValueError(f"{needed}, which fails in row {int(valid.logical_not().nonzero()[0])}")
+        return
+    valid = untransformed(valid)
+    if not valid.all():
+        row = ", ".join(map(str, valid.logical_not().nonzero()[0].tolist()))
+        raise ValueError(f"{needed}, which fails in row {row}")
 
 
 def candidates_of(attention, cu_seqlens, num_prefix_tokens: int, max_seqlen: int) -> tuple[Tensor, Tensor]:
@@ -571,7 +574,13 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # otherwise zeros are written as the gradients of the integers
 
 
-@first_order
+def _derivative(ctx, grad):
+    (slots,) = ctx.saved_tensors
+    rows = grad[slots.clamp(min=0)]
+    return None, torch.where((slots >= 0)[..., None], rows, 0), *(None for _ in range(8))
+
+
+@any_order(_derivative)
 def _backward(ctx, grad, *_):
     return None, select_backward_op(grad, *ctx.saved_tensors), *(None for _ in range(8))
 
