@@ -33,7 +33,7 @@ def any_order(derivative: Callable) -> Callable:
 
     Gradients of gradients need create_graph=True, and only then is grad mode on during a backward pass. The gradients
     are then computed by `derivative` instead, so that they depend on the saved tensors and on the incoming gradient as
-    autograd expects. The same happens if `torch.autograd.grad(..., is_grads_batched=True)` vmaps the backward pass.
+    autograd expects. The same happens if `torch.func.vmap` runs the backward pass.
 
     Args:
         derivative: a function (ctx, gradient) that returns what the decorated function returns, computed by

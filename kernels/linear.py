@@ -206,7 +206,7 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        if transformed():  # by vmap, for torch.autograd.grad(..., is_grads_batched=True)
+        if transformed():  # by a torch.func.vmap of the backward pass alone
             return grad @ weight, None, None
         return _OneDnnLinear.apply(grad, weight.t().contiguous(), None), None, None
 

@@ -196,7 +196,7 @@ def select_reference(
     # Places without a candidate come last, because a stable sort keeps equal elements in order.
     order = importance.masked_fill(~present, -torch.inf).argsort(dim=1, descending=True, stable=True)
     highest = torch.arange(order.shape[1], device=device) < starts.diff()[:, None] - num_prefix_tokens
-    kept = torch.zeros_like(present).scatter_(1, order, highest)  # (B, N)
+    kept = torch.zeros_like(present).scatter(1, order, highest)  # (B, N)
     kept = F.pad(kept, (num_prefix_tokens, 0), value=True).flatten()  # (B * (P + N))
     if cu_seqlens is None:
         within = torch.arange(-num_prefix_tokens, importance.shape[1], device=device).expand(batch, -1)
@@ -210,7 +210,7 @@ def select_reference(
         positions = slots % max_seqlen - num_prefix_tokens if positions is None else positions
     # Row t of the packed batch is row rows[t] of the input. Rows that do not stay are sent to a place behind the last.
     slots = torch.where(kept, kept.cumsum(0) - 1, tokens)
-    rows = slots.new_empty(tokens + 1).scatter_(0, slots, torch.arange(len(kept), device=device))[:tokens]
+    rows = slots.new_empty(tokens + 1).scatter(0, slots, torch.arange(len(kept), device=device))[:tokens]
     return None if values is None else gather_rows(values, rows), positions[rows].to(torch.int32), starts
 
 
