@@ -58,17 +58,15 @@ def _vendor() -> str:
         return platform.processor()
 
 
-def uses_onednn(setting: str) -> bool:
-    """Return whether frozen float32 products run in oneDNN.
-
-    Args:
-        setting: "auto" (where it is faster), "0" or "1".
+def uses_onednn() -> bool:
+    """Return whether frozen float32 products run in oneDNN: where it wins, or as SMI_FAST_ONEDNN (auto, 0 or 1) says.
 
     Raises:
-        ValueError: the setting is none of these, or it is "1" and there are no such products here.
+        ValueError: the variable has another value, or it is 1 and there are no such products here.
     """
+    setting = os.environ.get("SMI_FAST_ONEDNN", "auto")
     if setting not in ("auto", "0", "1"):
-        raise ValueError(f'SMI_FAST_ONEDNN={setting!r} is none of "auto", "0" and "1"')
+        raise ValueError(f"SMI_FAST_ONEDNN={setting} is none of auto, 0 and 1")
     if setting == "1" and not HAS_ONEDNN:
         raise ValueError("SMI_FAST_ONEDNN=1 needs a torch that is built with oneDNN and a CPU that has AVX2")
     if setting == "auto":
@@ -76,7 +74,7 @@ def uses_onednn(setting: str) -> bool:
     return setting == "1"
 
 
-USES_ONEDNN = uses_onednn(os.environ.get("SMI_FAST_ONEDNN", "auto"))
+USES_ONEDNN = uses_onednn()
 
 
 class PackedWeight:
