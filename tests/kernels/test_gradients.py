@@ -1,5 +1,7 @@
 """Gradients of any order, and the transforms of torch.func, are those of plain torch."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -257,16 +259,14 @@ def gradient_matching(model, forward, images: Tensor) -> list[Tensor]:
     return [distance.detach(), *torch.autograd.grad(distance, images)]
 
 
-def compare_with_timm(product, model, images, keep, backend, tolerance) -> None:
+def timms_own(product, model, images, keep=None) -> list[Tensor]:
     model.requires_grad_(product is gradient_matching)
     with sdpa_kernel(SDPBackend.MATH):  # the only one that has second-order gradients in torch
-        exact = product(model, lambda x: timms(model, x, keep), images)
-    if tolerance > 1e-7:
-        model, images = model.float(), images.float()
-    fast = smi_fast.accelerate(model, backend=backend, dtype=images.dtype)
-    found = product(model, lambda x: fast(x, keep=keep), images)
-    for got, wanted in zip(found, exact, strict=True):
-        assert (got - wanted).norm() <= tolerance * wanted.norm()
+        return product(model, lambda x: timms(model, x, keep), images)
+
+
+def relative_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(found, exact, strict=True)]
 
 
 PRODUCTS = pytest.mark.parametrize("product", [hessian_vector_product, gradient_matching])
@@ -275,17 +275,35 @@ PRODUCTS = pytest.mark.parametrize("product", [hessian_vector_product, gradient_
 @PRODUCTS
 @pytest.mark.parametrize("keep", KEEP)
 def test_second_order_gradients_of_a_model_are_timms(product, keep, seed):
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, images = vit().double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     keep = kept_patches(keep, images.device)
-    compare_with_timm(product, vit().double(), images, keep, "torch", 1e-8)
+    exact = timms_own(product, model, images, keep)
+    fast = smi_fast.accelerate(model, backend="torch")
+    assert max(relative_errors(product(model, lambda x: fast(x, keep=keep), images), exact)) < 1e-8
 
 
 @PRODUCTS
 @pytest.mark.parametrize(("backend", "side"), [("torch", 32), ("torch", 48), ("triton", 16)])
 def test_second_order_gradients_of_a_float32_model_are_timms(product, backend, side, device, seed):
     """A CPU keeps the softmax of sequences of up to 128 tokens, and runs torch's fused attention for longer ones."""
-    images = torch.randn(2, 3, side, side, dtype=torch.float64, device=device)
-    compare_with_timm(product, vit(img_size=side).double().to(device), images, None, backend, 1e-4)
+    images = torch.randn(2, 3, side, side, device=device)
+    model = vit(img_size=side).to(device)
+    exact = timms_own(product, model.double(), images.double())
+    fast = smi_fast.accelerate(model.float(), backend=backend, dtype=torch.float32)
+    assert max(relative_errors(product(model, fast, images), exact)) < 1e-4
+
+
+@PRODUCTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_second_order_gradients_in_autocast_and_of_packed_weights_are_as_exact_as_timms(product, dtype, seed):
+    model, images = vit(), torch.randn(2, 3, 32, 32)
+    exact = timms_own(product, model.double(), images.double())
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        *_, timm_error = relative_errors(timms_own(product, model.float(), images), exact)
+    fast = smi_fast.accelerate(model, backend="torch", dtype=dtype)
+    with fast.cast_weights() if product is hessian_vector_product else nullcontext():
+        *_, error = relative_errors(product(model, fast, images), exact)
+    assert error <= 2 * timm_error + torch.finfo(dtype).eps
 
 
 def test_a_compiled_frozen_model_refuses_a_hessian_vector_product(seed):
