@@ -167,10 +167,13 @@ def _kept_softmax(qkv: Tensor, batch: int, scale: float) -> Tensor:
 
     A CPU runs this faster than torch's fused form, in bfloat16 three times as fast. Scores and softmax are float32 in
     both."""
-    packed = qkv.unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
-    out = _KeptSoftmax.apply(packed, scale).unflatten(0, (batch, -1))  # (B, H, N, D)
+    tokens, _, heads, head_dim = qkv.shape
+    length = tokens // batch
+    packed = qkv.reshape(batch, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+    packed = packed.reshape(3, batch * heads, length, head_dim)
+    out = _KeptSoftmax.apply(packed, scale)
     # This has to be contiguous before it is flattened: torch.compile (2.11) gives wrong gradients otherwise.
-    return out.transpose(1, 2).contiguous().flatten(0, 1)
+    return out.view(batch, heads, length, head_dim).transpose(1, 2).contiguous().view(tokens, heads, head_dim)
 
 
 class _KeptSoftmax(torch.autograd.Function):

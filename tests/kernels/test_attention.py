@@ -204,6 +204,7 @@ def test_strides_do_not_matter(backend, device, seed):
     for name in expected:
         torch.testing.assert_close(result[name], expected[name])
     assert attention(apart, cu_seqlens, 9, backend=backend).is_contiguous()
+    assert attention(plain, cu_seqlens_of([14], device), 14, backend=backend).is_contiguous()
     total = torch.autograd.grad(attention(plain.requires_grad_(), cu_seqlens, 9, backend=backend).sum(), plain)[0]
     ones = run(plain, lengths, torch.ones_like(grad_out), backend=backend)
     torch.testing.assert_close(total, ones["grad"])  # sum() hands back a gradient of stride 0
