@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from .backend import cdiv, jit, launch, resolve_backend, tl
 from .dispatch import attention_has_form, choose_attention, padded_head_dim
-from .gradients import first_order
+from .gradients import any_order, gradients, transformed
 from .rows import gather_rows, padding
 from .tiles import dot, load_row, load_rows, locate, scores_of_row, scores_of_tile, store_rows
 
@@ -51,18 +53,21 @@ def attention(
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if qkv.dtype == torch.float64 and backend == "auto":
         backend = "torch"
-    if resolve_backend(backend, qkv.device) == "torch":
-        if _suits_kept_softmax(qkv, len(cu_seqlens) - 1, max_seqlen):
-            out = _KeptSoftmax.apply(qkv, len(cu_seqlens) - 1, scale)
-        else:
-            out = attention_reference(qkv, cu_seqlens, max_seqlen, scale)
-        if return_class_attention:
-            return out, class_attention_reference(qkv, cu_seqlens, max_seqlen, scale)
-        return out
-    if qkv.dtype == torch.float64:
+    plain = resolve_backend(backend, qkv.device) == "torch"
+    if qkv.dtype == torch.float64 and not plain:
         raise ValueError('qkv has dtype torch.float64, which backend "triton" does not compute')
-    out, class_attention, _ = attention_op(qkv, cu_seqlens, max_seqlen, scale, return_class_attention)
-    return (out, class_attention) if return_class_attention else out
+    if transformed():
+        out = attention_reference(qkv, cu_seqlens, max_seqlen, scale, softmax_formula)
+    elif not plain:
+        out, class_attention, _ = attention_op(qkv, cu_seqlens, max_seqlen, scale, return_class_attention)
+        return (out, class_attention) if return_class_attention else out
+    elif _suits_kept_softmax(qkv, len(cu_seqlens) - 1, max_seqlen):
+        out = _kept_softmax(qkv, len(cu_seqlens) - 1, scale)
+    else:
+        out = attention_reference(qkv, cu_seqlens, max_seqlen, scale)
+    if return_class_attention:
+        return out, class_attention_reference(qkv.detach(), cu_seqlens, max_seqlen, scale)
+    return out
 
 
 def _check_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
@@ -83,8 +88,57 @@ def _check_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
         raise ValueError(f"{len(qkv)} tokens are more than {len(cu_seqlens) - 1} sequences of up to {max_seqlen} hold")
 
 
-def attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """Define `attention` in plain torch: (T, 3, H, D) -> (T, H, D)."""
+def softmax_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Compute softmax(scale * q k^T) v of (..., N, D) by ordinary operators, with scores and softmax in float32 at
+    least. `mask` is False where a key is padding. If all keys of a sequence are, its output is finite but arbitrary."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(exact) @ k.to(exact).mT * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask & mask.any(-1, keepdim=True), -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Compute `softmax_formula` of (B, H, N, D) by torch's fused attention."""
+    if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, False, scale=scale)
+        if choice == SDPBackend.FLASH_ATTENTION.value:
+            return _FusedOnCpu.apply(q, k, v, mask, scale)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+class _FusedOnCpu(torch.autograd.Function):
+    """The operators that torch's scaled_dot_product_attention runs on a CPU. torch has no second-order gradients for
+    them; here these are the formula's."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        bias = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, logsumexp, mask, bias)
+        ctx.scale = scale
+        return out
+
+    def _derivative(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *qkv, _, _, mask, _ = ctx.saved_tensors
+        return *gradients(lambda q, k, v: softmax_formula(q, k, v, mask, ctx.scale), qkv, grad), None, None
+
+    @staticmethod
+    @any_order(_derivative)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, _, bias = ctx.saved_tensors
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, *saved, 0.0, False, attn_mask=bias, scale=ctx.scale
+        )
+        return *grads, None, None
+
+
+def attention_reference(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, attend: Callable = _fused
+) -> Tensor:
+    """Define `attention` in plain torch: (T, 3, H, D) -> (T, H, D). `attend` computes `softmax_formula`."""
     batch, tokens, mask = len(cu_seqlens) - 1, len(qkv), None
     if tokens == 0:
         return qkv[:, 0] * 1  # a new tensor, and a gradient of zeros
@@ -94,7 +148,7 @@ def attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale:
         mask = mask[:, None, None]  # (B, 1, 1, N), True where there is a key
         qkv = qkv.new_zeros(batch * max_seqlen, *qkv.shape[1:]).index_copy(0, slots, qkv)
     q, k, v = qkv.unflatten(0, (batch, max_seqlen)).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(0, 1)
+    out = attend(q, k, v, mask, scale).transpose(1, 2).flatten(0, 1)
     return gather_rows(out, slots) if ragged else out.contiguous()
 
 
@@ -108,35 +162,44 @@ def _suits_kept_softmax(qkv: Tensor, batch: int, max_seqlen: int) -> bool:
     )
 
 
-class _KeptSoftmax(torch.autograd.Function):
-    """Attention of equally long, short sequences as batched products, with the softmax kept for the backward pass.
+def _kept_softmax(qkv: Tensor, batch: int, scale: float) -> Tensor:
+    """Compute attention of equally long, short sequences as batched products: (T, 3, H, D) -> (T, H, D).
 
     A CPU runs this faster than torch's fused form, in bfloat16 three times as fast. Scores and softmax are float32 in
     both."""
+    tokens, _, heads, head_dim = qkv.shape
+    length = tokens // batch
+    packed = qkv.reshape(batch, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+    packed = packed.reshape(3, batch * heads, length, head_dim)
+    out = _KeptSoftmax.apply(packed, scale)
+    # This has to be contiguous before it is flattened: torch.compile (2.11) gives wrong gradients otherwise.
+    return out.view(batch, heads, length, head_dim).transpose(1, 2).contiguous().view(tokens, heads, head_dim)
+
+
+class _KeptSoftmax(torch.autograd.Function):
+    """softmax(scale * q k^T) v of packed (q, k, v) (3, S, N, D), with the softmax kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, batch: int, scale: float) -> Tensor:
-        length, heads = len(qkv) // batch, qkv.shape[2]
-        packed = qkv.unflatten(0, (batch, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
-        q, k, v = packed  # (B * H, N, D) each
-        scores = q.new_empty(batch * heads, length, length, dtype=torch.float32)
+    def forward(ctx, packed: Tensor, scale: float) -> Tensor:
+        q, k, v = packed  # (S, N, D) each
+        scores = q.new_empty(len(q), q.shape[1], q.shape[1], dtype=torch.float32)
         scores = torch.baddbmm(scores, q.float(), k.float().mT, beta=0, alpha=scale)
-        p = scores.softmax(-1).to(qkv.dtype)  # (B * H, N, N)
+        p = scores.softmax(-1).to(q.dtype)  # (S, N, N)
         ctx.save_for_backward(packed, p)
-        ctx.batch, ctx.scale = batch, scale
-        # This has to be contiguous before it is flattened: torch.compile (2.11) gives wrong gradients otherwise.
-        return torch.bmm(p, v).unflatten(0, (batch, heads)).transpose(1, 2).contiguous().flatten(0, 1)
+        ctx.scale = scale
+        return torch.bmm(p, v)
+
+    def _derivative(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return *gradients(lambda x: softmax_formula(*x, None, ctx.scale), ctx.saved_tensors[:1], grad), None
 
     @staticmethod
-    @first_order
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, None, None]:
+    @any_order(_derivative)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         packed, p = ctx.saved_tensors
         q, k, v = packed
-        do = grad_out.unflatten(0, (ctx.batch, -1)).transpose(1, 2).reshape(v.shape)  # (B * H, N, D)
-        ds = torch.ops.aten._softmax_backward_data(torch.bmm(do, v.mT), p, -1, p.dtype)  # sums in float32
-        dq, dk, dv = torch.bmm(ds, k).mul_(ctx.scale), torch.bmm(ds.mT, q).mul_(ctx.scale), torch.bmm(p.mT, do)
-        grads = torch.stack((dq, dk, dv)).unflatten(1, (ctx.batch, -1)).permute(1, 3, 0, 2, 4)  # (B, N, 3, H, D)
-        return grads.flatten(0, 1), None, None
+        ds = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)  # sums in float32
+        dq, dk, dv = torch.bmm(ds, k).mul_(ctx.scale), torch.bmm(ds.mT, q).mul_(ctx.scale), torch.bmm(p.mT, grad)
+        return torch.stack((dq, dk, dv)), None
 
 
 @torch.no_grad()
@@ -612,7 +675,16 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # Otherwise zeros would be written for each of them.
 
 
-@first_order
+def _derivative(ctx, grad_out):
+    qkv, *_, cu_seqlens = ctx.saved_tensors
+
+    def definition(qkv):
+        return attention_reference(qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, softmax_formula)
+
+    return *gradients(definition, (qkv,), grad_out), None, None, None, None
+
+
+@any_order(_derivative)
 def _backward(ctx, grad_out, *_):
     return attention_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None, None
 

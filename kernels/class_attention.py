@@ -8,7 +8,7 @@ from torch import Tensor
 from .attention import LOG2_E, MAX_HEAD_DIM, MAX_SEQLEN
 from .backend import jit, launch, resolve_backend, tl
 from .dispatch import choose_attention, padded_head_dim
-from .gradients import first_order
+from .gradients import any_order, gradients, transformed
 from .rows import gather_rows, padding
 from .tiles import load_row, load_rows, locate, scores_of_row, store_row, store_rows
 
@@ -47,10 +47,11 @@ def class_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.dtype == torch.float64 and backend == "auto":
         backend = "torch"
-    if resolve_backend(backend, q.device) == "torch":
-        out, attention = class_attention_reference(q, kv, cu_seqlens, max_seqlen, scale)
-    elif q.dtype == torch.float64:
+    plain = resolve_backend(backend, q.device) == "torch"
+    if q.dtype == torch.float64 and not plain:
         raise ValueError('q has dtype torch.float64, which backend "triton" does not compute')
+    if plain or transformed():
+        out, attention = class_attention_reference(q, kv, cu_seqlens, max_seqlen, scale)
     else:
         out, attention, _ = class_attention_op(q, kv, cu_seqlens, max_seqlen, scale)
     return (out, attention.detach()) if return_attention else out
@@ -283,7 +284,16 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # Otherwise zeros would be written for each of them.
 
 
-@first_order
+def _derivative(ctx, grad_out):
+    q, kv, _, cu_seqlens = ctx.saved_tensors
+
+    def definition(q, kv):
+        return class_attention_reference(q, kv, cu_seqlens, ctx.max_seqlen, ctx.scale)[0]
+
+    return *gradients(definition, (q, kv), grad_out), None, None, None
+
+
+@any_order(_derivative)
 def _backward(ctx, grad_out, *_):
     grads = class_attention_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale)
     return *grads, None, None, None

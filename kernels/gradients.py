@@ -1,37 +1,75 @@
-"""A guard for the backward passes of the operations, which cannot be differentiated again."""
+"""Where an operation's kernels give way to its definition in plain torch: gradients of gradients, and torch.func."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
-def first_order(backward: Callable) -> Callable:
-    """Make a backward pass refuse second-order gradients, and return only None if the output's gradient is None.
+def transformed() -> bool:
+    """Return whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is active.
 
-    Gradients of gradients need create_graph=True, and only then is grad mode on during a backward pass. The refusal
-    happens there, because it cannot happen later: `torch.autograd.function.once_differentiable` raises only if the
-    incoming gradient depends on the inputs, and otherwise silently leaves out what the saved tensors contribute.
+    Operations then compute their definitions out of ordinary torch operators, for which every transform has rules. The
+    `setup_context` form of `torch.autograd.Function` would not be enough: a kernel has no rules for vmap and jvp, and
+    that form makes every call several microseconds slower.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def untransformed(x: Tensor) -> Tensor:
+    """Return the tensor of plain torch that a transform of torch.func has wrapped. In vmap, it has the mapped dimension
+    too, somewhere. Its values can be read, for a check."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def any_order(derivative: Callable) -> Callable:
+    """Make a backward pass differentiable, and let it return only None if the output's gradient is None.
+
+    Gradients of gradients need create_graph=True, and only then is grad mode on during a backward pass. The gradients
+    are then computed by `derivative` instead, so that they depend on the saved tensors and on the incoming gradient as
+    autograd expects. The same happens if `torch.func.vmap` runs the backward pass.
 
     Args:
-        backward: a function (ctx, gradient, ...) that returns the gradients of all inputs, as for a
-            `torch.autograd.Function` or a `torch.library.custom_op`. It is not called if the output's gradient is None.
+        derivative: a function (ctx, gradient) that returns what the decorated function returns, computed by
+            differentiable operators of torch. It may use `gradients`.
 
-    Raises:
-        RuntimeError: the decorated function runs with create_graph=True.
+    Returns:
+        A decorator of a function (ctx, gradient, ...) that returns the gradients of all inputs, as for a
+        `torch.autograd.Function` or a `torch.library.custom_op`. It is not called if the output's gradient is None.
     """
 
-    @wraps(backward)
-    def refusing(ctx, grad: Tensor | None, *others: Tensor | None):
-        # Grad mode says nothing while torch.compile traces. torch itself refuses a double backward of its graphs.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "smi_fast's operations have first-order gradients only, and create_graph=True asks for more: for "
-                "second-order gradients use timm's own model and losses in plain torch"
-            )
-        return (None,) * len(ctx.needs_input_grad) if grad is None else backward(ctx, grad, *others)
+    def decorate(backward: Callable) -> Callable:
+        @wraps(backward)
+        def either(ctx, grad: Tensor | None, *others: Tensor | None):
+            if grad is None:
+                return (None,) * len(ctx.needs_input_grad)
+            # Grad mode says nothing while torch.compile traces. torch itself refuses a double backward of its graphs.
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed()):
+                return derivative(ctx, grad)
+            return backward(ctx, grad, *others)
 
-    return refusing
+        return either
+
+    return decorate
+
+
+def gradients(definition: Callable, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+    """Compute the gradients of `definition(*inputs)` by autograd, differentiably if grad mode is on.
+
+    Args:
+        definition: a function of the inputs in plain torch, which returns one tensor.
+        inputs: a backward pass's saved tensors. An input that requires no gradient gets None.
+        grad: the gradient of the output.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        aliases = [x.view_as(x) for x in inputs]  # none of them depends on another, as an input may
+        wanted = [x for x in aliases if x.requires_grad]
+        found = iter(torch.autograd.grad(definition(*aliases), wanted, grad, create_graph=create_graph))
+    return [next(found) if x.requires_grad else None for x in inputs]

@@ -1,18 +1,25 @@
 """Matrix products with weights. The backward pass computes no gradient of weights that are frozen.
 
-On a CPU, float32 products with frozen weights run in oneDNN, which on some CPUs is twice as fast as the BLAS that torch
-uses for them. They are computed as 1x1 convolutions over the rows, never as oneDNN's inner product. For some shapes and
-for transposed weights, the inner product falls back to a generated kernel (`gemm:jit`) that uses the stack pointer to
+On CPUs where oneDNN is faster than the BLAS that torch uses for float32 products, products with frozen weights run in
+oneDNN (`onednn_wins`). SMI_FAST_ONEDNN=0 or =1 in the environment decides it for any CPU.
+
+oneDNN computes float32 products as 1x1 convolutions over the rows, never as its inner product. For some shapes and for
+transposed weights, the inner product falls back to a generated kernel (`gemm:jit`) that uses the stack pointer to
 address the heap. If a signal handler interrupts that kernel, it overwrites what the stack pointer points to, and the
 process aborts. The convolutions (`brgconv_1x1`) and the bfloat16 products (`brg_matmul`) use the stack normally.
 """
 
 from __future__ import annotations
 
+import os
+import platform
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from .gradients import transformed
 
 MIN_ROWS = 256  # with fewer rows of input, laying out the weight for one product costs more time than oneDNN saves
 MANY_ROWS = 1024  # from this many rows on, the time to lay out a float32 weight is not worth the memory of a copy
@@ -25,6 +32,49 @@ HAS_ONEDNN = (
     and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise"))
     and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 )
+
+
+def onednn_wins(vendor: str, mkl: bool) -> bool:
+    """Return whether oneDNN computes float32 products faster than the BLAS of this torch, by what was measured.
+
+    MKL runs kernels for AVX2 on AMD's CPUs. There oneDNN is about twice as fast with AVX-512 and 1.1 times with AVX2.
+    On an Intel CPU with AMX it is 6 to 11 % slower than MKL. Whatever has not been measured keeps torch's BLAS.
+
+    The user's process measures nothing: the two sum in different orders, so that a busy machine which tipped the
+    balance would change the bits that a seed gives. This table gives the same answer in every run on a machine.
+
+    Args:
+        vendor: the CPU's vendor as CPUID names it, or a text that contains it.
+        mkl: whether the BLAS is MKL.
+    """
+    return mkl and "AuthenticAMD" in vendor
+
+
+def _vendor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line for line in lines if line.startswith("vendor_id")), "")
+    except OSError:
+        return platform.processor()
+
+
+def uses_onednn() -> bool:
+    """Return whether frozen float32 products run in oneDNN: where it wins, or as SMI_FAST_ONEDNN (auto, 0 or 1) says.
+
+    Raises:
+        ValueError: the variable has another value, or it is 1 and there are no such products here.
+    """
+    setting = os.environ.get("SMI_FAST_ONEDNN", "auto")
+    if setting not in ("auto", "0", "1"):
+        raise ValueError(f"SMI_FAST_ONEDNN={setting} is none of auto, 0 and 1")
+    if setting == "1" and not HAS_ONEDNN:
+        raise ValueError("SMI_FAST_ONEDNN=1 needs a torch that is built with oneDNN and a CPU that has AVX2")
+    if setting == "auto":
+        return HAS_ONEDNN and onednn_wins(_vendor(), torch.backends.mkl.is_available())
+    return setting == "1"
+
+
+USES_ONEDNN = uses_onednn()
 
 
 class PackedWeight:
@@ -52,6 +102,11 @@ class _Layout:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
             self.weight = None
 
+    def plain(self) -> Tensor:
+        """Return the weight (N, K) in torch's layout."""
+        with torch._C._DisableFuncTorch():  # whose wrappers hide the layout
+            return self.packed.to_dense() if self.weight is None else self.weight
+
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x weight^T + bias for x (..., K) of the weight's dtype."""
         if self.dtype == torch.bfloat16:
@@ -70,17 +125,19 @@ class _Layout:
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether `PackedWeight` supports this dtype and device."""
+    """Return whether `PackedWeight` supports this dtype and device, and makes products faster."""
     if device.type != "cpu" or not torch.backends.mkldnn.enabled or not HAS_ONEDNN:
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float32:
+        return USES_ONEDNN
+    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
     """Compute x weight^T + bias, as torch.nn.functional.linear does.
 
-    On a CPU, float32 products of at least 256 rows whose weights need no gradient run in oneDNN instead of the BLAS
-    that torch uses for them. It is the same float32 arithmetic, summed in another order. Everything else is torch's own
+    On a CPU where oneDNN is faster than torch's BLAS, float32 products of at least 256 rows whose weights need no
+    gradient run in oneDNN. It is the same float32 arithmetic, summed in another order. Everything else is torch's own
     linear, which runs bfloat16 products in oneDNN itself. A packed weight is not laid out again for each product.
 
     Args:
@@ -92,7 +149,7 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
         (..., N) in the dtype that torch's linear gives, or in the dtype of the packed weight.
     """
     if isinstance(weight, PackedWeight):
-        return _PackedLinear.apply(x, weight.forward, weight.backward, bias)
+        return _packed_linear(x, weight.forward, weight.backward, bias)
     if not _suits_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     return onednn_op(x, weight, bias) if torch.compiler.is_compiling() else _OneDnnLinear.apply(x, weight, bias)
@@ -106,7 +163,8 @@ def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
-        and HAS_ONEDNN
+        and USES_ONEDNN
+        and not transformed()
     )
 
 
@@ -146,7 +204,15 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
+        if transformed():  # by a torch.func.vmap of the backward pass alone
+            return grad @ weight, None, None
         return _OneDnnLinear.apply(grad, weight.t().contiguous(), None), None, None
+
+
+def _packed_linear(x: Tensor, product: _Layout, gradient: _Layout, bias: Tensor | None) -> Tensor:
+    if transformed():
+        return F.linear(x.to(product.dtype), product.plain(), bias)
+    return _PackedLinear.apply(x, product, gradient, bias)
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -159,7 +225,7 @@ class _PackedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        grad = _PackedLinear.apply(grad, ctx.gradient, ctx.product, None)
+        grad = _packed_linear(grad, ctx.gradient, ctx.product, None)
         return grad.to(ctx.dtype), None, None, None
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .backend import cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose
-from .gradients import first_order
+from .gradients import any_order, transformed
 from .rows import gather_rows, sequence_of_tokens
 
 
@@ -48,7 +50,7 @@ def gather_patches(
     """
     patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     _check_patches(images, positions, cu_seqlens, view, patch_size)
-    if resolve_backend(backend, images.device) == "torch":
+    if resolve_backend(backend, images.device) == "torch" or transformed():
         patches, cells = patches_reference(images, positions, cu_seqlens, view, patch_size, dtype or images.dtype)
         grid_size = images.shape[2] // patch_size[0], images.shape[3] // patch_size[1]
         inverse = inverse_reference(cells, cu_seqlens, grid_size) if return_inverse else None
@@ -379,17 +381,26 @@ def _fake_gather_patches_backward(grad, inverse, view, channels, ph, pw, dtype):
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    images, _, _, view, ctx.ph, ctx.pw, _ = inputs
-    ctx.channels, ctx.dtype = images.shape[1], images.dtype
-    ctx.save_for_backward(output[2], view)
+    images, positions, cu_seqlens, view, ctx.ph, ctx.pw, _ = inputs
+    ctx.shape, ctx.dtype = images.shape, images.dtype
+    ctx.save_for_backward(output[2], view, positions, cu_seqlens)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # otherwise zeros are written as the gradients of cells and inverse
 
 
-@first_order
+def _derivative(ctx, grad):
+    _, view, positions, cu_seqlens = ctx.saved_tensors
+    numbers = torch.arange(math.prod(ctx.shape), device=grad.device).view(ctx.shape)
+    pixels, _ = patches_reference(numbers, positions, cu_seqlens, view, (ctx.ph, ctx.pw), torch.int64)
+    zeros = grad.new_zeros(numbers.numel(), dtype=ctx.dtype)
+    grad = zeros.index_copy(0, pixels.flatten(), grad.flatten().to(ctx.dtype)).view(ctx.shape)
+    return grad, None, None, None, None, None, None
+
+
+@any_order(_derivative)
 def _backward(ctx, grad, *_):
-    inverse, view = ctx.saved_tensors
-    grad = gather_patches_backward_op(grad, inverse, view, ctx.channels, ctx.ph, ctx.pw, ctx.dtype)
+    inverse, view, *_ = ctx.saved_tensors
+    grad = gather_patches_backward_op(grad, inverse, view, ctx.shape[1], ctx.ph, ctx.pw, ctx.dtype)
     return grad, None, None, None, None, None, None
 
 

@@ -14,6 +14,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from .gradients import transformed
+
 
 def cumulative_lengths(lengths: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
     """Return the cumulative lengths of B sequences: (B + 1,) int32, beginning with 0.
@@ -56,7 +58,7 @@ def gather_rows(values: Tensor, rows: Tensor) -> Tensor:
     The backward pass of plain indexing adds up the gradients of rows that were picked twice. With distinct rows the
     gradient is a copy, which is faster and does not depend on the order of a sum.
     """
-    return _GatherRows.apply(values, rows)
+    return values.index_select(0, rows) if transformed() else _GatherRows.apply(values, rows)
 
 
 def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:

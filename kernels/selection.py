@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import INTERPRETED, cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose
-from .gradients import first_order
+from .gradients import any_order, transformed, untransformed
 from .rows import cumulative_lengths, gather_rows, padding, uniform_lengths
 
 MAX_CANDIDATES = 4096
@@ -68,7 +68,7 @@ def select_tokens(
     if cu_seqlens is None:
         max_seqlen = num_prefix_tokens + attention.shape[-1]
     max_seqlen = max(max_seqlen, num_prefix_tokens + 1)  # it is less only for a packed batch without images
-    plain = resolve_backend(backend, attention.device) == "torch"
+    plain = resolve_backend(backend, attention.device) == "torch" or transformed()
     starts = limits = lengths = None
     if mass is None and not isinstance(k, int):
         lengths = [num_prefix_tokens + count for count in k]
@@ -151,8 +151,11 @@ def _assert_rows(valid: Tensor, needed: str) -> None:
     """Raise an error unless `valid` (B,) holds for all images. On a GPU this is a device-side assertion."""
     if valid.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(valid.all(), needed)
-    elif not valid.all():
-        raise ValueError(f"{needed}, which fails in row {int(valid.logical_not().nonzero()[0])}")
+        return
+    valid = untransformed(valid)
+    if not valid.all():
+        row = ", ".join(map(str, valid.logical_not().nonzero()[0].tolist()))
+        raise ValueError(f"{needed}, which fails in row {row}")
 
 
 def candidates_of(attention, cu_seqlens, num_prefix_tokens: int, max_seqlen: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +196,7 @@ def select_reference(
     # Places without a candidate come last, because a stable sort keeps equal elements in order.
     order = importance.masked_fill(~present, -torch.inf).argsort(dim=1, descending=True, stable=True)
     highest = torch.arange(order.shape[1], device=device) < starts.diff()[:, None] - num_prefix_tokens
-    kept = torch.zeros_like(present).scatter_(1, order, highest)  # (B, N)
+    kept = torch.zeros_like(present).scatter(1, order, highest)  # (B, N)
     kept = F.pad(kept, (num_prefix_tokens, 0), value=True).flatten()  # (B * (P + N))
     if cu_seqlens is None:
         within = torch.arange(-num_prefix_tokens, importance.shape[1], device=device).expand(batch, -1)
@@ -207,7 +210,7 @@ def select_reference(
         positions = slots % max_seqlen - num_prefix_tokens if positions is None else positions
     # Row t of the packed batch is row rows[t] of the input. Rows that do not stay are sent to a place behind the last.
     slots = torch.where(kept, kept.cumsum(0) - 1, tokens)
-    rows = slots.new_empty(tokens + 1).scatter_(0, slots, torch.arange(len(kept), device=device))[:tokens]
+    rows = slots.new_empty(tokens + 1).scatter(0, slots, torch.arange(len(kept), device=device))[:tokens]
     return None if values is None else gather_rows(values, rows), positions[rows].to(torch.int32), starts
 
 
@@ -571,7 +574,13 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # otherwise zeros are written as the gradients of the integers
 
 
-@first_order
+def _derivative(ctx, grad):
+    (slots,) = ctx.saved_tensors
+    rows = grad[slots.clamp(min=0)]
+    return None, torch.where((slots >= 0)[..., None], rows, 0), *(None for _ in range(8))
+
+
+@any_order(_derivative)
 def _backward(ctx, grad, *_):
     return None, select_backward_op(grad, *ctx.saved_tensors), *(None for _ in range(8))
 

@@ -1,8 +1,5 @@
 """accelerate(): what keep, view and attention mean, against timm's modules and explicit formulas."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
-
 import pytest
 import timm
 import torch
@@ -272,29 +269,6 @@ def test_dropping_attention_in_training_is_timms(seed):
 def test_without_position_embedding_no_token_is_dropped(seed, images):
     model = cifar10_vit(False, depth=1, embed_dim=48, num_heads=3, pos_embed="none", pos_drop_rate=0.5).double().train()
     torch.testing.assert_close(smi_fast.accelerate(model)(images), model(images))
-
-
-def second_order(forward: Callable, images: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor:
-    """The gradient with respect to images of the gradients with respect to inputs, along a vector."""
-    first = torch.autograd.grad(forward(images).float().square().sum(), inputs, create_graph=True)
-    first = torch.cat([gradient.flatten() for gradient in first])
-    return torch.autograd.grad((first * torch.linspace(-1, 1, len(first))).sum(), images)[0].flatten()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["frozen", "trained", "through_weights"])
-def test_second_order_gradients_are_refused(seed, dtype, kind):
-    model = cifar10_vit(False, depth=2, embed_dim=48, num_heads=3).eval().requires_grad_(kind != "frozen")
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 1.0 / parameter.shape[-1] ** 0.5)
-    fast = smi_fast.accelerate(model, dtype=dtype)
-    images = torch.randn(2, 3, 32, 32, requires_grad=True)
-    inputs = list(model.parameters()) if kind == "through_weights" else [images]
-    with (
-        fast.cast_weights() if kind == "frozen" else nullcontext(),
-        pytest.raises(RuntimeError, match="have first-order gradients only"),
-    ):
-        second_order(fast, images, inputs)
 
 
 def test_wrong_backends_and_dtypes_are_refused(model):

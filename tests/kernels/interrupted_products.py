@@ -60,7 +60,7 @@ def main() -> None:
         else:
             signal.signal(signal.SIGALRM, lambda *_: None)
             signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-            repeat(function, 0.1)
+            repeat(function, 0.05)
             signal.setitimer(signal.ITIMER_REAL, 0)
     print(json.dumps(counts))
 

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases import (
     assert_within_twice,
     canaries,
@@ -149,6 +150,19 @@ def test_short_sequences_on_a_cpu_obey_the_2x_rule(dtype, batch, length, head_di
     check([length] * batch, 3, head_dim, dtype, "cpu", "torch")
 
 
+@pytest.mark.parametrize("lengths", [(150, 150), (150, 0, 131)], ids=str)
+def test_long_and_ragged_sequences_on_a_cpu_have_the_bits_of_torchs_own_attention(lengths, seed):
+    qkv = torch.randn(sum(lengths), 3, 2, 16, requires_grad=True)
+    padded = torch.nn.utils.rnn.pad_sequence(qkv.split(lengths), batch_first=True)  # (B, N, 3, H, D)
+    taken = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = None if taken.all() else taken[:, None, None]
+    theirs = F.scaled_dot_product_attention(*padded.permute(2, 0, 3, 1, 4), mask, scale=0.3).transpose(1, 2)[taken]
+    ours = attention(qkv, cu_seqlens_of(lengths), max(lengths), scale=0.3, backend="torch")
+    grad = torch.randn_like(ours)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(out, qkv, grad)[0] for out in (ours, theirs)))
+
+
 def test_long_sequences_on_a_cpu_keep_no_softmax(seed):
     """Memory for the backward pass grows with N and not with N^2."""
     batch, length, heads, kept = 2, 600, 2, []
@@ -204,6 +218,7 @@ def test_strides_do_not_matter(backend, device, seed):
     for name in expected:
         torch.testing.assert_close(result[name], expected[name])
     assert attention(apart, cu_seqlens, 9, backend=backend).is_contiguous()
+    assert attention(plain, cu_seqlens_of([14], device), 14, backend=backend).is_contiguous()
     total = torch.autograd.grad(attention(plain.requires_grad_(), cu_seqlens, 9, backend=backend).sum(), plain)[0]
     ones = run(plain, lengths, torch.ones_like(grad_out), backend=backend)
     torch.testing.assert_close(total, ones["grad"])  # sum() hands back a gradient of stride 0

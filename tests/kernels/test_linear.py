@@ -1,6 +1,7 @@
 """linear() compared with torch's own and with float64."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -10,27 +11,38 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from smi_fast.kernels.linear import HAS_ONEDNN, PackedWeight, can_pack, linear
+from smi_fast.kernels import linear as module
+from smi_fast.kernels.linear import HAS_ONEDNN, PackedWeight, can_pack, linear, onednn_wins, uses_onednn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent
+NEEDS_ONEDNN = pytest.mark.skipif(not HAS_ONEDNN, reason="this CPU or this torch has no oneDNN products")
+LAYOUTS = pytest.mark.parametrize("layout", ["plain", pytest.param("packed", marks=NEEDS_ONEDNN)])
 SHAPES = [(1, 24), (31, 24), (32, 24), (3, 7, 24), (255, 192), (256, 192), (1100, 192)]  # around the changes of product
 
 
-@pytest.mark.parametrize("pack", [True, False])
+@pytest.fixture(autouse=True)
+def wherever_it_can(monkeypatch):
+    """Let oneDNN run on every CPU that can, also where torch's BLAS is faster."""
+    monkeypatch.setattr(module, "USES_ONEDNN", HAS_ONEDNN)
+
+
+def laid_out(weight: torch.Tensor, layout: str) -> torch.Tensor | PackedWeight:
+    return PackedWeight(weight) if layout == "packed" else weight
+
+
+@LAYOUTS
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_output_and_gradient_are_as_exact_as_torchs(seed, shape, bias, pack):
-    if pack and not can_pack(torch.float32, torch.device("cpu")):
-        pytest.skip("this CPU or this torch has no oneDNN products to pack weights for")
+def test_output_and_gradient_are_as_exact_as_torchs(seed, shape, bias, layout):
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(40, shape[-1])
     bias = torch.randn(40) if bias else None
     grad = torch.randn(*shape[:-1], 40)
     exact_x = x.detach().double().requires_grad_()
     exact = F.linear(exact_x, weight.double(), None if bias is None else bias.double())
     (exact_grad,) = torch.autograd.grad(exact, exact_x, grad.double())
-    ours, theirs = linear(x, PackedWeight(weight) if pack else weight, bias), F.linear(x, weight, bias)
+    ours, theirs = linear(x, laid_out(weight, layout), bias), F.linear(x, weight, bias)
     for got, reference, wanted in (
         (ours, theirs, exact),
         (torch.autograd.grad(ours, x, grad)[0], torch.autograd.grad(theirs, x, grad)[0], exact_grad),
@@ -84,7 +96,7 @@ class OneDnnProducts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(not HAS_ONEDNN, reason="this torch is built without oneDNN")
+@NEEDS_ONEDNN
 def test_onednn_runs_large_products_of_frozen_weights_only(seed):
     def products(x, weight):
         with OneDnnProducts() as products:
@@ -101,23 +113,79 @@ def test_onednn_runs_large_products_of_frozen_weights_only(seed):
         assert products(x, trained) == 1
 
 
-@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_without_onednn_the_products_are_torchs(seed, monkeypatch):
+    monkeypatch.setattr(module, "USES_ONEDNN", False)
+    x, weight, bias = torch.randn(300, 8, requires_grad=True), torch.randn(6, 8), torch.randn(6)
+    assert not can_pack(torch.float32, x.device)
+    ours, theirs = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "mkl", "wins"),
+    [
+        ("vendor_id\t: AuthenticAMD\n", True, True),
+        ("AMD64 Family 25 Model 33 Stepping 0, AuthenticAMD", True, True),
+        ("vendor_id\t: GenuineIntel\n", True, False),
+        ("vendor_id\t: AuthenticAMD\n", False, False),  # OpenBLAS knows AMD's CPUs
+        ("", True, False),
+    ],
+)
+def test_onednn_runs_where_it_was_measured_to_win(vendor, mkl, wins, monkeypatch):
+    assert onednn_wins(vendor, mkl) is wins
+    monkeypatch.setattr(module, "_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.delenv("SMI_FAST_ONEDNN", raising=False)
+    assert uses_onednn() is (wins and HAS_ONEDNN)
+    for setting in ("0", "1") if HAS_ONEDNN else ("0",):
+        monkeypatch.setenv("SMI_FAST_ONEDNN", setting)
+        assert uses_onednn() is (setting == "1")
+
+
+def test_a_wrong_setting_of_onednn_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "HAS_ONEDNN", False)
+    for setting in ("yes", "1"):
+        monkeypatch.setenv("SMI_FAST_ONEDNN", setting)
+        with pytest.raises(ValueError, match=f"SMI_FAST_ONEDNN={setting}"):
+            uses_onednn()
+
+
+@LAYOUTS
 def test_second_order_gradients_are_torchs(seed, layout):
     """The input of the product is not linear in x, so that its gradient has a gradient in turn."""
     x, weight = torch.randn(300, 24, requires_grad=True), torch.randn(40, 24)
-    if layout == "packed" and not can_pack(torch.float32, torch.device("cpu")):
-        pytest.skip("this CPU or this torch has no oneDNN products to pack weights for")
     seconds = []
-    for product in (
-        lambda y: linear(y, weight if layout == "plain" else PackedWeight(weight)),
-        lambda y: y @ weight.t(),
-    ):
+    for product in (lambda y: linear(y, laid_out(weight, layout)), lambda y: y @ weight.t()):
         (grad,) = torch.autograd.grad(product(x.tanh()).square().sum(), x, create_graph=True)
         seconds.append(torch.autograd.grad(grad.square().sum(), x)[0])
     torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.skipif(not can_pack(torch.float32, torch.device("cpu")), reason="no oneDNN products on this CPU")
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transforms_of_torch_func_are_torchs(seed, dtype, layout):
+    if dtype == torch.bfloat16 and not can_pack(dtype, torch.device("cpu")):
+        pytest.skip("bfloat16 is emulated on this CPU")
+    x, weight, bias = torch.randn(2, 300, 24), torch.randn(40, 24).to(dtype), torch.randn(40).to(dtype)
+    x = x.to(dtype) if layout == "plain" else x
+
+    def results(product) -> list[torch.Tensor]:
+        y = product(start := x[0].clone().requires_grad_())
+        vectors = torch.linspace(-1, 1, 2 * y.numel()).view(2, *y.shape)
+        return [
+            torch.func.vmap(product)(x),
+            torch.func.vmap(torch.func.jacrev(lambda x: product(x).sum(0)[:3]))(x),
+            torch.func.jvp(product, (x[0],), (x[1],))[1],
+            torch.func.vmap(lambda vector: torch.autograd.grad(y, start, vector, retain_graph=True)[0])(vectors),
+        ]
+
+    found = results(lambda x: linear(x, laid_out(weight, layout), bias).float())
+    for got, wanted in zip(found, results(lambda x: F.linear(x.to(dtype), weight, bias).float()), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@NEEDS_ONEDNN
 def test_a_packed_weight_serves_any_number_of_rows(seed):
     weight = torch.randn(40, 24)
     packed = PackedWeight(weight)
@@ -127,7 +195,9 @@ def test_a_packed_weight_serves_any_number_of_rows(seed):
 
 
 def interrupted_products(*arguments: str) -> dict[str, list[int]]:
-    run = subprocess.run([sys.executable, HERE / "interrupted_products.py", *arguments], capture_output=True, text=True)
+    environment = os.environ | {"SMI_FAST_ONEDNN": "1"} if HAS_ONEDNN else None
+    command = [sys.executable, HERE / "interrupted_products.py", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
     return json.loads(run.stdout)
 
