@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -54,6 +55,12 @@ class Attend:
         self.measures = measures or isinstance(prune, Drop)
         self.measured: list[Tensor] = []
         self._basis: Tensor | None = None  # the keys that decide a merging, or the weights of a fused token
+
+    def as_entered(self) -> Attend:
+        """Return the state in which the block was entered, from which it can run again."""
+        again = copy.copy(self)
+        again.found, again.measured = {}, []
+        return again
 
     def record(self, part: str, x: Tensor) -> Tensor:
         """Keep x as a feature if it was asked for, and return it. x is (T, H, D) for "heads" and "keys", otherwise

@@ -154,7 +154,7 @@ def _block(block: Block, x: Tensor, attend: Attend) -> Tensor:
     return x + block.drop_path2(block.ls2(out))
 
 
-def block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) -> Tensor:
+def block_of_first_tokens(block: Block, x: Tensor, attend: Attend, count: int) -> Tensor:
     """timm's Block if only the first `count` tokens of its output are used: (B, N, C) or (T, C) -> (B, count, C).
 
     Modifications: only keys and values are computed for all tokens, and the rest for the first tokens.

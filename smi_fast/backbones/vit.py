@@ -6,9 +6,10 @@ The result is a timm model with the same modules and weights. Only the forward p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,7 @@ from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smi_fast import kernels
 from smi_fast.backbones.attend import Attend
@@ -97,6 +99,8 @@ def accelerate(
         ValueError: the backend is unknown, the weights do not allow the dtype, or what is said of pruning is out of
             range. The message names the block and the value.
     """
+    if isinstance(model, AcceleratedViT):
+        raise UnsupportedModelError("the model is accelerated already: for other settings, pass its .model")
     check_supported(model)
     settings = {"prune": check_prune(model, prune or {}), "backend": backend, "_dtype": dtype}
     parameter = next(model.parameters())
@@ -453,13 +457,13 @@ class AcceleratedViT(VisionTransformer):
         *blocks, last = self.blocks
         for number, block in enumerate(blocks):
             attend.enter(number, wanted[number], prune=self.prune.get(number + 1))
-            x = any_block(block, x, attend)
+            x = self._run(any_block, block, x, attend)
         attend.enter(len(blocks), wanted[-1], measures=importance and not pools_by_attention(self))
         queries = self._pooled_tokens(last) if not all_tokens and wanted[-1] <= {"keys"} else None
         if queries is None or (queries > 1 and not attend.tokens.is_uniform):
-            x = any_block(last, x, attend)
+            x = self._run(any_block, last, x, attend)
         else:
-            x = block_of_first_tokens(last, x, queries, attend)
+            x = self._run(partial(block_of_first_tokens, count=queries), last, x, attend)
         x = self.norm(x)
         if importance and pools_by_attention(self):
             reason = obstacle_within_pool(self.attn_pool)
@@ -467,6 +471,15 @@ class AcceleratedViT(VisionTransformer):
                 raise UnsupportedModelError(f"attn_pool{reason}, so the attention within it cannot be measured")
             attend.measured = [pooling_attention(self, x, attend.tokens)[None]]
         return x, attend
+
+    def _run(self, run: Callable[..., Tensor], block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
+        """Run a block, and again in the backward pass if timm's gradient checkpointing is on."""
+        if not self.grad_checkpointing:
+            return run(block, x, attend=attend)
+        before, states = attend.as_entered(), iter((attend,))
+        return checkpoint(
+            lambda x: run(block, x, attend=next(states, None) or before.as_entered()), x, use_reentrant=False
+        )
 
     def _importance(
         self, importance: Tensor, patches: PackedTokens, tokens: PackedTokens, grid_size: tuple[int, int]

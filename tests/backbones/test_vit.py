@@ -255,6 +255,28 @@ def test_refused_models_name_the_part_in_the_way(seed):
         smi_fast.accelerate(cifar10_vit(False, depth=1, num_heads=16))
 
 
+@pytest.mark.parametrize("prune", [None, {1: 0.3}, {1: smi_fast.Merge(5)}], ids=str)
+def test_checkpointed_blocks_run_again_as_they_ran(model, images, prune):
+    """They give the same numbers and gradients, also of a feature within a block, and keep fewer tensors for them."""
+    fast, kept, results = smi_fast.accelerate(model, prune=prune), [], []
+    images.requires_grad_()
+    for enable in (False, True):
+        fast.set_grad_checkpointing(enable)
+        kept.append(0)
+
+        def count(x):
+            kept[-1] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            logits, importance, found = fast(images, return_attention=True, features=("blocks.0.mlp",))
+        loss = logits.square().sum() + found["blocks.0.mlp"].values.sin().sum()
+        results.append((logits, importance, *torch.autograd.grad(loss, (images, *model.blocks[0].parameters()))))
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_dropping_attention_in_training_is_timms(seed):
     """The attention that drops runs as timm's own module, image by image where they keep different numbers."""
     model = cifar10_vit(False, depth=2, attn_drop_rate=0.3).train()
