@@ -7,10 +7,10 @@ The result is a timm model with the same modules and weights. Only the forward p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ from smi_fast.backbones.support import (
     obstacle_within_pool,
 )
 from smi_fast.backbones.timm_blocks import any_block, block_of_first_tokens
+from smi_fast.backbones.tracing import leaf_functions, trace_as_timms
 from smi_fast.grid import PatchGrid
 from smi_fast.kernels.linear import PackedWeight, can_pack
 from smi_fast.packed import Keep, PackedTokens, all_patches, pack_keep
@@ -266,11 +267,14 @@ class AcceleratedViT(VisionTransformer):
             UnsupportedModelError: timm's own forward pass has to run, and cannot do what is asked; a block does not
                 have a feature; or see `accelerate`.
         """
-        options = {"keep": keep, "view": view, "return_attention": return_attention, "features": features or None}
+        options = {"keep": keep, "view": view, "return_attention": return_attention, "features": features}
+        if isinstance(x, torch.fx.Proxy):
+            options = trace_as_timms(self, x, options)
         reason = self._needs_timm(x, attn_mask, is_causal)
         if reason is not None:
-            with self._autocast(x.device):
-                return super().forward(self._check_plain(reason, x, **options), attn_mask, is_causal)
+            self._check_plain(reason, **options)
+            with self._timms_context(x):
+                return super().forward(x, attn_mask, is_causal)
         patches, kept, grid, whole = self._patches(x, keep, view)
         outputs = self._outputs(patches, grid.size, return_attention, features, whole=whole)
         if not return_attention and not features:
@@ -287,8 +291,9 @@ class AcceleratedViT(VisionTransformer):
         """
         reason = self._needs_timm(x, attn_mask, is_causal)
         if reason is not None:
-            with self._autocast(x.device):
-                return super().forward_features(self._check_plain(reason, x), attn_mask, is_causal)
+            self._check_plain(reason)
+            with self._timms_context(x):
+                return super().forward_features(x, attn_mask, is_causal)
         patches, _, grid, whole = self._patches(x)
         with self._autocast(x.device):
             features, *_ = self._features(patches, grid.size, all_tokens=True, whole=whole)
@@ -297,15 +302,41 @@ class AcceleratedViT(VisionTransformer):
         return features
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """timm's intermediate features, computed by timm's own blocks. `get_intermediate_layers` calls this too.
+        """timm's intermediate features. `get_intermediate_layers` calls this too. Modifications: the embedding and the
+        blocks are ours, unless attention is restricted.
 
         Raises:
+            ValueError: the images do not fit the model.
             UnsupportedModelError: the model prunes, and maps need all patches.
         """
+        self._check_plain("intermediate features are maps of all patches")
+        if self._needs_timm(x) is not None:
+            with self._timms_context(x):
+                return super().forward_intermediates(x, *args, **kwargs)
+        patches, _, grid, whole = self._patches(x)
         with self._autocast(x.device):
-            return super().forward_intermediates(
-                self._check_plain("intermediate features are maps of all patches", x), *args, **kwargs
+            tokens = embed_patches(self, patches, grid.size) if whole is None else embed_images(self, whole, patches)
+            attend = Attend(tokens, self.has_class_token, self.num_prefix_tokens, self.backend)
+
+            def embed(_: Tensor) -> Tensor:
+                return tokens.batch_or_values()
+
+            def run(block: nn.Module, number: int, x: Tensor, **restriction: Any) -> Tensor:
+                attend.enter(number)
+                return block(x, **restriction) if restriction else any_block(block, x, attend)
+
+            embed.dynamic_feat_size = self.patch_embed.dynamic_feat_size
+            model = SimpleNamespace(
+                patch_embed=embed,
+                _pos_embed=nn.Identity(),
+                patch_drop=nn.Identity(),
+                norm_pre=self.norm_pre,
+                blocks=[partial(run, block, number) for number, block in enumerate(self.blocks)],
+                norm=self.norm,
+                num_prefix_tokens=self.num_prefix_tokens,
+                grad_checkpointing=self.grad_checkpointing,
             )
+            return VisionTransformer.forward_intermediates(model, x, *args, **kwargs)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """timm's method. Modifications: the patch embedding of a model that shares it is left as it was."""
@@ -314,10 +345,10 @@ class AcceleratedViT(VisionTransformer):
 
     def __prepare_scriptable__(self) -> VisionTransformer:
         """Let torch.jit.script compile timm's own model."""
-        self._check_plain("torch.jit.script compiles timm's own forward pass", None)
+        self._check_plain("torch.jit.script compiles timm's own forward pass")
         return self.model
 
-    def _needs_timm(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> str | None:
+    def _needs_timm(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
         """Say why timm's own forward pass has to run, on all patches; None if it need not."""
         if isinstance(x, torch.fx.Proxy):
             return "torch.fx traces timm's own forward pass"
@@ -334,11 +365,13 @@ class AcceleratedViT(VisionTransformer):
         changed = changed_method(self, "forward_features")
         return None if changed is None else f"the model{changed}"
 
-    def _check_plain(self, reason: str, x: Tensor | None, **options: Any) -> Tensor | None:
-        """Return x, if nothing is asked that timm's own forward pass does not do."""
+    def _check_plain(self, reason: str, **options: Any) -> None:
+        """Raise UnsupportedModelError if something is asked that timm's own forward pass does not do."""
         if self.prune:
             raise UnsupportedModelError(f"{reason}, which does not prune: set prune to None")
-        return takes_all_patches(x, reason, **options)
+        for name, value in options.items():
+            if not (value is None or value is False or (isinstance(value, Sequence) and len(value) == 0)):
+                raise UnsupportedModelError(f"{reason}, which has no {name}")
 
     def _patches(
         self, images: Tensor, keep: Keep | None = None, view: Tensor | None = None
@@ -590,6 +623,14 @@ class AcceleratedViT(VisionTransformer):
             return nullcontext()
         return torch.autocast(device.type, dtype=self.compute_dtype)
 
+    def _timms_context(self, x: Tensor | torch.fx.Proxy) -> AbstractContextManager[None]:
+        """Return the context in which timm's own forward pass runs."""
+        if not isinstance(x, torch.fx.Proxy):
+            return self._autocast(x.device)
+        if self.compute_dtype != self._parameter.dtype:
+            raise UnsupportedModelError(f"torch.fx cannot trace autocast: cast the weights to {self.compute_dtype}")
+        return leaf_functions(x.tracer)
+
     def _check_images(self, images: Tensor) -> None:
         channels, device = self.num_channels, self.device
         if images.ndim != 4 or images.shape[1] != channels:
@@ -606,15 +647,6 @@ class AcceleratedDistilledViT(AcceleratedViT, VisionTransformerDistilled):
 
 ACCELERATED = {VisionTransformer: AcceleratedViT, VisionTransformerDistilled: AcceleratedDistilledViT}
 TIMM_CLASSES = {fast: timm for timm, fast in ACCELERATED.items()}
-
-
-@torch.fx.wrap
-def takes_all_patches(images: Tensor, reason: str, **options: Any) -> Tensor:
-    """Return the images, if no option asks for what timm's own forward pass does not do. A traced graph asks again."""
-    for name, value in options.items():
-        if value is not None and value is not False:
-            raise UnsupportedModelError(f"{reason}, which has no {name}")
-    return images
 
 
 def _with_attention(outputs: Outputs, patches: PackedTokens) -> tuple[Tensor, Tensor]:
