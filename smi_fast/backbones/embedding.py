@@ -9,8 +9,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from smi_fast.backbones.casting import weights
 from smi_fast.backbones.support import UnsupportedModelError
-from smi_fast.backbones.timm_blocks import weights
 from smi_fast.kernels.linear import linear
 from smi_fast.kernels.rows import gather_rows
 from smi_fast.packed import PackedTokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from smi_fast.backbones.casting import KeptCast
 from smi_fast.backbones.support import UnsupportedModelError
 from smi_fast.backbones.vit import AcceleratedViT, accelerate
 from smi_fast.packed import INTEGER_DTYPES
@@ -53,7 +53,7 @@ class SMIAdaptor(nn.Module):
             raise ValueError(f"the model is accelerated already: dtype={dtype} and backend={backend!r} come too late")
         _check_model(model)
         self.fast = copy.deepcopy(model).requires_grad_(False) if freeze else model
-        self._frozen = _CastWeights(self.fast) if freeze else None
+        self._frozen = KeptCast(self.fast, self.fast.compute_dtype) if freeze else None
 
     def forward(
         self, images: Tensor, current_abs_index: Tensor | None = None, next_relative_index: Tensor | None = None
@@ -112,41 +112,6 @@ class SMIAdaptor(nn.Module):
             return current.long()
         _check_values("next_relative_index", following, current.shape[1])
         return current.long().gather(1, following.long())
-
-
-class _CastWeights:
-    """Keeps the weights of a model cast, as `AcceleratedViT.cast_weights` does, and casts them again after a change."""
-
-    def __init__(self, model: AcceleratedViT):
-        self.model = model
-        self.close()
-
-    def close(self) -> None:
-        if getattr(self, "context", None) is not None:
-            self.context.close()
-        self.context: ExitStack | None = None
-        self.parts: list[nn.Module] = []
-        self.tensors: list[Tensor] = []  # held, so that no other tensor gets the address of one of them
-        self.seen: list[tuple[int, int, int]] = []
-
-    def refresh(self) -> None:
-        """Cast the weights, unless they are cast and were not replaced, moved or written to since."""
-        tensors = self._tensors()
-        if self.context is not None and self.seen == [_state(tensor) for tensor in tensors]:
-            return
-        self.close()
-        self.context = ExitStack()
-        self.context.enter_context(self.model.cast_weights())
-        self.parts = [module for module in self.model.modules() if hasattr(module, "_cast_weights")]
-        self.tensors = self._tensors()
-        self.seen = [_state(tensor) for tensor in self.tensors]
-
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for part in self.parts for tensor in part._parameters.values() if tensor is not None]
-
-
-def _state(tensor: Tensor) -> tuple[int, int, int]:
-    return id(tensor), tensor._version, tensor.data_ptr()
 
 
 def _check_model(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from smi_fast.backbones.attend import Attend
+from smi_fast.backbones.casting import weights
 from smi_fast.backbones.features import feature_name
 from smi_fast.backbones.importance import softmax_scale
 from smi_fast.backbones.pruning import Drop, Merge, check_heeds_sizes, check_prunes
@@ -31,7 +32,7 @@ from smi_fast.backbones.support import (
     obstacle,
     obstacle_within_block,
 )
-from smi_fast.kernels.linear import PackedWeight, linear
+from smi_fast.kernels.linear import linear
 
 
 def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
@@ -48,11 +49,6 @@ def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
     """timm's Linear. Modifications: the product is ours. A module that is not a plain Linear is called as it is."""
     return linear(x, *weights(module)) if obstacle(module, LINEAR) is None else module(x)
-
-
-def weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
-    """Return the weight and bias, or the copies of them that `AcceleratedViT.cast_weights` has cast."""
-    return getattr(module, "_cast_weights", None) or (module.weight, module.bias)
 
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ The result is a timm model with the same modules and weights. Only the forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType, SimpleNamespace
@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smi_fast import kernels
 from smi_fast.backbones.attend import Attend
 from smi_fast.backbones.base import Backbone, Outputs
+from smi_fast.backbones.casting import cast_weights
 from smi_fast.backbones.embedding import embed_images, embed_patches
 from smi_fast.backbones.features import parts_of_blocks
+from smi_fast.backbones.heads import head, pooled_tokens
 from smi_fast.backbones.importance import pooling_attention, pools_by_attention
 from smi_fast.backbones.pruning import Merge, Prune, check_prune
 from smi_fast.backbones.support import (
-    LINEAR,
     SEQUENTIAL,
     UnsupportedModelError,
     block_obstacle,
@@ -49,7 +49,6 @@ from smi_fast.backbones.support import (
 from smi_fast.backbones.timm_blocks import any_block, block_of_first_tokens
 from smi_fast.backbones.tracing import leaf_functions, trace_as_timms
 from smi_fast.grid import PatchGrid
-from smi_fast.kernels.linear import PackedWeight, can_pack
 from smi_fast.packed import Keep, PackedTokens, all_patches, pack_keep
 
 
@@ -462,7 +461,7 @@ class AcceleratedViT(VisionTransformer):
             return self._one_by_one(patches, grid_size, importance, features, whole)
         with self._autocast(patches.values.device):
             x, attend = self._features(patches, grid_size, importance, features, whole=whole)
-            logits = self._head(x, attend.tokens)
+            logits = head(self, x, attend.tokens)
         measured = self._importance(attend.rows().mean(0), patches, attend.tokens, grid_size) if importance else None
         return Outputs(logits, measured, {name: tokens for name, (tokens,) in attend.found.items()})
 
@@ -492,7 +491,7 @@ class AcceleratedViT(VisionTransformer):
             attend.enter(number, wanted[number], prune=self.prune.get(number + 1))
             x = self._run(any_block, block, x, attend)
         attend.enter(len(blocks), wanted[-1], measures=importance and not pools_by_attention(self))
-        queries = self._pooled_tokens(last) if not all_tokens and wanted[-1] <= {"keys"} else None
+        queries = pooled_tokens(self, last) if not all_tokens and wanted[-1] <= {"keys"} else None
         if queries is None or (queries > 1 and not attend.tokens.is_uniform):
             x = self._run(any_block, last, x, attend)
         else:
@@ -559,64 +558,9 @@ class AcceleratedViT(VisionTransformer):
             },
         )
 
-    def _pooled_tokens(self, block: nn.Module) -> int | None:
-        """Return how many of the last block's first tokens the head reads, or None if it may read all tokens."""
-        if self.global_pool != "token" or changed_method(self, "forward_head", "pool") is not None:
-            return None
-        if type(block) is not Block or type(block.attn) is not Attention or type(block.attn.qkv) is not nn.Linear:
-            return None
-        if obstacle_within_block(block) or block_obstacle(block) or obstacle_within(self.norm):
-            return None
-        return 2 if isinstance(self, VisionTransformerDistilled) else 1
-
-    def _head(self, x: Tensor, tokens: PackedTokens) -> Tensor:
-        """timm's pooling and classifier. Modifications: packed sequences (T, C) are pooled here."""
-        if x.ndim == 3:
-            return self.forward_head(x)
-        if self.global_pool == "token":
-            first = tokens.cu_seqlens[:-1, None] + torch.arange(self.num_prefix_tokens, device=x.device)
-            return self.forward_head(x[first])
-        padded, mask = tokens.pad(x)
-        if not self.pool_include_prefix:
-            padded, mask = padded[:, self.num_prefix_tokens :], mask[:, self.num_prefix_tokens :]
-        if self.global_pool == "map":
-            pooled = self.attn_pool(padded, attn_mask=mask[:, None, None])
-        elif self.global_pool in ("avg", "max", "avgmax"):
-            mean = padded.sum(1) / mask.sum(1, keepdim=True)
-            largest = padded.masked_fill(~mask[..., None], float("-inf")).amax(1)
-            pooled = {"avg": mean, "max": largest, "avgmax": 0.5 * (largest + mean)}[self.global_pool]
-        else:
-            raise ValueError(f"global_pool {self.global_pool!r} needs images that all keep the same number of patches")
-        return self.head(self.head_drop(self.fc_norm(pooled)))
-
-    @contextmanager
-    def cast_weights(self, *, pack: bool = True) -> Iterator[None]:
-        """Return a context in which weights are cast only once. They must not change while it lasts.
-
-        The weights of matrix products are cast to the compute dtype once, not in every forward pass. On a CPU they are
-        also laid out for its products, unless `pack` is False, because torch.compile does not accept that layout. The
-        results are the same, but the copies take memory.
-        """
-        parameter = self._parameter
-        pack = pack and can_pack(self.compute_dtype, parameter.device)
-        sliced = getattr(getattr(self.blocks[-1], "attn", None), "qkv", None)  # its rows are read in parts
-        parts = [module for module in self.modules() if obstacle(module, LINEAR) is None]
-        if embedding_obstacle(self) is None:
-            parts.append(self.patch_embed.proj)
-        parts = [part for part in parts if not hasattr(part, "_cast_weights")]
-        if self.compute_dtype == parameter.dtype and not pack:
-            parts = []
-        try:
-            for part in parts:
-                weight = part.weight.detach().to(self.compute_dtype)
-                bias = None if part.bias is None else part.bias.detach().to(self.compute_dtype)
-                if pack and type(part) is nn.Linear and part is not sliced:
-                    weight = PackedWeight(weight)
-                part._cast_weights = weight, bias
-            yield
-        finally:
-            for part in parts:
-                part.__dict__.pop("_cast_weights", None)
+    def cast_weights(self, *, pack: bool = True) -> AbstractContextManager[None]:
+        """Return a context in which weights are cast and laid out only once; see `casting.cast_weights`."""
+        return cast_weights(self, self.compute_dtype, pack=pack)
 
     def _autocast(self, device: torch.device):
         if self.compute_dtype == self._parameter.dtype:
