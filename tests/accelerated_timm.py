@@ -19,6 +19,7 @@ from smi_fast import kernels
 from smi_fast.backbones.support import MODELS
 
 NAMES = os.environ["NAMES"].split()
+ALL_NAMES = set(timm.list_models())
 DEPTH = {"depth": int(os.environ["DEPTH"])} if "DEPTH" in os.environ else {}
 ran = {"models": 0, "attentions": 0}
 torch.set_num_threads(1)
@@ -66,8 +67,10 @@ kernels.class_attention = counting(kernels.class_attention, "attentions")
 
 
 def is_chosen(item):
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return str(parameters.get("model_name", NAMES[0])).split(".")[0] in NAMES
+    """Tests of NAMES alone and, in other files than that of all models, tests that name no model in their parameters."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    names = {value.split(".")[0] for value in values if isinstance(value, str)} & ALL_NAMES
+    return names <= set(NAMES) and (names or item.path.name != "test_models.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -176,6 +176,9 @@ def test_activations_are_recomputed(seed):
     with Ran() as backward:
         loss.backward()
     assert forward.count == backward.count == 3
+    x = images().requires_grad_()
+    layers = (m.get_intermediate_layers(x, n=2)[0].square().sum() for m in (fast, model))
+    assert_same(*(torch.autograd.grad(layer, x)[0] for layer in layers))
 
 
 @tool("`group_matcher`, `no_weight_decay`, `timm.optim`'s parameter groups", OURS)
@@ -274,9 +277,9 @@ def test_small_heads(seed):
 
 
 @tool(
-    "models of other classes, accelerated ones included",
+    "`accelerate` of an accelerated model",
     REFUSED,
-    "the model is a smi_fast.backbones.vit.AcceleratedViT, not timm's VisionTransformer or VisionTransformerDistilled",
+    "the model is accelerated already: for other settings, pass its .model",
 )
 def test_accelerated_models(seed):
     smi_fast.accelerate(pair()[0])
