@@ -367,7 +367,7 @@ class AcceleratedViT(VisionTransformer):
     def _check_plain(self, reason: str, **options: Any) -> None:
         """Raise UnsupportedModelError if something is asked that timm's own forward pass does not do."""
         if self.prune:
-            raise UnsupportedModelError(f"{reason}, which does not prune: set prune to None")
+            raise UnsupportedModelError(f"{reason}, which does not prune: take its .model to go without")
         for name, value in options.items():
             if not (value is None or value is False or (isinstance(value, Sequence) and len(value) == 0)):
                 raise UnsupportedModelError(f"{reason}, which has no {name}")

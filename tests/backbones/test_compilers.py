@@ -78,7 +78,7 @@ def test_feature_extractor(seed):
 @tool(
     "`torch.jit.trace` with `prune`",
     REFUSED,
-    "torch.jit.trace records timm's own forward pass, which does not prune: set prune to None",
+    "torch.jit.trace records timm's own forward pass, which does not prune: take its .model to go without",
 )
 def test_trace_of_pruning(seed):
     torch.jit.trace(smi_fast.accelerate(pair()[1], prune=PRUNE), images())
@@ -87,7 +87,7 @@ def test_trace_of_pruning(seed):
 @tool(
     "`torch.jit.script` with `prune`",
     REFUSED,
-    "torch.jit.script compiles timm's own forward pass, which does not prune: set prune to None",
+    "torch.jit.script compiles timm's own forward pass, which does not prune: take its .model to go without",
 )
 def test_script_of_pruning(seed):
     torch.jit.script(smi_fast.accelerate(pair()[1], prune=PRUNE))
@@ -96,7 +96,7 @@ def test_script_of_pruning(seed):
 @tool(
     "`torch.fx` with `prune`",
     REFUSED,
-    "torch.fx traces timm's own forward pass, which does not prune: set prune to None",
+    "torch.fx traces timm's own forward pass, which does not prune: take its .model to go without",
 )
 def test_fx_of_pruning(seed):
     torch.fx.symbolic_trace(smi_fast.accelerate(pair()[1], prune=PRUNE))
