@@ -71,6 +71,8 @@ class Drop:
 
     def __post_init__(self):
         amount = self.amount
+        # torch.compile makes a number that differs between models a variable of its graph, and a text never.
+        object.__setattr__(self, "_text", str(amount))
         if amount is None and self.scores is None:
             raise ValueError("a Drop needs an amount or a function of scores")
         is_number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
@@ -101,9 +103,10 @@ class Drop:
         """Return how many of `count` patches stay, for an amount that is a fraction or a count."""
         if self._is_count:
             return min(self.amount, count)
+        fraction = float(self._text)
         if self.round == "ceil":
-            return math.ceil(count * round(1 - self.amount, 12))  # 1 - 0.7 is a little more than 0.3
-        return max(1, kept_count(count, self.amount))
+            return math.ceil(count * round(1 - fraction, 12))  # 1 - 0.7 is a little more than 0.3
+        return max(1, kept_count(count, fraction))
 
 
 @dataclass(frozen=True)
