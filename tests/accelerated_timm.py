@@ -67,7 +67,7 @@ kernels.class_attention = counting(kernels.class_attention, "attentions")
 
 
 def is_chosen(item):
-    """Tests of NAMES alone and, except in the file of all models, tests that name no model in their parameters."""
+    """Choose tests of NAMES and, in other files than that of all models, tests without a model in their parameters."""
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
     names = {value.split(".")[0] for value in values if isinstance(value, str)} & ALL_NAMES
     return names <= set(NAMES) and (names or item.path.name != "test_models.py")
