@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -17,8 +18,8 @@ try:
 except ImportError:  # Without Triton the kernels stay plain functions, which nothing launches.
     triton = tl = None
 
-    def jit(function):
-        return function
+    def jit(function=None, **options):
+        return jit if function is None else function
 
 
 # Triton decides when a kernel is defined whether it will be compiled or interpreted on the CPU.
@@ -51,6 +52,29 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             "TRITON_INTERPRET=1 in the environment interprets the kernels on the CPU, slowly"
         )
     return backend
+
+
+def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuse a tensor that has not this shape and a dtype that kernels compute, or is on another device.
+
+    Raises:
+        ValueError: which names the tensor, and what is wrong with it.
+    """
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, not {tuple(shape)}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{name} has dtype {x.dtype}, not float32, bfloat16, float16 or float64")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, x on {device}")
+
+
+def traced(x: Tensor) -> bool:
+    """Return whether something other than autograd has to see an operation on x, so that it must be a torch operator:
+    torch.compile and torch.export while they trace, a mode such as FakeTensorMode, or a subclass of Tensor.
+
+    Everywhere else an operation can be a `torch.autograd.Function`, whose call takes the host a third of the time.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is not Tensor
 
 
 def triton_status() -> str:

@@ -1,4 +1,5 @@
-"""Where an operation's kernels give way to its definition in plain torch: gradients of gradients, and torch.func."""
+"""Where an operation's kernels give way to its definition in plain torch: gradients of weights and of gradients, and
+torch.func."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from functools import wraps
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .backend import resolve_backend
 
 
 def transformed() -> bool:
@@ -20,6 +23,25 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def gives_way(backend: str, inputs: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> bool:
+    """Return whether an operation whose kernels compute gradients of its inputs only runs in plain torch: if the
+    backend says so, for float64, if one of the weights asks for a gradient, and while a transform is active.
+
+    Args:
+        backend: "auto", "triton" or "torch".
+        inputs, weights: the operation's tensors, the first of which is on the operation's device, or None.
+
+    Raises:
+        ValueError: the backend is "triton", but cannot run there or one of the tensors is float64.
+    """
+    double = any(x is not None and x.dtype == torch.float64 for x in (*inputs, *weights))
+    if double and backend == "triton":
+        raise ValueError('backend "triton" does not compute torch.float64')
+    if (double and backend == "auto") or resolve_backend(backend, inputs[0].device) == "torch" or transformed():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in weights)
+
+
 def untransformed(x: Tensor) -> Tensor:
     """Return the tensor of plain torch that a transform of torch.func has wrapped. In vmap, it has the mapped dimension
     too, somewhere. Its values can be read, for a check."""
@@ -29,30 +51,30 @@ def untransformed(x: Tensor) -> Tensor:
 
 
 def any_order(derivative: Callable) -> Callable:
-    """Make a backward pass differentiable, and let it return only None if the output's gradient is None.
+    """Make a backward pass differentiable, and let it return only None if no output has a gradient.
 
     Gradients of gradients need create_graph=True, and only then is grad mode on during a backward pass. The gradients
     are then computed by `derivative` instead, so that they depend on the saved tensors and on the incoming gradient as
     autograd expects. The same happens if `torch.func.vmap` runs the backward pass.
 
     Args:
-        derivative: a function (ctx, gradient) that returns what the decorated function returns, computed by
-            differentiable operators of torch. It may use `gradients`.
+        derivative: a function (ctx, *gradients of the outputs) that returns what the decorated function returns,
+            computed by differentiable operators of torch. It may use `gradients`.
 
     Returns:
-        A decorator of a function (ctx, gradient, ...) that returns the gradients of all inputs, as for a
-        `torch.autograd.Function` or a `torch.library.custom_op`. It is not called if the output's gradient is None.
+        A decorator of a function (ctx, *gradients of the outputs) that returns the gradients of all inputs, as for a
+        `torch.autograd.Function` or a `torch.library.custom_op`. It is not called if all of them are None.
     """
 
     def decorate(backward: Callable) -> Callable:
         @wraps(backward)
-        def either(ctx, grad: Tensor | None, *others: Tensor | None):
-            if grad is None:
+        def either(ctx, *grads: Tensor | None):
+            if all(grad is None for grad in grads):
                 return (None,) * len(ctx.needs_input_grad)
             # Grad mode says nothing while torch.compile traces. torch itself refuses a double backward of its graphs.
             if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed()):
-                return derivative(ctx, grad)
-            return backward(ctx, grad, *others)
+                return derivative(ctx, *grads)
+            return backward(ctx, *grads)
 
         return either
 
