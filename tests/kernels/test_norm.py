@@ -9,6 +9,8 @@ from kernel_cases import (
     DeviceWork,
     assert_within_twice,
     canaries,
+    lazily_allocated,
+    only_the_last_program,
     poisoned_memory,
     untouched,
     with_errors_elsewhere,
@@ -47,17 +49,17 @@ def formula(x, update, gamma, weight, bias, dtype):
     return s, (n if bias is None else n + bias).to(dtype)
 
 
-def run(inputs, grads, dtype, backend=None):
+def ours(x, update, gamma, weight, bias, dtype, backend):
+    return residual_norm(x, weight, bias, EPS, update=update, gamma=gamma, dtype=dtype, backend=backend)
+
+
+def run(inputs, grads, dtype, backend=None, compute=ours):
     """The stream, the rows, and the gradients of x and update."""
     x, update, *weights = inputs
     leaves = [t.detach().requires_grad_() for t in (x, update) if t is not None]
     arguments = leaves if update is not None else [*leaves, None]
-    if backend is None:
-        outputs = formula(*arguments, *weights, dtype)
-    else:
-        x, update, gamma, weight, bias = (*arguments, *weights)
-        options = dict(update=update, gamma=gamma, dtype=dtype, backend=backend)
-        outputs = residual_norm(x, weight, bias, EPS, **options)
+    options = (dtype,) if backend is None else (dtype, backend)
+    outputs = (formula if backend is None else compute)(*arguments, *weights, *options)
     found = torch.autograd.grad(outputs, leaves, [g.to(y.dtype) for g, y in zip(grads, outputs, strict=True)])
     names = ("stream", "normed", "grad_x", "grad_update")
     return {name: t.detach() for name, t in zip(names, (*outputs, *found), strict=False)}
@@ -127,16 +129,14 @@ def test_gradients_of_what_is_used_reach_what_asks_for_them(frozen, used, with_u
         outputs = dict(zip(("stream", "normed"), compute({**named, **leaves}, *inputs[2:]), strict=True))
         return torch.autograd.grad(outputs[used], list(leaves.values()), grad.to(outputs[used].dtype))
 
-    def ours(tensors, gamma, weight, bias):
-        return residual_norm(
-            tensors["x"], weight, bias, EPS, update=tensors["update"], gamma=gamma, backend=backend
-        )  # fmt: skip
+    def found(tensors, *weights):
+        return ours(tensors["x"], tensors["update"], *weights, SINGLE, backend)
 
     def exact(tensors, *weights):
         return formula(tensors["x"], tensors["update"], *weights, torch.float64)
 
     wanted = gradients(exact, [t if t is None else t.double() for t in inputs])
-    for got, reference in zip(gradients(ours, inputs), wanted, strict=True):
+    for got, reference in zip(gradients(found, inputs), wanted, strict=True):
         torch.testing.assert_close(got.double(), reference, rtol=1e-5, atol=1e-5)
 
 
@@ -151,19 +151,18 @@ def test_weights_that_ask_for_gradients_get_them_and_change_no_number(trained, d
     for name, t in result.items():
         torch.testing.assert_close(t, frozen[name], rtol=8e-3, atol=1e-5)  # a unit in the last place of bfloat16
     x, update = inputs[:2]
-    options = dict(update=update, gamma=weights["gamma"], dtype=BF16, backend="triton")
     found, wanted = (
         torch.autograd.grad(
             sum((y * g.to(y.dtype)).sum() for y, g in zip(outputs, grads, strict=True)), weights[trained]
         )
         for outputs in (
-            residual_norm(x, weights["weight"], weights["bias"], EPS, **options),
+            ours(x, update, *weights.values(), BF16, "triton"),
             formula(*(t.double() for t in (x, update, *weights.values())), torch.float64),
         )
     )
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     with torch.no_grad(), DeviceWork(MODULE) as work:
-        residual_norm(x, weights["weight"], weights["bias"], EPS, update=update, backend="triton")
+        ours(x, update, *weights.values(), BF16, "triton")
     assert (work.launches, work.operators) == (1, [])  # nothing asks for a gradient where none is recorded
 
 
@@ -213,7 +212,7 @@ def test_operators_pass_opcheck_and_give_the_numbers_of_eager_code(device, seed)
         eager = run(case, grads, BF16, "triton")
         with DeviceWork(MODULE):
             traced = run(case, grads, BF16, "triton")
-        compiled = torch.compile(run, backend="aot_eager")(case, grads, BF16, "triton")
+        compiled = run(case, grads, BF16, "triton", torch.compile(ours, backend="aot_eager", fullgraph=True))
         for name, t in eager.items():
             assert torch.equal(t, traced[name]), name
             torch.testing.assert_close(compiled[name], t)
@@ -222,37 +221,18 @@ def test_operators_pass_opcheck_and_give_the_numbers_of_eager_code(device, seed)
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="where kernels are interpreted: a GPU has no memory without pages"
 )
-def test_elements_beyond_two_to_the_31_are_addressed(tmp_path, monkeypatch, seed):
+def test_elements_beyond_two_to_the_31_are_addressed(tmp_path, seed):
     """Only the last rows are computed, of a batch that is that large."""
     channels, rows = 4096, 2**31 // 4096 + 3
     inputs, (grad, _) = draw((1, channels), SINGLE, BF16, "cpu")
     x, update, grad_stream = (untouched((rows, channels), t, tmp_path) for t in (SINGLE, BF16, SINGLE))
     for whole, last in ((x, inputs[0]), (update, inputs[1]), (grad_stream, grad)):
         whole[-1] = last
-    original = MODULE.launch
-
-    def last_program(kernel, grid, **arguments):
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                InterpreterBuilder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", (rows - 1, 0, 0))
-            )
-            original(kernel, (1,), **arguments)
-
-    def lazily(original):
-        def allocate(*args):
-            outputs = original(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in args))
-            return tuple(untouched(tuple(t.shape), t.dtype, tmp_path) for t in outputs)
-
-        return allocate
-
-    monkeypatch.setattr(MODULE, "launch", last_program)
-    for fake in ("_fake_residual_norm", "_fake_residual_norm_backward"):
-        monkeypatch.setattr(MODULE, fake, lazily(getattr(MODULE, fake)))
-    stream, normed, statistics = launch_residual_norm(x, update, *inputs[2:], EPS, BF16)
-    args = grad_stream, update, stream, statistics, inputs[2], inputs[3], SINGLE, BF16
-    grad_x, grad_update = launch_residual_norm_backward(*args)
+    fakes = "_fake_residual_norm", "_fake_residual_norm_backward"
+    with only_the_last_program(MODULE), lazily_allocated(MODULE, tmp_path, *fakes):
+        stream, normed, statistics = launch_residual_norm(x, update, *inputs[2:], EPS, BF16)
+        args = grad_stream, update, stream, statistics, inputs[2], inputs[3], SINGLE, BF16
+        grad_x, grad_update = launch_residual_norm_backward(*args)
     wanted = run(inputs, (grad, inputs[1]), BF16)
     found = {"stream": stream, "normed": normed, "grad_x": grad_x, "grad_update": grad_update}
     for name, t in found.items():
