@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .gradients import transformed
 
 try:
     import triton
@@ -54,6 +56,25 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+def gives_way(backend: str, inputs: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> bool:
+    """Return whether an operation whose kernels compute gradients of its inputs only runs in plain torch: if the
+    backend says so, for float64, if one of the weights asks for a gradient, and while a transform is active.
+
+    Args:
+        backend: "auto", "triton" or "torch".
+        inputs, weights: the operation's tensors, the first of which is on the operation's device, or None.
+
+    Raises:
+        ValueError: the backend is "triton", but cannot run there or one of the tensors is float64.
+    """
+    double = any(x is not None and x.dtype == torch.float64 for x in (*inputs, *weights))
+    if double and backend == "triton":
+        raise ValueError('backend "triton" does not compute torch.float64')
+    if (double and backend == "auto") or resolve_backend(backend, inputs[0].device) == "torch" or transformed():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in weights)
+
+
 def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Refuse a tensor that has not this shape and a dtype that kernels compute, or is on another device.
 
@@ -69,12 +90,15 @@ def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.dev
 
 
 def traced(x: Tensor) -> bool:
-    """Return whether something other than autograd has to see an operation on x, so that it must be a torch operator:
-    torch.compile and torch.export while they trace, a mode such as FakeTensorMode, or a subclass of Tensor.
+    """Return whether an operation on x has to be a torch operator, so that something other than autograd can see it:
+    torch.compile or torch.export while it traces, a mode such as FakeTensorMode, a subclass of Tensor, or the batches
+    of `torch.autograd.grad(is_grads_batched=True)`, which have no storage.
 
-    Everywhere else an operation can be a `torch.autograd.Function`, whose call takes the host a third of the time.
+    Everywhere else an operation can be a `torch.autograd.Function`, whose call costs the host less.
     """
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) is not Tensor
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or not torch._C._has_storage(x)
 
 
 def triton_status() -> str:

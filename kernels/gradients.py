@@ -1,5 +1,4 @@
-"""Where an operation's kernels give way to its definition in plain torch: gradients of weights and of gradients, and
-torch.func."""
+"""Where an operation's kernels give way to its definition in plain torch: gradients of gradients, and torch.func."""
 
 from __future__ import annotations
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backend import resolve_backend
-
 
 def transformed() -> bool:
     """Return whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is active.
@@ -21,25 +18,6 @@ def transformed() -> bool:
     that form makes every call several microseconds slower.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def gives_way(backend: str, inputs: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> bool:
-    """Return whether an operation whose kernels compute gradients of its inputs only runs in plain torch: if the
-    backend says so, for float64, if one of the weights asks for a gradient, and while a transform is active.
-
-    Args:
-        backend: "auto", "triton" or "torch".
-        inputs, weights: the operation's tensors, the first of which is on the operation's device, or None.
-
-    Raises:
-        ValueError: the backend is "triton", but cannot run there or one of the tensors is float64.
-    """
-    double = any(x is not None and x.dtype == torch.float64 for x in (*inputs, *weights))
-    if double and backend == "triton":
-        raise ValueError('backend "triton" does not compute torch.float64')
-    if (double and backend == "auto") or resolve_backend(backend, inputs[0].device) == "torch" or transformed():
-        return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in weights)
 
 
 def untransformed(x: Tensor) -> Tensor:

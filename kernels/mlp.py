@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import cdiv, check_floats, jit, launch, tl, traced
+from .backend import cdiv, check_floats, gives_way, jit, launch, tl, traced
 from .dispatch import choose
-from .gradients import any_order, gives_way, gradients
+from .gradients import any_order, gradients
 
 FORMS = ("none", "tanh", "quick")
 
@@ -76,8 +76,10 @@ def _gate(z, APPROXIMATE: tl.constexpr):
         else:
             u = 1.702 * z
             du = 1.702
-        gate = tl.sigmoid(u)
-        slope = z * (gate * (1 - gate) * du)
+        e = tl.exp(-tl.abs(u))
+        share = 1 / (1 + e)
+        gate = tl.where(u < 0, e * share, share)  # sigmoid(u)
+        slope = z * (e * share * share * du)  # sigmoid(u) sigmoid(-u); the difference 1 - sigmoid(u) would cancel
     return gate, slope
 
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import check_floats, jit, launch, next_power_of_2, tl, traced
+from .backend import check_floats, gives_way, jit, launch, next_power_of_2, tl, traced
 from .dispatch import choose
-from .gradients import any_order, gives_way, gradients
+from .gradients import any_order, gradients
 from .tiles import load_row, store_row
 
 MAX_CHANNELS = 4096  # in one tile; wider rows are left to plain torch
@@ -311,7 +311,8 @@ def _backward(ctx, grad_stream, grad_normed, *_):
         return _of_sum(ctx, grad_stream, gamma)
     x, update = _wanted(ctx)
     alike = gamma is None and x == update  # then both gradients are the same tensor
-    run = residual_norm_backward_op if traced(grad_normed) else launch_residual_norm_backward
+    tracing = traced(grad_normed) or (grad_stream is not None and traced(grad_stream))
+    run = residual_norm_backward_op if tracing else launch_residual_norm_backward
     grad_x, grad_update = run(grad_stream, grad_normed, stream, statistics, gamma, weight, x, None if alike else update)
     return (x and grad_x, update and (grad_x if alike else grad_update), *(None for _ in range(5)))
 
