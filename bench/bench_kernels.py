@@ -633,3 +633,119 @@ def test_attention_forward(case, device, enter):
         facts=case.facts(rows=4, products=2),
         tolerance=TOLERANCE[case.dtype],
     )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of a ViT, and the dtype of what its products leave. The residual stream is float32."""
+
+    batch: int
+    tokens: int
+    width: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.tokens} tokens, {self.width} wide, {str(self.dtype).removeprefix('torch.')}"
+
+    def randn(self, device: torch.device) -> Tensor:
+        return torch.randn(self.batch, self.tokens, self.width, device=device)
+
+    def facts(self, halves: int, stream: int, operations: int) -> dict[str, float]:
+        """The numbers of the group, and its floor: how many elements of `dtype` and of the float32 stream have to move
+        for each channel of a token, and how many operations are computed."""
+        elements = self.batch * self.tokens * self.width
+        moved = halves * self.dtype.itemsize + 4 * stream
+        facts = {"floor_bytes": elements * moved, "floor_flops": elements * operations}
+        return {"length": self.tokens, "ragged": False, **facts}
+
+
+def row_cases(widths: Sequence[int]) -> dict[str, list[Rows]]:
+    """The streams of ViTs of these widths, dense and thinned."""
+    return {
+        "cpu": [Rows(8, 47, widths[0], dtype) for dtype in (torch.float32, torch.bfloat16)],
+        "cuda": [Rows(batch, tokens, width) for width in widths for batch in (8, 128) for tokens in (47, 197)],
+    }
+
+
+ELEMENTWISE = [OURS, "torch", "torch.compile"]
+
+
+def elementwise_rounds(
+    ours: Callable, plain: Callable, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...] | None
+) -> dict[str, Callable | str]:
+    """Rounds of ours, eager torch and on a GPU compiled torch: the outputs, and with `grads` the inputs' gradients."""
+    forms = {OURS: ours, "torch": plain, "torch.compile": GPU_ONLY}
+    if inputs[0].is_cuda:
+        forms["torch.compile"] = compiled(plain, dynamic=True)
+
+    def both(form: Callable, *leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs = form(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return (*outputs, *torch.autograd.grad(outputs, leaves, grads))
+
+    def round_of(form: Callable) -> Callable:
+        if grads is None:
+            return partial(forward, form, *inputs)
+        return partial(both, form, *(x.detach().requires_grad_() for x in inputs))
+
+    return {name: form if isinstance(form, str) else round_of(form) for name, form in forms.items()}
+
+
+def norm_rounds(case: Rows, device: torch.device, backward: bool) -> dict[str, Callable | str]:
+    weight, bias = torch.randn(2, case.width, device=device)
+    inputs = case.randn(device), case.randn(device).to(case.dtype)
+    grads = (case.randn(device), case.randn(device).to(case.dtype)) if backward else None
+
+    def ours(x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.residual_norm(x, weight, bias, 1e-6, update=update, dtype=case.dtype)
+
+    def plain(x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + update
+        return x, F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6).to(case.dtype)
+
+    return elementwise_rounds(ours, plain, inputs, grads)
+
+
+def gelu_rounds(case: Rows, device: torch.device, backward: bool) -> dict[str, Callable | str]:
+    bias = torch.randn(case.width, device=device).to(case.dtype)
+    inputs = (case.randn(device).to(case.dtype),)
+    grads = (case.randn(device).to(case.dtype),) if backward else None
+
+    def ours(x: Tensor) -> Tensor:
+        return kernels.bias_gelu(x, bias)
+
+    def plain(x: Tensor) -> Tensor:
+        return F.gelu(x + bias)
+
+    return elementwise_rounds(ours, plain, inputs, grads)
+
+
+@pytest.mark.contest(contestants=ELEMENTWISE, **row_cases((192, 384, 768)))
+def test_residual_norm_forward(case, device, enter):
+    """The update is read and the rows are written in half precision, the stream is read and written in float32."""
+    rounds = partial(norm_rounds, case, device, backward=False)
+    facts = case.facts(halves=2, stream=2, operations=9)
+    enter("residual sum and LayerNorm, forward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])
+
+
+@pytest.mark.contest(contestants=ELEMENTWISE, **row_cases((192, 384, 768)))
+def test_residual_norm_forward_backward(case, device, enter):
+    """Backward: the stream and the gradients of both results are read, those of the stream and the update written."""
+    rounds = partial(norm_rounds, case, device, backward=True)
+    facts = case.facts(halves=2 + 2, stream=2 + 3, operations=9 + 13)
+    enter("residual sum and LayerNorm, forward and backward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])
+
+
+@pytest.mark.contest(contestants=ELEMENTWISE, **row_cases((768, 1536, 3072)))
+def test_bias_gelu_forward(case, device, enter):
+    rounds = partial(gelu_rounds, case, device, backward=False)
+    facts = case.facts(halves=2, stream=0, operations=20)
+    enter("bias and GELU, forward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])
+
+
+@pytest.mark.contest(contestants=ELEMENTWISE, **row_cases((768, 1536, 3072)))
+def test_bias_gelu_forward_backward(case, device, enter):
+    """Backward: the input and the gradient of the result are read, and that of the input is written."""
+    rounds = partial(gelu_rounds, case, device, backward=True)
+    facts = case.facts(halves=2 + 3, stream=0, operations=20 + 30)
+    enter("bias and GELU, forward and backward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])

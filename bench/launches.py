@@ -15,6 +15,8 @@ from smi_fast.kernels.attention import MAX_HEAD_DIM, launch_attention, launch_at
 from smi_fast.kernels.backend import Launch, recording
 from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
 from smi_fast.kernels.dispatch import choice_of, override, padded_head_dim, table
+from smi_fast.kernels.mlp import FORMS, launch_bias_gelu, launch_bias_gelu_backward
+from smi_fast.kernels.norm import launch_residual_norm, launch_residual_norm_backward
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
 from smi_fast.kernels.pixels import launch_pixel_step
 from smi_fast.kernels.selection import launch_count_mass, launch_select, launch_select_backward
@@ -165,6 +167,54 @@ def _pixel_step(row: Row) -> Cases:
                         yield recorded(launch_pixel_step, *args, None, "image")
 
 
+def _norm_cases(row: Row) -> Iterator[tuple[torch.Tensor, torch.dtype, torch.Tensor | None, torch.Tensor]]:
+    """The stream, the dtype of what surrounds it, gamma and weight: for widths of which the row's tile is full, or has
+    16 bytes to load at a time, or has not. The plainest case comes first."""
+    for channels in (row["up_to"], row["up_to"] * 3 // 4, row["up_to"] // 2 + 1):
+        weight = _empty(channels)
+        for stream, dtype in ((torch.float32, torch.bfloat16), (torch.float32,) * 2, (torch.bfloat16,) * 2):
+            for gamma in (weight, None):
+                yield _empty(8, 47, channels, dtype=stream), dtype, gamma, weight.to(stream)
+
+
+def _residual_norm(row: Row) -> Cases:
+    """With an update and without, and for the class tokens' rows, which lie apart."""
+    for x, dtype, gamma, weight in _norm_cases(row):
+        update = torch.empty_like(x, dtype=dtype)
+        yield recorded(launch_residual_norm, x, update, gamma, weight, weight, 1e-6, dtype)
+        if gamma is None:
+            yield recorded(launch_residual_norm, x, None, None, weight, None, 1e-6, dtype)
+            yield recorded(launch_residual_norm, x[:, :1], update[:, :1], None, None, None, 1e-6, dtype)
+
+
+def _residual_norm_backward(row: Row) -> Cases:
+    """With the gradients of the stream and of update, and without."""
+    for x, dtype, gamma, weight in _norm_cases(row):
+        grad, statistics = torch.empty_like(x, dtype=dtype), _empty(8, 47, 2)
+        args = grad, x, statistics, gamma, weight
+        yield recorded(launch_residual_norm_backward, x, *args, x.dtype, dtype)
+        if gamma is None:
+            yield recorded(launch_residual_norm_backward, None, *args, x.dtype, dtype)
+            yield recorded(launch_residual_norm_backward, x, *args, x.dtype, None)
+
+
+def _gelu_cases(row: Row) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, str]]:
+    """The input, the bias and the form, for widths that allow to read 16 bytes at a time, and for others."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for channels in (768, 80, 33, 1):
+            for bias in (_empty(channels), None):
+                for form in FORMS if channels == 768 else FORMS[:1]:
+                    yield _empty(376, channels, dtype=dtype), bias, form
+
+
+def _bias_gelu(row: Row) -> Cases:
+    return (recorded(launch_bias_gelu, *case) for case in _gelu_cases(row))
+
+
+def _bias_gelu_backward(row: Row) -> Cases:
+    return (recorded(launch_bias_gelu_backward, x, x, *others) for x, *others in _gelu_cases(row))
+
+
 def _only(kernel: str, cases: Callable[[Row], Cases]) -> Callable[[Row], Cases]:
     """The same cases with the launches of one kernel only."""
     return lambda row: ([launch for launch in case if name_of(launch) == kernel] for case in cases(row))
@@ -179,6 +229,10 @@ CASES = {
     "select_tokens_backward": _select_tokens_backward,
     "gather_patches": _gather_patches,
     "gather_patches_backward": _gather_patches_backward,
+    "residual_norm": _residual_norm,
+    "residual_norm_backward": _residual_norm_backward,
+    "bias_gelu": _bias_gelu,
+    "bias_gelu_backward": _bias_gelu_backward,
     "prior_sums": _only("pixels.prior_sums", _pixel_step),
     "pixel_step": _only("pixels.pixel_step", _pixel_step),
 }

@@ -677,7 +677,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # Otherwise zeros would be written for each of them.
 
 
-def _derivative(ctx, grad_out):
+def _derivative(ctx, grad_out, *_):
     qkv, *_, cu_seqlens = ctx.saved_tensors
 
     def definition(qkv):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from .gradients import transformed
 
 try:
     import triton
@@ -17,8 +20,8 @@ try:
 except ImportError:  # Without Triton the kernels stay plain functions, which nothing launches.
     triton = tl = None
 
-    def jit(function):
-        return function
+    def jit(function=None, **options):
+        return jit if function is None else function
 
 
 # Triton decides when a kernel is defined whether it will be compiled or interpreted on the CPU.
@@ -51,6 +54,51 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             "TRITON_INTERPRET=1 in the environment interprets the kernels on the CPU, slowly"
         )
     return backend
+
+
+def gives_way(backend: str, inputs: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> bool:
+    """Return whether an operation whose kernels compute gradients of its inputs only runs in plain torch: if the
+    backend says so, for float64, if one of the weights asks for a gradient, and while a transform is active.
+
+    Args:
+        backend: "auto", "triton" or "torch".
+        inputs, weights: the operation's tensors, the first of which is on the operation's device, or None.
+
+    Raises:
+        ValueError: the backend is "triton", but cannot run there or one of the tensors is float64.
+    """
+    double = any(x is not None and x.dtype == torch.float64 for x in (*inputs, *weights))
+    if double and backend == "triton":
+        raise ValueError('backend "triton" does not compute torch.float64')
+    if (double and backend == "auto") or resolve_backend(backend, inputs[0].device) == "torch" or transformed():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in weights)
+
+
+def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuse a tensor that has not this shape and a dtype that kernels compute, or is on another device.
+
+    Raises:
+        ValueError: which names the tensor, and what is wrong with it.
+    """
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, not {tuple(shape)}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{name} has dtype {x.dtype}, not float32, bfloat16, float16 or float64")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, x on {device}")
+
+
+def traced(x: Tensor) -> bool:
+    """Return whether an operation on x has to be a torch operator, so that something other than autograd can see it:
+    torch.compile or torch.export while it traces, a mode such as FakeTensorMode, a subclass of Tensor, or the batches
+    of `torch.autograd.grad(is_grads_batched=True)`, which have no storage.
+
+    Everywhere else an operation can be a `torch.autograd.Function`, whose call costs the host less.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or not torch._C._has_storage(x)
 
 
 def triton_status() -> str:

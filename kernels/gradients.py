@@ -29,30 +29,30 @@ def untransformed(x: Tensor) -> Tensor:
 
 
 def any_order(derivative: Callable) -> Callable:
-    """Make a backward pass differentiable, and let it return only None if the output's gradient is None.
+    """Make a backward pass differentiable, and let it return only None if no output has a gradient.
 
     Gradients of gradients need create_graph=True, and only then is grad mode on during a backward pass. The gradients
     are then computed by `derivative` instead, so that they depend on the saved tensors and on the incoming gradient as
     autograd expects. The same happens if `torch.func.vmap` runs the backward pass.
 
     Args:
-        derivative: a function (ctx, gradient) that returns what the decorated function returns, computed by
-            differentiable operators of torch. It may use `gradients`.
+        derivative: a function (ctx, *gradients of the outputs) that returns what the decorated function returns,
+            computed by differentiable operators of torch. It may use `gradients`.
 
     Returns:
-        A decorator of a function (ctx, gradient, ...) that returns the gradients of all inputs, as for a
-        `torch.autograd.Function` or a `torch.library.custom_op`. It is not called if the output's gradient is None.
+        A decorator of a function (ctx, *gradients of the outputs) that returns the gradients of all inputs, as for a
+        `torch.autograd.Function` or a `torch.library.custom_op`. It is not called if all of them are None.
     """
 
     def decorate(backward: Callable) -> Callable:
         @wraps(backward)
-        def either(ctx, grad: Tensor | None, *others: Tensor | None):
-            if grad is None:
+        def either(ctx, *grads: Tensor | None):
+            if all(grad is None for grad in grads):
                 return (None,) * len(ctx.needs_input_grad)
             # Grad mode says nothing while torch.compile traces. torch itself refuses a double backward of its graphs.
             if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed()):
-                return derivative(ctx, grad)
-            return backward(ctx, grad, *others)
+                return derivative(ctx, *grads)
+            return backward(ctx, *grads)
 
         return either
 

@@ -388,7 +388,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # otherwise zeros are written as the gradients of cells and inverse
 
 
-def _derivative(ctx, grad):
+def _derivative(ctx, grad, *_):
     _, view, positions, cu_seqlens = ctx.saved_tensors
     numbers = torch.arange(math.prod(ctx.shape), device=grad.device).view(ctx.shape)
     pixels, _ = patches_reference(numbers, positions, cu_seqlens, view, (ctx.ph, ctx.pw), torch.int64)

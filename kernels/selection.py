@@ -574,7 +574,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # otherwise zeros are written as the gradients of the integers
 
 
-def _derivative(ctx, grad):
+def _derivative(ctx, grad, *_):
     (slots,) = ctx.saved_tensors
     rows = grad[slots.clamp(min=0)]
     return None, torch.where((slots >= 0)[..., None], rows, 0), *(None for _ in range(8))

@@ -44,7 +44,7 @@ def test_the_table_has_every_kernel_and_configuration(resources):
     assert len({row[:3] for row in rows}) == len(rows)
     kernels = {
         f"{module}.{name[1:].removesuffix('_kernel')}"
-        for module in ("attention", "class_attention", "selection", "patches", "pixels")
+        for module in ("attention", "class_attention", "selection", "patches", "pixels", "norm", "mlp")
         for name in vars(sys.modules[f"smi_fast.kernels.{module}"])
         if name.endswith("_kernel")
     }

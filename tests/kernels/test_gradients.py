@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import cu_seqlens_of, naive_attention
-from smi_fast.kernels import attention, class_attention, gather_patches, select_tokens
+from smi_fast.kernels import attention, bias_gelu, class_attention, gather_patches, residual_norm, select_tokens
 from smi_fast.kernels.rows import gather_rows
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,12 +43,31 @@ def select(values, backend):
     return select_tokens(attention, values, k=3, num_prefix_tokens=1, backend=backend)[0]
 
 
+def add_and_normalise(x, backend):
+    weights = torch.linspace(-1, 2, 12, device=x.device).to(x.dtype).view(3, 4)
+    gamma, weight, bias = weights
+    return torch.cat(residual_norm(x[0], weight, bias, 0.1, update=x[1], gamma=gamma, backend=backend))
+
+
+def normalise(x, backend):
+    """Without an update, the stream is x itself."""
+    return torch.cat(residual_norm(x, None, None, 0.1, backend=backend))
+
+
+def activate(x, backend):
+    bias = torch.linspace(-1, 1, x.shape[-1], device=x.device).to(x.dtype)
+    return bias_gelu(x, bias, approximate="tanh", backend=backend)
+
+
 SHAPES = {
     attend: (10, 3, 2, 8),
     attend_ragged: (10, 3, 2, 8),
     attend_once: (10, 3, 2, 8),
     cut_out: (2, 3, 8, 8),
     select: (2, 6, 4),
+    add_and_normalise: (2, 3, 4),
+    normalise: (3, 4),
+    activate: (3, 4),
 }
 
 
@@ -62,6 +81,15 @@ def naive(operation, x: Tensor) -> Tensor:
         scores = [(q * k).sum(-1) * x.shape[-1] ** -0.5 for q, k in zip(x[:2, 0], x[:, 1].split([4, 6]), strict=True)]
         parts = zip(scores, x[:, 2].split([4, 6]), strict=True)
         return torch.stack([(s.softmax(0)[..., None] * v).sum(0) for s, v in parts])
+    if operation in (add_and_normalise, normalise):
+        gamma, weight, bias = torch.linspace(-1, 2, 12, device=x.device).to(x.dtype).view(3, 4)
+        s = x[0] + gamma * x[1] if operation is add_and_normalise else x
+        centred = s - s.mean(-1, keepdim=True)
+        n = centred / (centred.square().mean(-1, keepdim=True) + 0.1).sqrt()
+        return torch.cat((s, n * weight + bias if operation is add_and_normalise else n))
+    if operation is activate:
+        z = x + torch.linspace(-1, 1, x.shape[-1], device=x.device).to(x.dtype)
+        return z * torch.sigmoid((8 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))
     # Where each element comes from is found by sending numbered ones through.
     numbered = torch.arange(x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
     return x.flatten()[operation(numbered, "torch").long()]
