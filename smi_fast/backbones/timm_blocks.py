@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timm.layers import Attention, DiffAttention
+from timm.layers import GELU as TimmGELU
+from timm.layers import Attention, DiffAttention, GELUTanh, QuickGELU
 from timm.models.vision_transformer import (
     Block,
     DiffParallelScalingBlock,
@@ -24,6 +25,7 @@ from smi_fast.backbones.casting import weights
 from smi_fast.backbones.features import feature_name
 from smi_fast.backbones.importance import softmax_scale
 from smi_fast.backbones.pruning import Drop, Merge, check_heeds_sizes, check_prunes
+from smi_fast.backbones.stream import Stream, add, normalise
 from smi_fast.backbones.support import (
     LINEAR,
     MLP,
@@ -32,6 +34,7 @@ from smi_fast.backbones.support import (
     obstacle,
     obstacle_within_block,
 )
+from smi_fast.kernels import bias_gelu, resolve_backend
 from smi_fast.kernels.linear import linear
 
 
@@ -51,12 +54,25 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
     return linear(x, *weights(module)) if obstacle(module, LINEAR) is None else module(x)
 
 
-def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    """timm's Mlp. Modifications: the products are ours. A module that is not a plain Mlp is called as it is."""
+def _mlp(mlp: nn.Module, x: Tensor, backend: str) -> Tensor:
+    """timm's Mlp. Modifications: the products are ours; on the Triton backend one kernel adds the first bias and
+    computes GELU. A module that is not a plain Mlp is called as it is."""
     if obstacle(mlp, MLP) is not None:
         return mlp(x)
-    x = mlp.drop1(mlp.act(_linear(mlp.fc1, x)))
-    return mlp.drop2(_linear(mlp.fc2, mlp.norm(x)))
+    form = _gelu_form(mlp.act)
+    if form is None or obstacle(mlp.fc1, LINEAR) is not None or resolve_backend(backend, x.device) == "torch":
+        x = mlp.act(_linear(mlp.fc1, x))
+    else:
+        weight, bias = weights(mlp.fc1)
+        x = bias_gelu(linear(x, weight), bias, approximate=form, backend=backend)
+    return mlp.drop2(_linear(mlp.fc2, mlp.norm(mlp.drop1(x))))
+
+
+def _gelu_form(act: nn.Module) -> str | None:
+    """Return the `approximate` of `bias_gelu` that stands for an activation, or None if it is no plain GELU."""
+    if obstacle(act, GELUS) is not None:
+        return None
+    return act.approximate if type(act) is nn.GELU else GELUS[type(act)]
 
 
 def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
@@ -100,7 +116,7 @@ def _differential(
     return (attn.sub_norm(out) * (1 - attn.lambda_init)).flatten(1)
 
 
-def any_block(block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
+def any_block(block: nn.Module, stream: Stream, attend: Attend) -> Stream:
     """Run the block that `attend` has entered, and prune its tokens. It runs by the functions of this file if the parts
     that they bypass are plain, otherwise by its own forward, within which nothing can be measured, merged or recorded.
 
@@ -114,20 +130,21 @@ def any_block(block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
             check_prunes(block, number, attend.prune)
         if attend.sizes is not None:
             check_heeds_sizes(block, number)
-        x = BLOCKS[type(block)](block, x, attend)
+        stream = BLOCKS[type(block)](block, stream, attend)
     elif attend.measures:
         raise UnsupportedModelError(f"blocks[{number}]{reason}, so the attention within it cannot be measured")
     elif isinstance(attend.prune, Merge) or attend.sizes is not None:
         raise UnsupportedModelError(f"blocks[{number}]{reason}, so it can neither merge patches nor heed merged ones")
     else:
-        x = block(x)
-    x = attend.record("block", attend.drop_or_merge(x))
+        stream = Stream(block(stream.sum()))
+    if attend.prune is not None or "block" in attend.wanted:
+        stream = Stream(attend.record("block", attend.drop_or_merge(stream.sum())))
     for part in attend.wanted:
         found = len(attend.found.get(feature_name(number, part), ()))
         if found != 1:
             reason = reason or f" is a {type(block).__name__} with {found or 'no'} tensors of this kind"
             raise UnsupportedModelError(f"there is no feature {feature_name(number, part)!r}: blocks[{number}]{reason}")
-    return x
+    return stream
 
 
 def _prunes_between_halves(block: Block, attend: Attend) -> bool:
@@ -140,22 +157,29 @@ def _prunes_between_halves(block: Block, attend: Attend) -> bool:
     return prune is not None
 
 
-def _block(block: Block, x: Tensor, attend: Attend) -> Tensor:
+def _block(block: Block, stream: Stream, attend: Attend) -> Stream:
     """timm's Block. Modifications: attention is ours; patches may be dropped or merged between the two halves."""
-    out = ATTENTIONS[type(block.attn)](block.attn, block.norm1(x), attend)
-    x = x + block.drop_path1(block.ls1(attend.record("attn", out)))
+    x, normed = normalise(stream, block.norm1, attend.backend)
+    out = ATTENTIONS[type(block.attn)](block.attn, normed, attend)
+    stream = add(x, attend.record("attn", out), block.ls1, block.drop_path1)
     if _prunes_between_halves(block, attend):
-        x = attend.drop_or_merge(x)
-    out = attend.record("mlp", _mlp(block.mlp, block.norm2(x)))
-    return x + block.drop_path2(block.ls2(out))
+        stream = Stream(attend.drop_or_merge(stream.sum()))
+    return _second_half(block, stream, attend)
 
 
-def block_of_first_tokens(block: Block, x: Tensor, attend: Attend, count: int) -> Tensor:
+def _second_half(block: Block, stream: Stream, attend: Attend) -> Stream:
+    x, normed = normalise(stream, block.norm2, attend.backend)
+    out = attend.record("mlp", _mlp(block.mlp, normed, attend.backend))
+    return add(x, out, block.ls2, block.drop_path2)
+
+
+def block_of_first_tokens(block: Block, stream: Stream, attend: Attend, count: int) -> Stream:
     """timm's Block if only the first `count` tokens of its output are used: (B, N, C) or (T, C) -> (B, count, C).
 
     Modifications: only keys and values are computed for all tokens, and the rest for the first tokens.
     """
-    attn, normed = block.attn, block.norm1(x)
+    attn = block.attn
+    x, normed = normalise(stream, block.norm1, attend.backend)
     first = attend.first(normed, count)  # [B, count, C]
     weight, bias = weights(attn.qkv)
     width = attn.attn_dim
@@ -169,15 +193,15 @@ def block_of_first_tokens(block: Block, x: Tensor, attend: Attend, count: int) -
     out = attn.norm(attend.of_first(q.to(kv.dtype), kv, softmax_scale(attn)).flatten(2))
     if attn.gate is not None:
         out = out * _linear(attn.gate, first).sigmoid()
-    x = attend.first(x, count) + block.drop_path1(block.ls1(attn.proj_drop(_linear(attn.proj, out))))
-    return x + block.drop_path2(block.ls2(_mlp(block.mlp, block.norm2(x))))
+    out = attn.proj_drop(_linear(attn.proj, out))
+    return _second_half(block, add(attend.first(x, count), out, block.ls1, block.drop_path1), attend)
 
 
 def _res_post_block(block: ResPostBlock, x: Tensor, attend: Attend) -> Tensor:
     """timm's ResPostBlock. Modifications: attention is ours."""
     out = ATTENTIONS[type(block.attn)](block.attn, x, attend)
     x = x + block.drop_path1(block.norm1(attend.record("attn", out)))
-    out = attend.record("mlp", _mlp(block.mlp, x))
+    out = attend.record("mlp", _mlp(block.mlp, x, attend.backend))
     return x + block.drop_path2(block.norm2(out))
 
 
@@ -209,14 +233,20 @@ def _parallel_things_block(block: ParallelThingsBlock, x: Tensor, attend: Attend
     return x + torch.stack([ffn(x) for ffn in block.ffns]).sum(0)
 
 
+def _summed(run: Callable[[nn.Module, Tensor, Attend], Tensor]) -> Callable[[nn.Module, Stream, Attend], Stream]:
+    """Let a function of the tokens run on a stream."""
+    return lambda block, stream, attend: Stream(run(block, stream.sum(), attend))
+
+
 ATTENTIONS: dict[type, Callable[[nn.Module, Tensor, Attend], Tensor]] = {
     Attention: _attention,
     DiffAttention: _diff_attention,
 }
-BLOCKS: dict[type, Callable[[nn.Module, Tensor, Attend], Tensor]] = {
+BLOCKS: dict[type, Callable[[nn.Module, Stream, Attend], Stream]] = {
     Block: _block,
-    ResPostBlock: _res_post_block,
-    ParallelScalingBlock: _parallel_scaling_block,
-    DiffParallelScalingBlock: _diff_parallel_scaling_block,
-    ParallelThingsBlock: _parallel_things_block,
+    ResPostBlock: _summed(_res_post_block),
+    ParallelScalingBlock: _summed(_parallel_scaling_block),
+    DiffParallelScalingBlock: _summed(_diff_parallel_scaling_block),
+    ParallelThingsBlock: _summed(_parallel_things_block),
 }
+GELUS = {nn.GELU: "none", TimmGELU: "none", GELUTanh: "tanh", QuickGELU: "quick"}

@@ -29,6 +29,7 @@ from smi_fast.backbones.features import parts_of_blocks
 from smi_fast.backbones.heads import head, pooled_tokens
 from smi_fast.backbones.importance import pooling_attention, pools_by_attention
 from smi_fast.backbones.pruning import Merge, Prune, check_prune
+from smi_fast.backbones.stream import Stream, normalise
 from smi_fast.backbones.support import (
     SEQUENTIAL,
     UnsupportedModelError,
@@ -322,7 +323,7 @@ class AcceleratedViT(VisionTransformer):
 
             def run(block: nn.Module, number: int, x: Tensor, **restriction: Any) -> Tensor:
                 attend.enter(number)
-                return block(x, **restriction) if restriction else any_block(block, x, attend)
+                return block(x, **restriction) if restriction else any_block(block, Stream(x), attend).sum()
 
             embed.dynamic_feat_size = self.patch_embed.dynamic_feat_size
             model = SimpleNamespace(
@@ -486,17 +487,17 @@ class AcceleratedViT(VisionTransformer):
             if importance or features or self.prune:
                 raise UnsupportedModelError(f"blocks{reason}, so it runs as one, and nothing within it can be measured")
             return self.norm(self.blocks(x)), attend
-        *blocks, last = self.blocks
+        stream, (*blocks, last) = Stream(x), self.blocks
         for number, block in enumerate(blocks):
             attend.enter(number, wanted[number], prune=self.prune.get(number + 1))
-            x = self._run(any_block, block, x, attend)
+            stream = self._run(any_block, block, stream, attend)
         attend.enter(len(blocks), wanted[-1], measures=importance and not pools_by_attention(self))
         queries = pooled_tokens(self, last) if not all_tokens and wanted[-1] <= {"keys"} else None
         if queries is None or (queries > 1 and not attend.tokens.is_uniform):
-            x = self._run(any_block, last, x, attend)
+            stream = self._run(any_block, last, stream, attend)
         else:
-            x = self._run(partial(block_of_first_tokens, count=queries), last, x, attend)
-        x = self.norm(x)
+            stream = self._run(partial(block_of_first_tokens, count=queries), last, stream, attend)
+        _, x = normalise(stream, self.norm, self.backend)
         if importance and pools_by_attention(self):
             reason = obstacle_within_pool(self.attn_pool)
             if reason is not None:
@@ -504,14 +505,16 @@ class AcceleratedViT(VisionTransformer):
             attend.measured = [pooling_attention(self, x, attend.tokens)[None]]
         return x, attend
 
-    def _run(self, run: Callable[..., Tensor], block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
+    def _run(self, run: Callable[..., Stream], block: nn.Module, stream: Stream, attend: Attend) -> Stream:
         """Run a block, and again in the backward pass if timm's gradient checkpointing is on."""
         if not self.grad_checkpointing:
-            return run(block, x, attend=attend)
+            return run(block, stream, attend=attend)
         before, states = attend.as_entered(), iter((attend,))
-        return checkpoint(
-            lambda x: run(block, x, attend=next(states, None) or before.as_entered()), x, use_reentrant=False
-        )
+
+        def run_again(x: Tensor) -> Tensor:
+            return run(block, Stream(x), attend=next(states, None) or before.as_entered()).sum()
+
+        return Stream(checkpoint(run_again, stream.sum(), use_reentrant=False))
 
     def _importance(
         self, importance: Tensor, patches: PackedTokens, tokens: PackedTokens, grid_size: tuple[int, int]
