@@ -12,7 +12,7 @@ PARALLEL ?= -n auto --dist loadfile
 SOURCES := pyproject.toml constraints.txt
 OLDEST_TIMM := $(shell sed -n 's/^ *"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 # The tests whose outcome hangs on timm's version.
-TIMM_TESTS := $(addprefix tests/backbones/test_,coverage.py support.py timms_tools.py timms_own_tests.py)
+TIMM_TESTS := $(addprefix tests/backbones/test_,coverage.py support.py timms_tools.py)
 
 SET_UP = $(if $(filter file,$(origin BIN)),$(VENV)/.installed-$(1))
 
