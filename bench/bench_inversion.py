@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 from duel import OURS, check
-from plain_loop import PlainLoop, backward_flops, forward_flops
+from plain_loop import PlainLoop, backward_flops, elementwise_bytes, forward_flops
 from smi_fast.kernels.rows import uniform_lengths
 from torch import Tensor, nn
 
@@ -63,6 +63,7 @@ class Stage:
         return {
             "floor_flops": self.batch * (forward_flops(tokens, width) + backward_flops(tokens, width)),
             "floor_bytes": 2 * element * matrices + self.batch * self.kept * 3 * 16 * 16 * (28 + 3 * element),
+            "elementwise_bytes": self.batch * elementwise_bytes(tokens, width, element),
         }
 
 
