@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -22,10 +23,8 @@ from pathlib import Path
 import pytest
 import torch
 from duel import OURS, Outcome, answers, ceilings, duel
-from journal import Journal, source
+from journal import DEAD, Journal, source
 from pytest_benchmark.stats import Stats
-
-DEAD = 75  # the exit status of a run whose GPU stopped answering; a new process can go on with --results
 
 
 def pytest_addoption(parser):
@@ -126,8 +125,9 @@ def results(request) -> Journal:
         commit_info=config.hook.pytest_benchmark_generate_commit_info(config=config),
     )
     del about["benchmarks"]
-    threads = config.option.bench_device, str(torch.get_num_threads())
-    return Journal(config.option.results, source(*threads), **about)
+    info = about["machine_info"]
+    on = str(info.get("gpu", info["device"])), str(info["threads"])
+    return Journal(config.option.results, source(*on), **about)
 
 
 @pytest.fixture
@@ -176,6 +176,7 @@ def _outcomes(
     try:
         outcomes = duel(contestants(), device=device, **options)
     except Exception as error:  # of what all contestants share
+        traceback.print_exc()
         return dict.fromkeys(names, Outcome(wrong=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))
     return {name: outcomes.get(name, Outcome(absent=f"does not run on {device.type}")) for name in names}
 

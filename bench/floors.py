@@ -14,6 +14,7 @@ import re
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+OURS = "smi-fast"  # the contestant whose floors these are
 Ceilings = dict[str, Any]  # "bytes_per_second": a number, "flops_per_second": a number for each dtype
 Facts = dict[str, Any]  # of a group: "floor_bytes", "floor_flops", "elementwise_bytes", "dtype", "nodes", ...
 

@@ -1,18 +1,19 @@
-"""A JSON file of results that is whole at any time, and from which a run that was stopped goes on."""
+"""A JSON file of results that is whole at any time, and from which a run that was stopped goes on.
+
+Nothing here needs torch or the package that is measured: what they break can be written down.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from smi_fast.data.files import atomic_write, read_json
-
 ROOT = Path(__file__).resolve().parent.parent
+DEAD = 75  # the exit status of a process whose GPU stopped answering; another process can go on
 Record = dict[str, Any]
 
 
@@ -32,7 +33,7 @@ class Journal:
         self._texts: dict[str, list[str]] = {}
         if path is None or not path.exists():
             return
-        before = read_json(path)
+        before = json.loads(path.read_text())
         if before.get("source") != source:
             path.replace(path.with_suffix(f".{before.get('source', 'unknown')}.json"))
             return
@@ -49,8 +50,7 @@ class Journal:
         for name, records in lists.items():
             self._extend(name, records)
         if self.path is not None:
-            with atomic_write(self.path) as partial:
-                partial.write_text(self._text())
+            write_whole(self.path, self._text())
 
     def _extend(self, name: str, records: Iterable[Record]) -> None:
         new = list(records)
@@ -65,12 +65,18 @@ class Journal:
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file by a new one in one go. Nobody ever sees a part of it, whenever the process ends."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def source(*others: str, table: bool = True) -> str:
-    """A short name for all that results depend on: the code, torch, the GPU and `others`. Results of another source are
-    never mixed with new ones. `table`: whether the dispatch table counts, which tuning changes."""
-    digest = hashlib.sha256(" ".join([torch.__version__, *others]).encode())
-    if torch.cuda.is_available():
-        digest.update(torch.cuda.get_device_name().encode())
+    """A short name for all that results depend on: the code, the version of torch, and `others`, such as the GPU's
+    name. Results of another source are never mixed with new ones. `table`: whether the dispatch table counts, which
+    tuning changes."""
+    digest = hashlib.sha256(" ".join([version("torch"), *others]).encode())
     paths = [path for folder in ("smi_fast", "kernels", "bench", "tests") for path in (ROOT / folder).rglob("*.py")]
     for path in sorted(paths) + ([ROOT / "kernels" / "dispatch.json"] if table else []):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())

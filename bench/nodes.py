@@ -15,7 +15,10 @@ class CountedGraph(torch.cuda.CUDAGraph):
     """A CUDA graph that enters its number of nodes in the list of `counted` when its capture ends."""
 
     def __new__(cls):
-        return super().__new__(cls, keep_graph=True)  # else nothing of it can be asked for
+        return super().__new__(cls, keep_graph=True)
+
+    def __init__(self):
+        super().__init__(keep_graph=True)  # else nothing of it can be asked for
 
     def capture_end(self) -> None:
         super().capture_end()

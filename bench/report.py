@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import floors
-from duel import OURS
-
-from smi_fast.data.files import atomic_write
+from floors import OURS
+from journal import write_whole
 
 Entries = dict[str, dict]  # of a group, by contestant
 
@@ -436,8 +435,7 @@ def main() -> None:
             results[name] = results.get(name, []) + other.get(name, [])
     text = report(results, markdown=arguments.markdown, with_targets=arguments.targets)
     if arguments.output:
-        with atomic_write(arguments.output) as partial:
-            partial.write_text(text)
+        write_whole(arguments.output, text)
     else:
         print(text, end="")
     if arguments.plots:
