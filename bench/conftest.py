@@ -35,6 +35,7 @@ def pytest_addoption(parser):
     group.addoption("--threads", type=int, help="CPU threads; by default as many as torch chooses")
     group.addoption("--stop-after", type=float, help="seconds after which no further group begins")
     group.addoption("--results", type=Path, help="write each group here when it is measured, and skip what is there")
+    group.addoption("--compile-only", action="store_true", help="compile what smi-fast launches, and time nothing")
     group.addoption("--rounds", type=int, help="time so many rounds of each contestant; by default what time allows")
 
 
@@ -130,8 +131,20 @@ def results(request) -> Journal:
     return Journal(config.option.results, source(*on), **about)
 
 
+@pytest.fixture(scope="session")
+def ahead(request) -> Iterator:
+    if not request.config.option.compile_only:
+        yield None
+        return
+    from ahead import Ahead
+
+    found = Ahead()
+    yield found
+    found.compile()
+
+
 @pytest.fixture
-def enter(request, benchmark, begun, results, case, contestant, device) -> Callable:
+def enter(request, benchmark, begun, results, ahead, case, contestant, device) -> Callable:
     """A function `enter(title, contestants, facts, **arguments of duel)` that records this contestant's rounds.
 
     `contestants` makes the rounds of all. `facts` are numbers of the group that report.py reads: the `length` of a
@@ -142,6 +155,11 @@ def enter(request, benchmark, begun, results, case, contestant, device) -> Calla
         group = f"{title}: {case}"
         names = request.node.get_closest_marker("contest").kwargs["contestants"]
         about = {"title": title, **{name: str(value) for name, value in vars(case).items()}, **(facts or {})}
+        if ahead is not None:
+            if contestant == OURS and not _is_there(results, group):
+                ahead.take(contestants)
+            benchmark.skipped = True
+            pytest.skip("compiled only")
         limit = request.config.option.stop_after
         if not _is_there(results, group):
             if limit is not None and time.monotonic() - begun > limit:

@@ -169,12 +169,12 @@ def benchmarks(settings: Settings, name: str, arguments: list[str]) -> Iterator[
     """Kernels are compiled before they are timed, and the report is written of all results that there are."""
     if settings.quick:
         arguments = [*arguments[:1], *QUICK[name][-2:], "--rounds", "1"]
-    else:
-        yield Part("compile", [sys.executable, "bench/ahead.py"])
     results = settings.file("-kernels.json"), settings.file("-loop.json")
     path = str(settings.file(f"-{name}.json"))
-    stop = ["--bench-device", "cuda", "--stop-after", f"{settings.limit - 3 * MARGIN:g}", "--results", path]
-    yield Part("benchmarks", [*PYTEST, *arguments, *stop])
+    command = [*PYTEST, *arguments, "--bench-device", "cuda", "--results", path]
+    if name == "kernels":  # the loop launches few kernels, before its timed iterations
+        yield Part("compile", [*command, "--compile-only"], repeats=True)
+    yield Part("benchmarks", [*command, "--stop-after", f"{settings.limit - 6 * MARGIN:g}"])
     report = [sys.executable, "bench/report.py", *map(str, results), "--markdown", "--targets"]
     report += ["--output", str(settings.file(".md"))]
     report += [] if settings.quick else ["--plots", str(settings.file(""))]

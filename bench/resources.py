@@ -127,10 +127,28 @@ def config_of(launch: Launch) -> str:
     return " ".join(dtypes + [f"{name}={arguments[name]}" for name in CONSTANTS if name in arguments])
 
 
+class Job(NamedTuple):
+    """A kernel to compile for an architecture. It holds none of the tensors that the kernel is launched with."""
+
+    source: ASTSource
+    options: dict[str, Any]
+    kernel: str
+    config: str
+    arch: str
+
+
+def job(launch: Launch, arch: str) -> Job:
+    """What to compile for a launch, specialised to its arguments."""
+    return Job(*source(launch, arch), name_of(launch), config_of(launch), arch)
+
+
 def compiled(launch: Launch, arch: str) -> Usage:
-    """Compile a launch for an architecture, such as "sm_90", and read off the machine code what it uses."""
-    kernel, options = source(launch, arch)
-    result = triton.compile(kernel, target=target(arch), options=options)
+    """Compile a launch for an architecture, such as "sm_90", and return what its machine code uses."""
+    return _compile(job(launch, arch))
+
+
+def _compile(job: Job) -> Usage:
+    result = triton.compile(job.source, target=target(job.arch), options=job.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(result.asm["cubin"])
         cubin.flush()
@@ -138,34 +156,34 @@ def compiled(launch: Launch, arch: str) -> Usage:
     registers, stack = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK"))
     instructions = (name for name, pattern in TENSOR_CORES.items() if re.search(pattern, result.asm["ptx"]))
     tensor_core = next(instructions, "none")
-    return Usage(name_of(launch), config_of(launch), arch, registers, stack, result.metadata.shared, tensor_core)
+    return Usage(job.kernel, job.config, job.arch, registers, stack, result.metadata.shared, tensor_core)
 
 
-def usages(jobs: Iterable[tuple[Launch, str]], processes: int | None = None) -> list[Usage]:
-    """What each launch uses on the architecture beside it. Launches that compile alike are compiled once.
+def usages(jobs: Iterable[Job], processes: int | None = None) -> list[Usage]:
+    """What the kernel of each job uses. Those that compile alike are compiled once.
 
     Args:
-        jobs: launches and architectures.
+        jobs: as `job` makes them.
         processes: how many compile at a time; None: one for each CPU.
     """
-    jobs, keys = list(jobs), []
-    for launch, arch in jobs:
-        kernel, options = source(launch, arch)
-        keys.append((kernel.hash(), options["num_warps"], options["num_stages"], config_of(launch), arch))
+    jobs = list(jobs)
+    keys = [
+        (one.source.hash(), one.options["num_warps"], one.options["num_stages"], one.config, one.arch) for one in jobs
+    ]
     distinct = dict(zip(keys, jobs, strict=True))
-    context = multiprocessing.get_context("fork")  # the launches are handed over as they lie in memory
+    context = multiprocessing.get_context("fork")  # the jobs are handed over as they lie in memory
     with ProcessPoolExecutor(processes, context, _receive, (list(distinct.values()),)) as pool:
         found = dict(zip(distinct, pool.map(_compiled, range(len(distinct))), strict=True))
     return [found[key] for key in keys]
 
 
-def _receive(jobs: list[tuple[Launch, str]]) -> None:
+def _receive(jobs: list[Job]) -> None:
     global _jobs
     _jobs = jobs
 
 
 def _compiled(index: int) -> Usage:
-    return compiled(*_jobs[index])
+    return _compile(_jobs[index])
 
 
 def configurations(archs: Iterable[str], kernels: str = "") -> Configurations:
@@ -185,7 +203,7 @@ def configurations(archs: Iterable[str], kernels: str = "") -> Configurations:
 
 def measured(found: Configurations, processes: int | None = None) -> list[Usage]:
     """What each configuration uses: the largest numbers that any of its launches has, and all of their tensor cores."""
-    jobs = [(launch, arch) for (_, _, arch), launches in found.items() for launch in launches]
+    jobs = [job(launch, arch) for (_, _, arch), launches in found.items() for launch in launches]
     uses = iter(usages(jobs, processes))
     result = []
     for key, launches in found.items():

@@ -26,7 +26,7 @@ import torch
 from duel import CALLS, answers, captured, on_device
 from journal import DEAD, Journal, source, write_whole
 from launches import launches
-from resources import usages
+from resources import job, usages
 from smi_fast.kernels import dispatch
 from smi_fast.kernels.attention import launch_attention, launch_attention_backward
 from smi_fast.kernels.backend import Launch, recording
@@ -190,7 +190,7 @@ def occupancies(
     """Compile what `launched(operation, row)` gives for each row. Return the least occupancy among the kernels of each
     row; 0 where one of them has a fault."""
     cases = [launched(operation, row) for row in rows]
-    results = iter(usages([(launch, arch) for case in cases for launch in case], processes))
+    results = iter(usages([job(launch, arch) for case in cases for launch in case], processes))
     uses = [[next(results) for _ in case] for case in cases]
     return [0.0 if any(use.faults() for use in row) else min(use.occupancy for use in row) for row in uses]
 
@@ -198,7 +198,7 @@ def occupancies(
 def faulty(arch: str, operation: str, rows: list[Row], processes: int | None) -> list[bool]:
     """Whether any kernel that a row can launch has a fault, in any case."""
     cases = [launches(operation, row) for row in rows]
-    results = iter(usages([(launch, arch) for row in cases for launch in row], processes))
+    results = iter(usages([job(launch, arch) for row in cases for launch in row], processes))
     return [any(use.faults() for use in [next(results) for _ in row]) for row in cases]
 
 

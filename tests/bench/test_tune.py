@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,39 @@ def test_the_fastest_faultless_candidate_replaces_its_row_only(tune, empty_table
     assert json.loads(empty_table.read_text()) == table
     best = {"up_to": 4096, **tune.KINDS[0], "BN": 32, "num_warps": 8}
     assert table["sm_90"]["class_attention_forward"] == [kept, best]
+
+
+TIMED = """
+import json, sys
+import tune
+from resources import job, target
+from triton import compile
+from triton.runtime import driver
+
+class Driver:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: target("sm_90"))
+
+if __name__ == "__main__":
+    driver.set_active(Driver())
+    purpose, (row, *_) = tune.rows_to_fill("select_tokens_backward", {})[0]
+    (launch,) = tune.timed_launches("select_tokens_backward", row)
+    one = job(launch, "sm_90")
+    ahead = compile(one.source, target=target(one.arch), options=one.options)
+    timed = launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments)
+    print(json.dumps([ahead.hash, timed.hash]))
+"""
+
+
+def test_what_is_compiled_ahead_is_what_triton_looks_for_when_it_is_timed():
+    """Under the key of its cache on disk."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BENCH), environment.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", TIMED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ahead, timed = json.loads(done.stdout)
+    assert ahead == timed
 
 
 def test_without_a_usable_candidate_nothing_is_entered(tune, monkeypatch):
