@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from floors import OURS
@@ -21,7 +21,7 @@ from smi_fast.inversion.graphs import capture, side_stream
 
 SECONDS = {"cpu": 2.0, "cuda": 0.15}  # for all rounds of a group
 ROUNDS = {"cpu": (7, 200), "cuda": (11, 31)}  # the least and the most that each contestant has
-CALLS = 16  # calls in one timed graph, because a graph of one kernel costs 2 to 3 us beside the kernel
+CALLS = 16  # calls in one timed graph at most, because a graph of one kernel costs 2 to 3 us beside the kernel
 LONG = 1e-3  # seconds: a call that takes longer is timed alone
 FLUSHED = 256 * 2**20  # bytes that are read to empty the L2 cache
 ROTATED = 4 * 2**30, 0.5  # at most so many bytes, and seconds to set up, go into further inputs of a group
@@ -67,6 +67,10 @@ class Outcome:
 Contestants = dict[str, "Call | Round | str"]
 
 
+def as_round(contestant: Call | Round) -> Round:
+    return contestant if isinstance(contestant, Round) else Round(contestant)
+
+
 def duel(
     contestants: Contestants,
     *,
@@ -96,7 +100,8 @@ def duel(
         memory: whether to measure the peak too, in one more call of each.
         measure: runs a call and returns its seconds, one or several. None is a stopwatch for the device, and on a GPU
             rounds become graphs.
-        again: makes the same contestants on further inputs, which the calls of a graph then take in turn.
+        again: makes the same contestants on further inputs. A graph has a call for each of them, so that none finds its
+            inputs in the caches. Without it, a graph for the cold figure has one call.
     """
     graphs = device.type == "cuda" and measure is None
     if device.type == "cuda":
@@ -112,9 +117,8 @@ def duel(
             if broken or isinstance(contestant, str):
                 outcomes[name] = Outcome(absent=contestant if isinstance(contestant, str) else broken)
                 continue
-            one = contestant if isinstance(contestant, Round) else Round(contestant)
-            same = [each[name].call if isinstance(each[name], Round) else each[name] for each in sets]
             try:
+                one, *others = (as_round(each[name]) for each in sets)
                 with counted() as nodes:
                     output = one.comparable(*_detached(one.call()))
                 peak = peak_bytes(one.call, device) if memory else None
@@ -122,9 +126,10 @@ def duel(
                 if tolerance is not None:
                     check(name, output, expected, tolerance)
                 if graphs:
-                    outcome, running[name] = _on_gpu(name, one, same, expected, tolerance)
+                    outcome, running[name] = _on_gpu(name, one, others, expected, tolerance)
                 else:
-                    outcome, running[name] = Outcome(nodes=nodes[-1] if nodes else None), _single(one.call, measure)
+                    outcome = Outcome(nodes=nodes[-1] if nodes else None)
+                    running[name] = {"seconds": partial(measure or on_host, one.call)}
                 outcomes[name], reference = replace(outcome, peak_bytes=peak), expected
             except Exception as error:
                 traceback.print_exc()
@@ -169,18 +174,13 @@ def further(again: Callable[[], Contestants]) -> list[Contestants]:
     return sets
 
 
-def _single(call: Call, measure: Measure | None) -> Figures:
-    measure = measure or on_host
-    return {"seconds": lambda: measure(call)}
-
-
 def _on_gpu(
-    name: str, one: Round, calls: list[Call], reference: Outputs, tolerance: float | None
+    name: str, one: Round, others: list[Round], reference: Outputs, tolerance: float | None
 ) -> tuple[Outcome, Figures]:
     """How a contestant is timed on a GPU: as graphs, or without if it cannot be captured.
 
     Args:
-        calls: the same call on different inputs, the first of them on those of `one`.
+        others: the same as `one` on other inputs.
 
     Raises:
         AssertionError: a replay computes something else than the reference.
@@ -195,8 +195,8 @@ def _on_gpu(
     found = Outcome(graph=True, nodes=nodes[-1] if nodes else None)
     if on_device(single) > LONG:
         return found, figures([single], [single])
-    rotating = [calls[number % len(calls)] for number in range(CALLS)]
-    return found, figures(rotating, [one.call] * CALLS, pool)
+    # A call on inputs that another has read would not be cold, so that there is one for each set of inputs.
+    return found, figures([one.call, *(other.call for other in others)], [one.call] * CALLS, pool)
 
 
 def figures(cold: list[Call], warm: list[Call], pool: tuple[int, int] | None = None) -> Figures:

@@ -87,10 +87,10 @@ def table(groups: dict[str, Facts], ceilings: Ceilings | None) -> list[tuple[str
             elementwise = facts["elementwise_bytes"] / ceilings["bytes_per_second"]
         rows.append(
             (
-                group, _number(facts["floor_bytes"], 1e-6), _number(facts["floor_flops"], 1e-9),
-                _number(least and least.seconds, 1e6), least.bound if least else "-",
-                _number(facts.get("median_ms"), 1e3), _number(facts.get("warm_ms"), 1e3), _number(facts.get("nodes")),
-                _number(elementwise, 1e6),
+                group, number(facts["floor_bytes"], 1e-6), number(facts["floor_flops"], 1e-9),
+                number(least and least.seconds, 1e6), least.bound if least else "-",
+                number(facts.get("median_ms"), 1e3), number(facts.get("warm_ms"), 1e3), number(facts.get("nodes")),
+                number(elementwise, 1e6),
                 f"{elementwise / least.seconds:.0%}" if elementwise and least else "-",
             )
         )  # fmt: skip
@@ -98,7 +98,7 @@ def table(groups: dict[str, Facts], ceilings: Ceilings | None) -> list[tuple[str
     return [tuple(row[n] for n in used) for row in rows]
 
 
-def _number(value: float | None, scale: float = 1) -> str:
+def number(value: float | None, scale: float = 1) -> str:
     return "-" if value is None else f"{value * scale:.4g}"
 
 

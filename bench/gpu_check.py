@@ -39,7 +39,7 @@ MARGIN = 30  # seconds before the end of a step at which its commands begin noth
 QUICK = {
     "tests": ["tests/bench/test_bench.py", "-k", "gpu_rounds"],
     "tune": ["--only", "select_tokens_backward", "--processes", "2", "--keep"],
-    "kernels": ["-k", "test_selection and 512 and 137 and 768"],
+    "kernels": ["-k", "test_patches_forward and not backward and 137 and not 128 and not 512"],
     "loop": ["-k", "test_iteration and deit_tiny and not 46"],
 }
 

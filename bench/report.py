@@ -78,7 +78,7 @@ def _table(entries: Entries, results: dict) -> list[tuple[str, ...]]:
         "IQR ms": lambda entry: f"{entry['stats']['iqr'] * 1e3:.2g}",
     }
     if any(entry["extra_info"].get("warm_ms") for entry in timed.values()):
-        columns["warm ms"] = lambda entry: f"{entry['extra_info']['warm_ms']:.4g}"
+        columns["warm ms"] = lambda entry: floors.number(entry["extra_info"].get("warm_ms"))
     if ours:
         columns[f"x {OURS}"] = lambda entry: f"{median(entry) / median(ours):.2f}"
         if floor(ours, results) is not None:
@@ -89,7 +89,7 @@ def _table(entries: Entries, results: dict) -> list[tuple[str, ...]]:
     if any(entry["extra_info"].get("graph") is not None for entry in timed.values()):
         columns["graph"] = lambda entry: "yes" if entry["extra_info"]["graph"] else "no"
     if any(entry["extra_info"].get("nodes") for entry in timed.values()):
-        columns["nodes"] = lambda entry: str(entry["extra_info"]["nodes"] or "-")
+        columns["nodes"] = lambda entry: floors.number(entry["extra_info"].get("nodes"))
     columns["peak MiB"] = lambda entry: _mebibytes(entry["extra_info"]["peak_bytes"])
     rows = [tuple(cell(entry) for cell in columns.values()) for entry in timed.values()]
     failed = [entry for entry in entries.values() if reason(entry)]

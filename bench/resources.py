@@ -1,7 +1,7 @@
-"""What compiled kernels use of a GPU that need not be there: registers, stack, shared memory, tensor cores.
+"""Compiles kernels for GPUs and reports what they use: registers, stack, shared memory, tensor cores. No GPU is needed.
 
-A script that uses this module does so under `if __name__ == "__main__"`, and without TRITON_INTERPRET in the
-environment. Triton's own cache keeps what has been compiled.
+A script must use this module under `if __name__ == "__main__"`, and TRITON_INTERPRET must not be set in its environment.
+Triton's own cache keeps what has been compiled.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 TENSOR_CORES = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}  # in PTX
 # The constants that the dispatch table decides about, in the order in which a configuration lists them.
 CONSTANTS = ("BD", "BM", "BN", "BR", "BC", "BT", "BE", "CHANNELS_FIRST", "num_warps", "num_stages")
-REGISTERS = 65536  # of a multiprocessor, which hands them out to warps by
-REGISTER_UNIT = 256
-LEAST_SHARED = 1024  # bytes that each program takes of the shared memory, besides what it asks for
+REGISTERS = 65536  # registers of a multiprocessor
+REGISTER_UNIT = 256  # a multiprocessor gives registers to a warp in multiples of this
+LEAST_SHARED = 1024  # bytes of shared memory that each program takes in addition to what it asks for
 COLUMNS = ("kernel", "configuration", "registers", "spilled", "shared", "tensor core", "architectures")
 HEADING = """\
 # What each kernel uses in every configuration that kernels/dispatch.json can choose: the registers of a thread, bytes
@@ -42,7 +42,7 @@ Configurations = dict[tuple[str, str, str], list[Launch]]  # by kernel, configur
 
 
 class Multiprocessor(NamedTuple):
-    """How much can be on a multiprocessor at a time (CUDA C++ Programming Guide, table of compute capabilities)."""
+    """How much can be resident on a multiprocessor (CUDA C++ Programming Guide, table of compute capabilities)."""
 
     warps: int
     programs: int
@@ -92,8 +92,14 @@ class Usage(NamedTuple):
 
 
 def occupancy(arch: str, num_warps: int, registers: int, shared_bytes: int) -> float:
-    """The share of a multiprocessor's warps that can be resident, where a program has so many warps and bytes of shared
-    memory and a thread so many registers."""
+    """Compute the share of a multiprocessor's warps that can be resident.
+
+    Args:
+        arch: such as "sm_90".
+        num_warps: the warps of a program.
+        registers: the registers of a thread.
+        shared_bytes: the bytes of shared memory that a program asks for.
+    """
     limits = MULTIPROCESSORS[arch]
     per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     programs = min(
@@ -119,8 +125,8 @@ def source(launch: Launch, arch: str) -> tuple[ASTSource, dict[str, Any]]:
 
 
 def config_of(launch: Launch) -> str:
-    """What the dispatch table decides about a launch: "half BD=64 BN=32 num_warps=4", say. Attention begins with the
-    dtype that the rows of the table name."""
+    """Describe what the dispatch table decides about a launch, for example "half BD=64 BN=32 num_warps=4". For attention
+    the description begins with the dtype by which the table distinguishes its rows."""
     arguments = launch.arguments
     tensors = [arguments[name] for name in ("qkv", "kv") if name in arguments]
     dtypes = ["float32" if x.dtype == torch.float32 else "half" for x in tensors]

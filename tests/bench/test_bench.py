@@ -564,6 +564,8 @@ def test_gpu_rounds_are_graphs_where_they_can_be(duel):
     outcomes = duel.duel(contestants, device=device, tolerance=1e-5, rounds=3)
     assert [outcomes[name].graph for name in ("smi-fast", "waiting", "again")] == [True, False, True]
     assert all(len(outcomes[name].seconds) == 3 for name in ("smi-fast", "waiting", "again"))
+    assert all(len(outcomes[name].warm) == 3 for name in ("smi-fast", "waiting", "again"))
+    assert outcomes["smi-fast"].nodes == outcomes["again"].nodes >= 2
     assert outcomes["wrong"].wrong
 
     def failing():
@@ -571,6 +573,6 @@ def test_gpu_rounds_are_graphs_where_they_can_be(duel):
             torch.cuda.synchronize()
         return x @ x
 
-    assert duel.captured(failing) is None
-    assert duel.captured(lambda: x @ x)() is not None
+    assert duel.captured([failing]) is None
+    assert duel.captured([lambda: x @ x])() is not None
     torch.cuda.empty_cache()

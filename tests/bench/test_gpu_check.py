@@ -97,8 +97,8 @@ def test_commands_stop_before_their_step_ends_and_write_under_the_name_of_the_gp
             written += [options[option] for option in ("--results", "--outcomes", "--output") if option in options]
             for option in {"--stop-after", "--seconds"} & options.keys():
                 assert float(options[option]) <= settings.limit - 60, (name, part.name)
-    assert [Path(path).name for path in written] == [
-        f"nvidia-h200{ending}" for ending in ("-tests.json", "-tune.json", "-kernels.json", ".md", "-loop.json", ".md")
+    assert [Path(path).name for path in dict.fromkeys(written)] == [
+        f"nvidia-h200{ending}" for ending in ("-tests.json", "-tune.json", "-kernels.json", ".md", "-loop.json")
     ]
 
 
@@ -133,19 +133,24 @@ def test_without_a_gpu_the_check_says_so_and_fails(tmp_path):
 
 # Triton's launcher would load kernels into a driver that there is not, and cuDNN is not part of the fake runtime.
 STARTUP = """
-import ctypes, os, torch
-from triton.runtime.jit import JITFunction
-runtime = ctypes.CDLL(os.environ["FAKECUDA_RUNTIME"])
-runtime.fake_launch.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+import ctypes, os, sys
+if not {"bench/report.py", "-c"} & {*sys.orig_argv}:  # which launch nothing
+    import torch
+    from triton.runtime.jit import JITFunction
+    runtime = ctypes.CDLL(os.environ["FAKECUDA_RUNTIME"])
+    runtime.fake_launch.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
 
-def launch_nothing(self, *args, grid, warmup, **options):
-    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
-    runtime.fake_launch(self.__name__.encode(), stream)
+    def launch_nothing(self, *args, grid, warmup, **options):
+        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+        runtime.fake_launch(self.__name__.encode(), stream)
 
-JITFunction.run = launch_nothing
-torch.backends.cudnn.enabled = False
-torch.backends.cuda.enable_cudnn_sdp(False)
+    JITFunction.run = launch_nothing
+    torch.backends.cudnn.enabled = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
 """
+
+
+PATCHES = "smi-fast", "torch", "torch, reshaped", "torch.compile"
 
 
 @needs_fake_cuda
@@ -159,19 +164,21 @@ def test_the_whole_check_runs_on_a_runtime_that_computes_nothing(tmp_path):
     before = table.read_bytes()
     command = [sys.executable, str(BENCH / "gpu_check.py"), "--quick", "--out", str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(done.stdout)
     assert table.read_bytes() == before
     name = "an-h100-that-computes-nothing"
     verdicts = {
         (record["step"], record["part"]): record["verdict"]
         for record in json.loads((out / f"{name}-check.json").read_text())["parts"]
     }
-    for part in [
-        ("tune", "tune"),
-        *((step, part) for step in ("kernels", "loop") for part in ("benchmarks", "report")),
-    ]:
+    for part in (
+        ("tune", "tune"), ("kernels", "compile"), ("kernels", "benchmarks"), ("kernels", "report"),
+        ("loop", "benchmarks"), ("loop", "report"),
+    ):  # fmt: skip
         assert verdicts[part] == "passed", done.stdout + (out / f"{name}-{part[0]}.log").read_text()[-3000:]
     (test,) = json.loads((out / f"{name}-tests.json").read_text())["tests"]
-    assert "computes nothing" in test["error"] or test["outcome"] == "failed"
+    assert test["outcome"] == "failed"  # it compares numbers, and there are none
+    assert "test_gpu_rounds" in test["test"]
 
     tuned = json.loads((out / f"{name}-dispatch.json").read_text())["sm_90"]
     assert (
@@ -181,10 +188,11 @@ def test_the_whole_check_runs_on_a_runtime_that_computes_nothing(tmp_path):
     assert tuned["select_tokens_backward"][0] in [record["row"] for record in times]
 
     measured = json.loads((out / f"{name}-kernels.json").read_text())["benchmarks"]
-    assert {entry["extra_info"]["contestant"] for entry in measured} == {"smi-fast", "torch", "torch.compile"}
+    assert {entry["extra_info"]["contestant"] for entry in measured} == {*PATCHES}
     for entry in measured:
-        # Each event of the runtime is 1 ms behind the last, and a graph has 16 calls.
-        assert entry["stats"]["data"] == [1e-3 / 16]
+        # Each event of the runtime is 1 ms behind the last, and a graph has as many calls as fit the time for set-up.
+        (cold,) = entry["stats"]["data"]
+        assert round(1e-3 / cold, 6) in range(1, 17)
         assert entry["extra_info"]["warm_ms"] == 1 / 16
     ours = [entry["extra_info"]["nodes"] for entry in measured if entry["extra_info"]["contestant"] == "smi-fast"]
     assert set(ours) == {1}
@@ -193,6 +201,6 @@ def test_the_whole_check_runs_on_a_runtime_that_computes_nothing(tmp_path):
             for entry in json.loads((out / f"{name}-loop.json").read_text())["benchmarks"]}  # fmt: skip
     assert 100 < loop["smi-fast"]["nodes"] < loop["plain PyTorch, compiled"]["nodes"]
     report = (out / f"{name}.md").read_text()
-    assert "### selection: " in report
+    assert "### patches through a view, forward: 32 x 137 of 196 patches" in report
     assert "### inversion, one iteration: " in report
     assert "needs --smi-checkout" in report
