@@ -2,10 +2,10 @@
 
     python bench/compile_report.py [--arch sm_80,sm_90] [--kernels attention.] [--processes N] [--table FILE]
 
-It prints a line for each kernel, configuration and architecture, and exits with status 1 if any of them has a fault. With
---table it also writes the lines into a file such as tests/kernels/compiled.txt. The lines for other architectures and
-kernels stay in the file if they were written with the same versions of Triton and its assemblers. The whole table takes
-one core an hour or two:
+It prints a line for each kernel, configuration and architecture, and exits with status 1 if any of them has a fault.
+With --table it also writes the lines into a file such as tests/kernels/compiled.txt. The lines for other architectures
+and kernels stay in the file if they were written with the same versions of Triton and its assemblers. The whole table
+takes one core an hour or two:
 
     nice python bench/compile_report.py --processes 1 --table tests/kernels/compiled.txt
 """

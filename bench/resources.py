@@ -1,7 +1,7 @@
 """Compiles kernels for GPUs and reports what they use: registers, stack, shared memory, tensor cores. No GPU is needed.
 
-A script must use this module under `if __name__ == "__main__"`, and TRITON_INTERPRET must not be set in its environment.
-Triton's own cache keeps what has been compiled.
+A script must use this module under `if __name__ == "__main__"`, and TRITON_INTERPRET must not be set in its
+environment. Triton's own cache keeps what has been compiled.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def source(launch: Launch, arch: str) -> tuple[ASTSource, dict[str, Any]]:
 
 
 def config_of(launch: Launch) -> str:
-    """Describe what the dispatch table decides about a launch, for example "half BD=64 BN=32 num_warps=4". For attention
-    the description begins with the dtype by which the table distinguishes its rows."""
+    """Describe what the dispatch table decides about a launch, for example "half BD=64 BN=32 num_warps=4". For
+    attention the description begins with the dtype by which the table distinguishes its rows."""
     arguments = launch.arguments
     tensors = [arguments[name] for name in ("qkv", "kv") if name in arguments]
     dtypes = ["float32" if x.dtype == torch.float32 else "half" for x in tensors]
