@@ -25,6 +25,7 @@ CALLS = 16  # calls in one timed graph at most, because a graph of one kernel co
 LONG = 1e-3  # seconds: a call that takes longer is timed alone
 FLUSHED = 256 * 2**20  # bytes that are read to empty the L2 cache
 ROTATED = 4 * 2**30, 0.5  # at most so many bytes, and seconds to set up, go into further inputs of a group
+CEILING_SECONDS = 0.25  # for each product and the copy that ceilings are taken of
 Call = Callable[[], object]
 Measure = Callable[[Call], Sequence[float]]
 Outputs = tuple[Tensor, ...]
@@ -343,7 +344,7 @@ def ceilings(device: torch.device, *, copied: int = 2**32, side: int | None = No
     def best(call: Call) -> float:
         call()
         started, times = time.perf_counter(), [take(call)]
-        while time.perf_counter() - started < 0.25:
+        while time.perf_counter() - started < CEILING_SECONDS:
             times.append(take(call))
         return min(times)
 
