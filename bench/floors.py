@@ -76,7 +76,10 @@ def table(groups: dict[str, Facts], ceilings: Ceilings | None) -> list[tuple[str
     the time of its elementwise part at the memory's bandwidth: what that part may cost once it is fused, if the caches
     keep nothing."""
     rows = [
-        ("", "MB", "GFLOP", "floor us", "bound by", "cold us", "warm us", "nodes", "elementwise us", "/ floor")
+        (
+            "", "MB", "GFLOP", "floor us", "bound by", "measured us", "floor / measured", "warm us", "nodes",
+            "elementwise us", "elementwise / floor",
+        )
     ]  # fmt: skip
     for group, facts in groups.items():
         least = floor(facts, ceilings)
@@ -89,13 +92,17 @@ def table(groups: dict[str, Facts], ceilings: Ceilings | None) -> list[tuple[str
             (
                 group, number(facts["floor_bytes"], 1e-6), number(facts["floor_flops"], 1e-9),
                 number(least and least.seconds, 1e6), least.bound if least else "-",
-                number(facts.get("median_ms"), 1e3), number(facts.get("warm_ms"), 1e3), number(facts.get("nodes")),
-                number(elementwise, 1e6),
-                f"{elementwise / least.seconds:.0%}" if elementwise and least else "-",
+                number(facts.get("median_ms"), 1e3), _share(least and least.seconds * 1e3, facts.get("median_ms")),
+                number(facts.get("warm_ms"), 1e3), number(facts.get("nodes")),
+                number(elementwise, 1e6), _share(elementwise, least and least.seconds),
             )
         )  # fmt: skip
     used = [n for n, column in enumerate(zip(*rows, strict=True)) if n == 0 or {*column[1:]} != {"-"}]
     return [tuple(row[n] for n in used) for row in rows]
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return f"{part / whole:.0%}" if part and whole else "-"
 
 
 def number(value: float | None, scale: float = 1) -> str:

@@ -34,7 +34,7 @@ LIBRARY = ROOT / "build" / "gpu-check" / "libsmi_fast_kernels.so"
 # These tests run small kernels in every form: forward and backward, on equal, ragged and empty sequences, and on
 # tensors with strides.
 SMALL = "triton and (ragged_and_empty or strides or neither_read)"
-MARGIN = 30  # seconds before the end of a step at which its commands begin nothing more
+MARGIN = 60  # seconds before the end of a step from which its commands begin nothing more
 # With --quick: a case or two of each step, to see that all of them run and write.
 QUICK = {
     "tests": ["tests/bench/test_bench.py", "-k", "gpu_rounds"],
@@ -51,6 +51,11 @@ class Settings(NamedTuple):
     limit: float = 540.0
     smi_checkout: Path | None = None
     quick: bool = False
+    end: float = 0.0  # of the step that runs, by the monotonic clock
+
+    def left(self) -> str:
+        """The seconds after which a command that begins now should begin nothing more."""
+        return f"{max(0.0, self.end - MARGIN - time.monotonic()):.0f}"
 
     def file(self, ending: str) -> Path:
         return self.out / f"{self.name}{ending}"
@@ -151,9 +156,8 @@ def sanitize(settings: Settings) -> Iterator[Part]:
 
 def tune(settings: Settings) -> Iterator[Part]:
     files = ["--results", str(settings.file("-tune.json")), "--copy", str(settings.file("-dispatch.json"))]
-    seconds = ["--seconds", f"{settings.limit - 2 * MARGIN:g}"]
     quick = QUICK["tune"] if settings.quick else []
-    yield Part("tune", [sys.executable, "bench/tune.py", *seconds, *files, *quick], repeats=True)
+    yield Part("tune", [sys.executable, "bench/tune.py", "--seconds", settings.left(), *files, *quick], repeats=True)
 
 
 def kernels(settings: Settings) -> Iterator[Part]:
@@ -168,13 +172,13 @@ def loop(settings: Settings) -> Iterator[Part]:
 def benchmarks(settings: Settings, name: str, arguments: list[str]) -> Iterator[Part]:
     """Kernels are compiled before they are timed, and the report is written of all results that there are."""
     if settings.quick:
-        arguments = [*arguments[:1], *QUICK[name][-2:], "--rounds", "1"]
+        arguments = [arguments[0], *QUICK[name], "--rounds", "1"]
     results = settings.file("-kernels.json"), settings.file("-loop.json")
     path = str(settings.file(f"-{name}.json"))
     command = [*PYTEST, *arguments, "--bench-device", "cuda", "--results", path]
     if name == "kernels":  # the loop launches few kernels, before its timed iterations
         yield Part("compile", [*command, "--compile-only"], repeats=True)
-    yield Part("benchmarks", [*command, "--stop-after", f"{settings.limit - 6 * MARGIN:g}"])
+    yield Part("benchmarks", [*command, "--stop-after", settings.left()])
     report = [sys.executable, "bench/report.py", *map(str, results), "--markdown", "--targets"]
     report += ["--output", str(settings.file(".md"))]
     report += [] if settings.quick else ["--plots", str(settings.file(""))]
@@ -190,13 +194,14 @@ STEPS: dict[str, Callable[[Settings], Iterator[Part]]] = {
 }
 
 
-def run_step(name: str, parts: Iterator[Part], settings: Settings) -> list[Result]:
+def run_step(name: str, settings: Settings) -> list[Result]:
     """Run the parts of a step that have not passed yet with this code and this dispatch table. Returns how all of them
     ended."""
     journal = Journal(settings.file("-check.json"), source(table=False), gpu=settings.name)
     same = {"step": name, "with": source(), "verdict": "passed"}
     passed = {record["part"] for record in journal["parts"] if record.items() >= same.items()}
     results, end = [], time.monotonic() + settings.limit
+    parts = STEPS[name](settings._replace(end=end))  # each is made when the one before has ended
     with open(settings.file(f"-{name}.log"), "a") as log:
         for part in parts:
             if part.name in passed and not part.repeats:
@@ -229,7 +234,7 @@ def main() -> int:
     settings = Settings(out, name, arch, arguments.limit, checkout, arguments.quick)
     rows = []
     for step in [arguments.step] if arguments.step else STEPS:
-        rows += [(step, result) for result in run_step(step, STEPS[step](settings), settings)]
+        rows += [(step, result) for result in run_step(step, settings)]
     print()
     cells = ((step, result.part, result.verdict, f"{result.seconds:.0f}") for step, result in rows)
     print(as_text([("step", "part", "verdict", "seconds"), *cells], left=(0, 1, 2)))

@@ -383,7 +383,8 @@ def floors_section(results: dict) -> tuple[str, list[tuple[str, ...]]] | None:
     rows = floors.table(groups, peaks or info.get("ceilings"))
     if len(rows) == 1:
         return None
-    return f"{OURS}: bytes, operations and floors, at {'published peaks' if peaks else 'the measured ceilings'}", rows
+    rates = f"the published peaks of {info['gpu']}" if peaks else "the measured ceilings"
+    return f"{OURS}: bytes and operations" + (f", and floors at {rates}" if "floor us" in rows[0] else ""), rows
 
 
 def as_text(rows: list[tuple[str, ...]], *, left: tuple[int, ...] = (0,)) -> str:

@@ -122,6 +122,19 @@ def test_where_ours_fails_the_others_are_still_timed(duel):
     assert "off by 1.0e+00" in outcomes["wrong"].wrong
 
 
+def test_behind_a_contestant_that_breaks_the_device_nothing_is_timed(duel, monkeypatch):
+    def breaks():
+        monkeypatch.setattr(duel, "answers", lambda device: False)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    contestants = {"smi-fast": lambda: torch.ones(3), "peer": breaks, "last": lambda: torch.ones(3)}
+    outcomes = duel.duel(contestants, device=CPU, rounds=1)
+    assert outcomes["peer"].absent == "RuntimeError: an illegal memory access was encountered"
+    for name in ("smi-fast", "last"):
+        assert outcomes[name].absent == "not run, because the device did not answer after peer"
+        assert not outcomes[name].seconds
+
+
 def test_the_peak_counts_what_is_held_at_once(duel):
     def call():
         for _ in range(3):
@@ -345,10 +358,10 @@ def test_a_report_has_bytes_operations_nodes_and_floors_of_the_named_gpu(bench):
     kernel, loop = (dict(zip(head, row, strict=True)) for row in rows)
     assert (kernel["MB"], kernel["GFLOP"], kernel["floor us"], kernel["bound by"]) == ("33.5", "0", "10", "bytes")
     assert (loop["floor us"], loop["bound by"], loop["nodes"]) == ("1000", "operations", "215")
-    assert (loop["cold us"], loop["warm us"]) == ("2000", "1500")
-    assert (loop["elementwise us"], loop["/ floor"]) == ("500", "50%")  # 1675 MB at 3.35 TB/s
+    assert (loop["measured us"], loop["floor / measured"], loop["warm us"]) == ("2000", "50%", "1500")
+    assert (loop["elementwise us"], loop["elementwise / floor"]) == ("500", "50%")  # 1675 MB at 3.35 TB/s
     without = report.floors_section(results_of(entries, gpu="NVIDIA T4"))[1]
-    assert without[0] == ("", "MB", "GFLOP", "cold us", "warm us", "nodes")
+    assert without[0] == ("", "MB", "GFLOP", "measured us", "warm us", "nodes")
 
 
 @pytest.mark.parametrize(
