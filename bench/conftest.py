@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from duel import OURS, Outcome, answers, ceilings, duel
-from journal import DEAD, Journal, source
+from journal import DEAD, STOPPED, Journal, source
 from pytest_benchmark.stats import Stats
 
 
@@ -47,6 +47,11 @@ def pytest_configure(config):
     if config.option.bench_device is None:
         config.option.bench_device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.allow_tf32 = False  # otherwise only convolutions would not compute in float32
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == pytest.ExitCode.OK and getattr(session, "stopped", False):
+        session.exitstatus = STOPPED
 
 
 def pytest_generate_tests(metafunc):
@@ -163,7 +168,7 @@ def enter(request, benchmark, begun, results, ahead, case, contestant, device) -
         limit = request.config.option.stop_after
         if not _is_there(results, group):
             if limit is not None and time.monotonic() - begun > limit:
-                benchmark.skipped = True
+                benchmark.skipped = request.session.stopped = True
                 pytest.skip(f"not begun {limit:g} s into the run")
             if request.config.option.rounds:
                 options["rounds"] = request.config.option.rounds

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import torch
-from journal import DEAD, Journal, source
+from journal import DEAD, STOPPED, Journal, source
 from report import as_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,13 +62,18 @@ class Settings(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A command of a step. `needs` is a program or a file without which it cannot run."""
+    """A command of a step.
+
+    `needs` is a program or a file without which it cannot run. What `repeats` runs again even if it has passed, because
+    what it reads may have changed. What `resumes` leaves out the work that ended its process before.
+    """
 
     name: str
     command: list[str]
     needs: str | Path | None = None
     environment: dict[str, str] = {}
-    repeats: bool = False  # runs again even if it has passed, as what it reads may have changed
+    repeats: bool = False
+    resumes: bool = False
 
 
 class Result(NamedTuple):
@@ -82,20 +87,21 @@ class Result(NamedTuple):
 
 
 def run(part: Part, limit: float, log: IO[str]) -> Result:
-    """Run a command and write its output to the log. It has passed if it ends in time with exit status 0. If it ends by
-    a signal, or because the GPU stopped answering, a new process goes on with what is missing."""
+    """Run a command and write its output to the log. It has passed if it ends in time with exit status 0. If the GPU
+    stopped answering, or a signal ended a command that resumes, a new process goes on with what is missing."""
     print(f"\n== {part.name}: {' '.join(part.command)}", file=log, flush=True)
     if isinstance(part.needs, Path) and not part.needs.exists():
         return Result(part.name, f"not run: no {part.needs.name}")
     if isinstance(part.needs, str) and shutil.which(part.needs) is None:
         return Result(part.name, f"not run: no {part.needs}")
     started, status = time.monotonic(), DEAD
-    while status == DEAD or status < 0:
+    while status == DEAD or (status < 0 and part.resumes):
         left = started + limit - time.monotonic()
         status = _status(part, left, log) if left > 0 else None
         if status is None:
             return Result(part.name, f"failed: ended after {limit:.3g} s", time.monotonic() - started)
-    verdict = f"failed: exit status {status}" if status else "passed"
+    verdicts = {0: "passed", STOPPED: "stopped: run the step again for what is missing"}
+    verdict = verdicts.get(status, f"failed: exit status {status}")
     return Result(part.name, verdict, time.monotonic() - started)
 
 
@@ -134,8 +140,10 @@ def tests(settings: Settings) -> Iterator[Part]:
     if not settings.quick:
         definitions = [f"-DSMI_FAST_{name}={value}" for name, value in options.items()]
         python = f"-DPython3_EXECUTABLE={sys.executable}"
-        yield Part("configure", ["cmake", "-S", str(ROOT), "-B", str(folder), python, *definitions], "cmake")
-        yield Part("build", ["cmake", "--build", str(folder)], folder / "CMakeCache.txt")
+        yield Part(
+            "configure", ["cmake", "-S", str(ROOT), "-B", str(folder), python, *definitions], "cmake", repeats=True
+        )
+        yield Part("build", ["cmake", "--build", str(folder)], folder / "CMakeCache.txt", repeats=True)
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") and not settings.quick else []
     command = [*PYTEST, "-m", "cuda", *parallel, "-p", "resume", "--outcomes", str(settings.file("-tests.json"))]
     environment = {"SMI_FAST_KERNELS_LIBRARY": str(LIBRARY)} if LIBRARY.exists() else {}
@@ -178,7 +186,7 @@ def benchmarks(settings: Settings, name: str, arguments: list[str]) -> Iterator[
     command = [*PYTEST, *arguments, "--bench-device", "cuda", "--results", path]
     if name == "kernels":  # the loop launches few kernels, before its timed iterations
         yield Part("compile", [*command, "--compile-only"], repeats=True)
-    yield Part("benchmarks", [*command, "--stop-after", settings.left()])
+    yield Part("benchmarks", [*command, "--stop-after", settings.left()], resumes=True)
     report = [sys.executable, "bench/report.py", *map(str, results), "--markdown", "--targets"]
     report += ["--output", str(settings.file(".md"))]
     report += [] if settings.quick else ["--plots", str(settings.file(""))]

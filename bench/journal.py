@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEAD = 75  # the exit status of a process whose GPU stopped answering; another process can go on
+STOPPED = 76  # the exit status of a process that had no time for all there was to measure
 Record = dict[str, Any]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from duel import CALLS, answers, captured, on_device
-from journal import DEAD, Journal, source, write_whole
+from journal import DEAD, STOPPED, Journal, source, write_whole
 from launches import launches
 from resources import job, usages
 from smi_fast.kernels import dispatch
@@ -419,7 +419,7 @@ def measure(table: Table, arguments: argparse.Namespace) -> None:
             if not operation.startswith(arguments.only):
                 continue
             if time.monotonic() - started > arguments.seconds:
-                return
+                sys.exit(STOPPED)
             enter(table, arch, operation, measured.best(arch, operation, kind, arguments.processes))
             done.setdefault(name, []).append(operation)
             parts = (f"{name} ({', '.join(chosen)})" for name, chosen in done.items())

@@ -228,6 +228,7 @@ def test_a_run_that_must_stop_begins_no_group(tmp_path):
     done = run_benchmark(tmp_path, TINY_BENCHMARK, "--stop-after=0")
     assert "8 skipped" in done.stdout
     assert "not begun 0 s into the run" in done.stdout
+    assert done.returncode == 76
 
 
 def test_the_ceiling_counts_the_operations_of_the_faster_way(duel, monkeypatch):

@@ -43,13 +43,15 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(check, capsys, tmp_pa
         check.Part("bad", [*python, "raise SystemExit(3)"]),
         check.Part("absent", ["no-such-program-here"], "no-such-program-here"),
         check.Part("no script", [*python, "print(1)"], tmp_path / "script.py"),
+        check.Part("out of time", [*python, f"raise SystemExit({check.STOPPED})"]),
         check.Part("last", [*python, "print('still here')"]),
     ]  # fmt: skip
     results = play(check, parts, tmp_path)
     assert [result.verdict for result in results] == [
-        "passed", "failed: exit status 3", "not run: no no-such-program-here", "not run: no script.py", "passed",
+        "passed", "failed: exit status 3", "not run: no no-such-program-here", "not run: no script.py",
+        "stopped: run the step again for what is missing", "passed",
     ]  # fmt: skip
-    assert [result.failed for result in results] == [False, True, False, False, False]
+    assert [result.failed for result in results] == [False, True, False, False, False, False]
     text = (tmp_path / "gpu-step.log").read_text()
     assert text.index("== good") < text.index("it says this") < text.index("== bad") < text.index("still here")
     assert "bad: failed: exit status 3" in capsys.readouterr().out
@@ -86,7 +88,11 @@ count.write_text("x" * (tries + 1))
 tries or os.kill(os.getpid(), signal.SIGSEGV)
 raise SystemExit({check.DEAD} if tries == 1 else 0)
 """
-    (result,) = play(check, [check.Part("part", [sys.executable, "-c", program])], tmp_path)
+    part = check.Part("part", [sys.executable, "-c", program])
+    (result,) = play(check, [part], tmp_path)
+    assert result.verdict == "failed: exit status -11"  # it may do the same again, for ever
+    (tmp_path / "count").unlink()
+    (result,) = play(check, [part._replace(resumes=True)], tmp_path)
     assert result.verdict == "passed"
     assert (tmp_path / "count").read_text() == "xxx"
 
