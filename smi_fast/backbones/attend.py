@@ -132,7 +132,7 @@ class Attend:
             kv = torch.cat((kv, channels.expand(-1, -1, kv.shape[2], -1)), dim=-1)
         if count == 1:
             out, rows = kernels.class_attention(
-                q[:, 0],
+                q.squeeze(1),
                 kv,
                 self.tokens.cu_seqlens,
                 self.tokens.max_seqlen,
@@ -140,7 +140,7 @@ class Attend:
                 return_attention=True,
                 backend=self.backend,
             )
-            out = out[:, None]
+            out = out.unsqueeze(1)
         else:  # all sequences are equally long
             k, v = kv.unflatten(0, (q.shape[0], -1)).unbind(2)  # [B, N, H, D] each
             exact = torch.promote_types(k.dtype, torch.float32)

@@ -26,18 +26,27 @@ def embed_patches(model: VisionTransformer, patches: PackedTokens, grid_size: tu
     if patches.values.shape[1] != weight[0].numel():
         raise ValueError(f"patches have {patches.values.shape[1]} values each, the model's have {weight[0].numel()}")
     embedded = embed.norm(linear(patches.values.to(weight.dtype), weight.flatten(1), bias))
+    prefix = _prefix_tokens(model, embedded)
+    if model.pos_embed is None:
+        return replace(patches, values=embedded).prepend(prefix)
+    count, pos_embed = 0 if model.no_embed_class else model.num_prefix_tokens, model.pos_embed
+    if grid_size != tuple(embed.grid_size):
+        pos_embed = resample_abs_pos_embed(pos_embed, grid_size, embed.grid_size, num_prefix_tokens=count)
+    tokens = replace(patches, values=embedded + _rows(pos_embed[0, count:], patches.positions))
+    tokens = tokens.prepend(prefix + pos_embed[0, :count] if count else prefix)
+    return replace(tokens, values=model.pos_drop(tokens.values))
+
+
+def _prefix_tokens(model: VisionTransformer, embedded: Tensor) -> Tensor:
+    """Return the class, distillation and register tokens, (count, C)."""
     prefix = (model.cls_token, getattr(model, "dist_token", None), model.reg_token)  # (1, count, C) each, or None
-    prefix = torch.cat([embedded[:0], *(tokens[0] for tokens in prefix if tokens is not None)])
-    if model.pos_embed is not None:
-        count = 0 if model.no_embed_class else model.num_prefix_tokens
-        pos_embed = model.pos_embed
-        if grid_size != tuple(embed.grid_size):
-            pos_embed = resample_abs_pos_embed(pos_embed, grid_size, embed.grid_size, num_prefix_tokens=count)
-        embedded = embedded + pos_embed[0, count:][patches.positions]
-        if count:
-            prefix = prefix + pos_embed[0, :count]
-    tokens = replace(patches, values=embedded).prepend(prefix)
-    return tokens if model.pos_embed is None else replace(tokens, values=model.pos_drop(tokens.values))
+    prefix = [tokens[0] for tokens in prefix if tokens is not None] or [embedded.new_empty(0, embedded.shape[1])]
+    return prefix[0] if len(prefix) == 1 else torch.cat(prefix)
+
+
+def _rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Return values[rows]. index_select is one kernel, but its gradient on a GPU is not deterministic."""
+    return values[rows] if values.requires_grad else values.index_select(0, rows)
 
 
 def embed_images(model: VisionTransformer, images: Tensor, kept: PackedTokens) -> PackedTokens:

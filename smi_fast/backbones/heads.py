@@ -8,7 +8,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from smi_fast.backbones.casting import product
 from smi_fast.backbones.support import block_obstacle, changed_method, obstacle_within, obstacle_within_block
+from smi_fast.kernels.rows import gather_rows
 from smi_fast.packed import PackedTokens
 
 
@@ -24,7 +26,7 @@ def pooled_tokens(model: VisionTransformer, block: nn.Module) -> int | None:
 
 
 def head(model: VisionTransformer, x: Tensor, tokens: PackedTokens) -> Tensor:
-    """timm's pooling and classifier. Modifications: packed sequences (T, C) are pooled here.
+    """timm's pooling and classifier. Modifications: packed sequences (T, C) are pooled here, and the product is ours.
 
     Args:
         model: a timm model.
@@ -34,6 +36,13 @@ def head(model: VisionTransformer, x: Tensor, tokens: PackedTokens) -> Tensor:
     Raises:
         ValueError: the head needs sequences of equal length, and they are not.
     """
+    changed = changed_method(model, "forward_head", "pool") is not None
+    if model.global_pool == "token" and not changed and not isinstance(model, VisionTransformerDistilled):
+        if x.ndim == 2:
+            first = gather_rows(x, tokens.cu_seqlens[:-1].long())
+        else:
+            first = x.squeeze(1) if x.shape[1] == 1 else x[:, 0]
+        return product(model.head, model.head_drop(model.fc_norm(first)))
     if x.ndim == 3:
         return model.forward_head(x)
     if model.global_pool == "token":
@@ -50,4 +59,4 @@ def head(model: VisionTransformer, x: Tensor, tokens: PackedTokens) -> Tensor:
         pooled = {"avg": mean, "max": largest, "avgmax": 0.5 * (largest + mean)}[model.global_pool]
     else:
         raise ValueError(f"global_pool {model.global_pool!r} needs images that all keep the same number of patches")
-    return model.head(model.head_drop(model.fc_norm(pooled)))
+    return product(model.head, model.head_drop(model.fc_norm(pooled)))

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from smi_fast.backbones.attend import Attend
-from smi_fast.backbones.casting import weights
+from smi_fast.backbones.casting import product, weights
 from smi_fast.backbones.features import feature_name
 from smi_fast.backbones.importance import softmax_scale
 from smi_fast.backbones.pruning import Drop, Merge, check_heeds_sizes, check_prunes
@@ -41,17 +41,12 @@ from smi_fast.kernels.linear import linear
 def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
     """timm's Attention. Modifications: x may be packed (T, C); the kernel reads queries, keys and values where the qkv
     projection wrote them."""
-    qkv = _linear(attn.qkv, x).view(-1, 3, attn.num_heads, attn.head_dim)
+    qkv = product(attn.qkv, x).view(-1, 3, attn.num_heads, attn.head_dim)
     out = attend(_normalise_qk(attn, qkv), softmax_scale(attn))
     out = attn.norm(out.view(*x.shape[:-1], attn.attn_dim))
     if attn.gate is not None:
-        out = out * _linear(attn.gate, x).sigmoid()
-    return attn.proj_drop(_linear(attn.proj, out))
-
-
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    """timm's Linear. Modifications: the product is ours. A module that is not a plain Linear is called as it is."""
-    return linear(x, *weights(module)) if obstacle(module, LINEAR) is None else module(x)
+        out = out * product(attn.gate, x).sigmoid()
+    return attn.proj_drop(product(attn.proj, out))
 
 
 def _mlp(mlp: nn.Module, x: Tensor, backend: str) -> Tensor:
@@ -61,11 +56,11 @@ def _mlp(mlp: nn.Module, x: Tensor, backend: str) -> Tensor:
         return mlp(x)
     form = _gelu_form(mlp.act)
     if form is None or obstacle(mlp.fc1, LINEAR) is not None or resolve_backend(backend, x.device) == "torch":
-        x = mlp.act(_linear(mlp.fc1, x))
+        x = mlp.act(product(mlp.fc1, x))
     else:
         weight, bias = weights(mlp.fc1)
         x = bias_gelu(linear(x, weight), bias, approximate=form, backend=backend)
-    return mlp.drop2(_linear(mlp.fc2, mlp.norm(mlp.drop1(x))))
+    return mlp.drop2(product(mlp.fc2, mlp.norm(mlp.drop1(x))))
 
 
 def _gelu_form(act: nn.Module) -> str | None:
@@ -85,9 +80,9 @@ def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
 
 def _diff_attention(attn: DiffAttention, x: Tensor, attend: Attend) -> Tensor:
     """timm's DiffAttention. Modifications: `_differential` lists them."""
-    q, k, v = _linear(attn.qkv, x).flatten(0, -2).chunk(3, dim=-1)
+    q, k, v = product(attn.qkv, x).flatten(0, -2).chunk(3, dim=-1)
     out = attn.norm(_differential(attn, q, k, v, attend).view_as(x))
-    return attn.proj_drop(_linear(attn.proj, out))
+    return attn.proj_drop(product(attn.proj, out))
 
 
 def _differential(
@@ -183,17 +178,17 @@ def block_of_first_tokens(block: Block, stream: Stream, attend: Attend, count: i
     first = attend.first(normed, count)  # [B, count, C]
     weight, bias = weights(attn.qkv)
     width = attn.attn_dim
-    q = linear(first, weight[:width], None if bias is None else bias[:width])
+    q = linear(first.flatten(0, 1), weight[:width], None if bias is None else bias[:width])
     kv = linear(normed, weight[width:], None if bias is None else bias[width:])
-    q = attn.q_norm(q.unflatten(-1, (attn.num_heads, attn.head_dim)))  # [B, count, H, D]
+    q = attn.q_norm(q.view(-1, count, attn.num_heads, attn.head_dim))  # [B, count, H, D]
     kv = kv.flatten(0, -2).unflatten(-1, (2, attn.num_heads, attn.head_dim))  # [T, 2, H, D]
     if not isinstance(attn.k_norm, nn.Identity):
         k, v = kv.unbind(1)
         kv = torch.stack((attn.k_norm(k).to(v.dtype), v), 1)
     out = attn.norm(attend.of_first(q.to(kv.dtype), kv, softmax_scale(attn)).flatten(2))
     if attn.gate is not None:
-        out = out * _linear(attn.gate, first).sigmoid()
-    out = attn.proj_drop(_linear(attn.proj, out))
+        out = out * product(attn.gate, first).sigmoid()
+    out = attn.proj_drop(product(attn.proj, out))
     return _second_half(block, add(attend.first(x, count), out, block.ls1, block.drop_path1), attend)
 
 
@@ -207,23 +202,23 @@ def _res_post_block(block: ResPostBlock, x: Tensor, attend: Attend) -> Tensor:
 
 def _parallel_scaling_block(block: ParallelScalingBlock, x: Tensor, attend: Attend) -> Tensor:
     """timm's ParallelScalingBlock. Modifications: attention reads q, k and v where the joint projection left them."""
-    mlp, qkv = _linear(block.in_proj, block.in_norm(x)).split((block.in_split[0], sum(block.in_split[1:])), dim=-1)
+    mlp, qkv = product(block.in_proj, block.in_norm(x)).split((block.in_split[0], sum(block.in_split[1:])), dim=-1)
     qkv = qkv.flatten(0, -2).unflatten(-1, (3, block.num_heads, block.head_dim))
     out = attend(_normalise_qk(block, qkv), softmax_scale(block)).view_as(x)
     mlp = block.mlp_drop(block.mlp_act(mlp if block.mlp_bias is None else mlp + block.mlp_bias))
     if block.out_proj is not None:
-        out = _linear(block.out_proj, torch.cat((out, mlp), dim=-1))
+        out = product(block.out_proj, torch.cat((out, mlp), dim=-1))
     else:
-        out = _linear(block.attn_out_proj, out) + _linear(block.mlp_out_proj, mlp)
+        out = product(block.attn_out_proj, out) + product(block.mlp_out_proj, mlp)
     return x + block.drop_path(block.ls(out))
 
 
 def _diff_parallel_scaling_block(block: DiffParallelScalingBlock, x: Tensor, attend: Attend) -> Tensor:
     """timm's DiffParallelScalingBlock. Modifications: `_differential` lists them."""
-    mlp, q, k, v = _linear(block.in_proj, block.in_norm(x)).split(block.in_split, dim=-1)
+    mlp, q, k, v = product(block.in_proj, block.in_norm(x)).split(block.in_split, dim=-1)
     out = _differential(block, q.flatten(0, -2), k.flatten(0, -2), v.flatten(0, -2), attend).view_as(x)
     mlp = block.mlp_drop(block.mlp_act(mlp if block.mlp_bias is None else mlp + block.mlp_bias))
-    return x + block.drop_path(block.ls(_linear(block.out_proj, torch.cat((out, mlp), dim=-1))))
+    return x + block.drop_path(block.ls(product(block.out_proj, torch.cat((out, mlp), dim=-1))))
 
 
 def _parallel_things_block(block: ParallelThingsBlock, x: Tensor, attend: Attend) -> Tensor:
