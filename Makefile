@@ -1,4 +1,4 @@
-# make demo | make test | make test-cuda | make lint: each sets up what it needs in .venv, once, and runs.
+# make demo | make test | make test-oldest-timm | make test-cuda | make lint: each sets up what it needs in .venv, once, and runs.
 # With BIN=/usr/bin, say, all of them take the python there as it is and install nothing, as without a network.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,16 +10,27 @@ ARGS ?=
 # By pytest-xdist, a file of tests a process; empty where it is not installed.
 PARALLEL ?= -n auto --dist loadfile
 SOURCES := pyproject.toml constraints.txt
+OLDEST_TIMM := $(shell sed -n 's/^ *"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+# The tests whose outcome hangs on timm's version.
+TIMM_TESTS := $(addprefix tests/backbones/test_,coverage.py support.py timms_tools.py timms_own_tests.py)
 
 SET_UP = $(if $(filter file,$(origin BIN)),$(VENV)/.installed-$(1))
 
-.PHONY: demo test test-cuda lint bench gpu-check clean
+.PHONY: demo test test-oldest-timm test-cuda lint bench gpu-check clean
 
 demo: $(call SET_UP,viz)
 	$(BIN)/smi-fast invert --out "$(OUT)" --overwrite $(ARGS)
 
 test: $(call SET_UP,test)
 	$(BIN)/python -m pytest -m "not cuda" $(PARALLEL) $(ARGS)
+
+# timm lies in a folder of its own, which comes first. The newest is in constraints.txt, and make test takes it.
+test-oldest-timm: $(call SET_UP,test) $(VENV)/.timm-$(OLDEST_TIMM)
+	PYTHONPATH="$(abspath $(VENV)/timm-$(OLDEST_TIMM))" $(BIN)/python -m pytest -m "not cuda" $(PARALLEL) $(TIMM_TESTS) $(ARGS)
+
+$(VENV)/.timm-%: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/timm-$* timm==$*
+	@touch $@
 
 test-cuda: $(call SET_UP,test)
 	$(BIN)/python -m pytest -m cuda $(ARGS)

@@ -1,11 +1,14 @@
-"""Forward passes of whole models, dense and on kept patches, against timm."""
+"""Forward passes of whole models, and what they cost with their backward pass, dense and on kept patches, against
+timm."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,29 +25,35 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward pass without gradients of a model of random weights in one dtype."""
+    """A forward pass of a model of random weights in one dtype, and its backward pass if gradients are named."""
 
     model: str
     batch: int
     dtype: torch.dtype
     kept: int | None = None  # of 196 patches; None: all
+    gradients: str | None = None  # "images" with frozen weights, or "weights"
 
     def __str__(self) -> str:
         kept = "all" if self.kept is None else f"{self.kept} of 196"
-        return f"{self.model}, batch {self.batch}, {kept} patches, {str(self.dtype).removeprefix('torch.')}"
+        gradients = "" if self.gradients is None else f", gradients of {self.gradients}"
+        return f"{self.model}, batch {self.batch}, {kept} patches, {str(self.dtype).removeprefix('torch.')}{gradients}"
 
     def setup(self, device: torch.device) -> tuple[nn.Module, Tensor, Tensor | None]:
         """The model, images and kept patches that all contestants share. Weights are in the compute dtype, which costs
         none of them a cast on the way."""
         model = timm.create_model(self.model).eval().to(device, self.dtype)
+        model.requires_grad_(self.gradients == "weights")
         images = torch.randn(self.batch, 3, 224, 224, device=device, dtype=self.dtype)
+        images.requires_grad_(self.gradients == "images")
         keep = None if self.kept is None else torch.rand(self.batch, 196, device=device).argsort(1)[:, : self.kept]
         return model, images, keep
 
 
-def cases(models: tuple[str, ...], batch: int, kept: tuple[int | None, ...]) -> list[Pass]:
+def cases(
+    models: tuple[str, ...], batch: int, kept: tuple[int | None, ...], gradients: tuple[str | None, ...] = (None,)
+) -> list[Pass]:
     dtypes = (torch.float32, torch.bfloat16)
-    return [Pass(model, batch, dtype, count) for model in models for dtype in dtypes for count in kept]
+    return [Pass(*case) for case in product(models, (batch,), dtypes, kept, gradients)]
 
 
 TINY, BASE = "deit_tiny_patch16_224", "deit_base_patch16_224"
@@ -55,10 +64,27 @@ def run(model: nn.Module, *args) -> Tensor:
         return model(*args)
 
 
+def run_with_gradients(model: nn.Module, inputs: list[Tensor], *args) -> tuple[Tensor, ...]:
+    """Return the logits, and the gradient of the first of the inputs for which gradients are computed."""
+    logits = model(*args)
+    return logits, torch.autograd.grad(logits.float().square().sum(), inputs)[0]
+
+
+ALL_GRADIENTS = (None, "images", "weights")
+
+
+def passes(case: Pass, forms: dict[str, Callable], model: nn.Module, *args: Tensor) -> dict[str, Callable]:
+    """A round of each form of the model: the forward pass, with the backward pass that the case asks for."""
+    if case.gradients is None:
+        return {name: partial(run, form, *args) for name, form in forms.items()}
+    inputs = [args[0]] if case.gradients == "images" else list(model.parameters())
+    return {name: partial(run_with_gradients, form, inputs, *args) for name, form in forms.items()}
+
+
 @pytest.mark.contest(
     contestants=[OURS, "timm", "timm, torch.compile"],
-    cpu=cases((TINY, BASE), 8, (None,)),
-    cuda=cases((TINY, BASE), 128, (None,)),
+    cpu=cases((TINY, BASE), 8, (None,), ALL_GRADIENTS),
+    cuda=cases((TINY, BASE), 128, (None,), ALL_GRADIENTS),
 )
 def test_dense(case, device, enter):
     def contestants():
@@ -66,15 +92,15 @@ def test_dense(case, device, enter):
         forms = {OURS: accelerate(model), "timm": model}
         if device.type == "cuda":
             forms["timm, torch.compile"] = torch.compile(model)
-        return {name: partial(run, form, images) for name, form in forms.items()}
+        return passes(case, forms, model, images)
 
     enter("dense forward", contestants, tolerance=TOLERANCE[case.dtype])
 
 
 @pytest.mark.contest(
     contestants=[OURS, "timm's blocks", "timm's blocks, torch.compile"],
-    cpu=cases((TINY, BASE), 8, (46,)),
-    cuda=cases((TINY, BASE), 128, (137, 95, 66, 46)),
+    cpu=cases((TINY, BASE), 8, (46,), ALL_GRADIENTS),
+    cuda=cases((TINY, BASE), 128, (137, 95, 66, 46), ALL_GRADIENTS),
 )
 def test_sparse(case, device, enter):
     """Against timm's own modules run on the tokens of the same patches, gathered behind the position embedding."""
@@ -95,7 +121,7 @@ def test_sparse(case, device, enter):
         forms = {OURS: ours, "timm's blocks": gathered}
         if device.type == "cuda":
             forms["timm's blocks, torch.compile"] = torch.compile(gathered)
-        return {name: partial(run, form, images, keep) for name, form in forms.items()}
+        return passes(case, forms, model, images, keep)
 
     enter("sparse forward", contestants, tolerance=TOLERANCE[case.dtype])
 
@@ -148,7 +174,9 @@ def test_tome(case, device, enter, request):
         merging.load_state_dict(model.state_dict())
         tome.patch.timm(merging)
         merging.r = TOME_REDUCTION
-        return {OURS: partial(run, accelerate(model), images, keep), "ToMe": partial(run, merging, images)}
+        fast = accelerate(model)
+        ours = partial(run, lambda images, keep: fast(images, keep=keep), images, keep)
+        return {OURS: ours, "ToMe": partial(run, merging, images)}
 
     if checkout is None:
         pytest.skip("needs --tome-checkout")

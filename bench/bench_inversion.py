@@ -21,7 +21,7 @@ from plain_loop import PlainLoop, backward_flops, forward_flops
 from smi_fast.kernels.rows import uniform_lengths
 from torch import Tensor, nn
 
-from smi_fast import Inverter, StoppingSchedule, accelerate
+from smi_fast import Inverter, SMIAdaptor, StoppingSchedule, accelerate
 from smi_fast.packed import PackedTokens
 
 # 196 -> 137 -> 95 -> 66 -> 46 patches, within the iterations not timed. The published loop measures attention in one
@@ -70,11 +70,12 @@ COMPILED = f"{OURS}, torch.compile"
 PLAIN = "plain PyTorch, compiled"
 PUBLISHED = "published SMI"
 FROZEN = "published SMI, frozen weights"
+SWAPPED = "published SMI, our model in it"
 TINY, BASE = "deit_tiny_patch16_224", "deit_base_patch16_224"
 
 
 @pytest.mark.contest(
-    contestants=[OURS, COMPILED, PLAIN, PUBLISHED, FROZEN],
+    contestants=[OURS, COMPILED, PLAIN, PUBLISHED, FROZEN, SWAPPED],
     cpu=[Stage(m, 8, kept, dtype) for m in (TINY, BASE) for dtype in TOLERANCE for kept in (196, 46)],
     cuda=[Stage(model, 128, kept, torch.bfloat16) for model in (TINY, BASE) for kept in (46, 196)],
 )
@@ -83,7 +84,8 @@ def test_iteration(case, device, enter, request):
 
     A round is a short run; its first iterations, with the stoppings, are left out and the others are timed one by one.
     The published code trains nothing but its weights ask for gradients, and it gets them; the same code with its
-    weights frozen shows what that alone costs. It computes in float32, as published, beside either dtype of ours.
+    weights frozen shows what that alone costs. It computes in float32, as published, beside either dtype of ours. The
+    same loop with nothing but its model replaced, by `SMIAdaptor(model, freeze=True)`, shows what the model gains.
     """
     checkout: Path | None = request.config.option.smi_checkout
 
@@ -97,11 +99,13 @@ def test_iteration(case, device, enter, request):
             rounds[COMPILED] = lambda: our_seconds(model, targets, case, compile=True)
             rounds[PLAIN] = lambda: plain_seconds(plain, targets, case)
         if checkout is None:
-            return rounds | dict.fromkeys((PUBLISHED, FROZEN), "needs --smi-checkout")
+            return rounds | dict.fromkeys((PUBLISHED, FROZEN, SWAPPED), "needs --smi-checkout")
         published = Published(checkout, case, model, device)
         compare_logits(model, published.teacher, case, device)
-        rounds[PUBLISHED] = lambda: published.seconds(targets, weight_gradients=True)
-        rounds[FROZEN] = lambda: published.seconds(targets, weight_gradients=False)
+        teacher, ours = published.teacher, SMIAdaptor(model, dtype=case.dtype, freeze=True)
+        rounds[PUBLISHED] = lambda: published.seconds(teacher.requires_grad_(True), targets)
+        rounds[FROZEN] = lambda: published.seconds(teacher.requires_grad_(False), targets)
+        rounds[SWAPPED] = lambda: published.seconds(ours, targets)
         return rounds
 
     with torch.device("meta"):
@@ -169,9 +173,9 @@ class Published:
         self.teacher.load_state_dict(model.state_dict())
         self.case, self.device, self.config = case, device, model.pretrained_cfg
 
-    def seconds(self, targets: Tensor, *, weight_gradients: bool) -> Tensor:
-        """Seconds of each timed iteration of a run."""
-        teacher = Noted(self.teacher.requires_grad_(weight_gradients))
+    def seconds(self, teacher: nn.Module, targets: Tensor) -> Tensor:
+        """Seconds of each timed iteration of a run that inverts a teacher."""
+        teacher = Noted(teacher)
         random.seed(0)
         torch.manual_seed(0)
         schedule = {"prune_it": list(self.case.stops), "prune_ratio": list(self.case.stops.values())}
@@ -184,7 +188,7 @@ class Published:
                 normalizer=self.normalizer(),
             )  # fmt: skip
             synthesis.synthesize(targets, **(schedule if self.case.stops else {}))
-        self.teacher.zero_grad(set_to_none=True)
+        teacher.zero_grad(set_to_none=True)
         # The last call is not an iteration's: it measures the finished images.
         assert teacher.patches[-TIMED - 2 : -1] == [self.case.kept] * (TIMED + 1)
         return torch.tensor(teacher.calls[:-1], dtype=torch.float64).diff()[-TIMED:]

@@ -61,8 +61,8 @@ def attention(
     elif not plain:
         out, class_attention, _ = attention_op(qkv, cu_seqlens, max_seqlen, scale, return_class_attention)
         return (out, class_attention) if return_class_attention else out
-    elif _suits_kept_softmax(qkv, len(cu_seqlens) - 1, max_seqlen):
-        out = _kept_softmax(qkv, len(cu_seqlens) - 1, scale)
+    elif _suits_kept_softmax(qkv, cu_seqlens.shape[0] - 1, max_seqlen):
+        out = _kept_softmax(qkv, cu_seqlens.shape[0] - 1, scale)
     else:
         out = attention_reference(qkv, cu_seqlens, max_seqlen, scale)
     if return_class_attention:
@@ -78,14 +78,16 @@ def _check_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
         raise ValueError(f"head_dim {head_dim} is not a multiple of 8 from 8 to {MAX_HEAD_DIM}")
     if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"qkv has dtype {qkv.dtype}, not float32, bfloat16, float16 or (plain torch) float64")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}, not (batch + 1,) torch.int32")
     if cu_seqlens.device != qkv.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, qkv on {qkv.device}")
     if not 0 <= max_seqlen <= MAX_SEQLEN:
         raise ValueError(f"max_seqlen {max_seqlen} is outside 0..{MAX_SEQLEN}")
-    if len(qkv) > (len(cu_seqlens) - 1) * max_seqlen:
-        raise ValueError(f"{len(qkv)} tokens are more than {len(cu_seqlens) - 1} sequences of up to {max_seqlen} hold")
+    if qkv.shape[0] > (cu_seqlens.shape[0] - 1) * max_seqlen:
+        raise ValueError(
+            f"{qkv.shape[0]} tokens are more than {cu_seqlens.shape[0] - 1} sequences of up to {max_seqlen} hold"
+        )
 
 
 def softmax_formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -139,7 +141,7 @@ def attention_reference(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, attend: Callable = _fused
 ) -> Tensor:
     """Define `attention` in plain torch: (T, 3, H, D) -> (T, H, D). `attend` computes `softmax_formula`."""
-    batch, tokens, mask = len(cu_seqlens) - 1, len(qkv), None
+    batch, tokens, mask = cu_seqlens.shape[0] - 1, qkv.shape[0], None
     if tokens == 0:
         return qkv[:, 0] * 1  # a new tensor, and a gradient of zeros
     ragged = tokens != batch * max_seqlen
@@ -157,7 +159,7 @@ def _suits_kept_softmax(qkv: Tensor, batch: int, max_seqlen: int) -> bool:
     return (
         qkv.device.type == "cpu"
         and qkv.dtype in (torch.float32, torch.bfloat16)
-        and 0 < len(qkv) == batch * max_seqlen
+        and 0 < qkv.shape[0] == batch * max_seqlen
         and max_seqlen * qkv.element_size() <= KEPT_ROW_BYTES
     )
 
@@ -182,7 +184,7 @@ class _KeptSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packed: Tensor, scale: float) -> Tensor:
         q, k, v = packed  # (S, N, D) each
-        scores = q.new_empty(len(q), q.shape[1], q.shape[1], dtype=torch.float32)
+        scores = q.new_empty(q.shape[0], q.shape[1], q.shape[1], dtype=torch.float32)
         scores = torch.baddbmm(scores, q.float(), k.float().mT, beta=0, alpha=scale)
         p = scores.softmax(-1).to(q.dtype)  # (S, N, N)
         ctx.save_for_backward(packed, p)
@@ -205,7 +207,7 @@ class _KeptSoftmax(torch.autograd.Function):
 @torch.no_grad()
 def class_attention_reference(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """Define the class attention in plain torch: (T, 3, H, D) -> (H, T) float32."""
-    batch, tokens = len(cu_seqlens) - 1, len(qkv)
+    batch, tokens = cu_seqlens.shape[0] - 1, qkv.shape[0]
     if tokens == 0:
         return qkv.new_zeros(qkv.shape[2], 0, dtype=torch.float32)
     q, k, _ = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unbind(1)
@@ -589,7 +591,7 @@ def launch_attention(
     out, row, statistics = _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class)
     if tokens:
         form, tiles = choose_attention("attention_forward", qkv, max_seqlen)
-        programs = (len(cu_seqlens) - 1) * heads
+        programs = (cu_seqlens.shape[0] - 1) * heads
         if form == "tile":
             kernel, grid = _tile_forward_kernel, (programs,)
         else:
@@ -638,7 +640,7 @@ def launch_attention_backward(
     if not tokens:
         return grad
     form, tiles = choose_attention("attention_backward", qkv, max_seqlen)
-    programs = (len(cu_seqlens) - 1) * heads
+    programs = (cu_seqlens.shape[0] - 1) * heads
     shared = dict(
         grad=grad, grad_out=grad_out.contiguous(), qkv=qkv.contiguous(), cu_seqlens=cu_seqlens,
         scale=scale, scale_log2=scale * LOG2_E, heads=heads, D=head_dim, BD=padded_head_dim(head_dim),

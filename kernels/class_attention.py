@@ -76,15 +76,15 @@ def _check_class_attention(q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen
             raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
     if not 0 <= max_seqlen <= MAX_SEQLEN:
         raise ValueError(f"max_seqlen {max_seqlen} is outside 0..{MAX_SEQLEN}")
-    if len(kv) > batch * max_seqlen:
-        raise ValueError(f"{len(kv)} tokens are more than {batch} sequences of up to {max_seqlen} hold")
+    if kv.shape[0] > batch * max_seqlen:
+        raise ValueError(f"{kv.shape[0]} tokens are more than {batch} sequences of up to {max_seqlen} hold")
 
 
 def class_attention_reference(
     q: Tensor, kv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Define `class_attention` in plain torch, with the softmax in float32: out (B, H, D) and attention (H, T)."""
-    (batch, heads, _), tokens = q.shape, len(kv)
+    (batch, heads, _), tokens = q.shape, kv.shape[0]
     if tokens == 0:
         return q * 0, q.new_zeros(heads, 0, dtype=torch.float32)
     ragged = tokens != batch * max_seqlen
@@ -221,7 +221,7 @@ def launch_class_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward pass in Triton. Returns out (B, H, D), the attention (H, T) float32, and the statistics
     (B, H, 2) float32 of the softmax, which the backward pass reads."""
-    (batch, heads, head_dim), tokens = q.shape, len(kv)
+    (batch, heads, head_dim), tokens = q.shape, kv.shape[0]
     out, attention, statistics = _fake_class_attention(q, kv, cu_seqlens, max_seqlen, scale)
     if batch:
         _, tiles = choose_attention("class_attention_forward", q, max_seqlen)

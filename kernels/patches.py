@@ -79,7 +79,7 @@ def check_view(view: Tensor, batch: int) -> None:
 
 def _check_patches(images, positions, cu_seqlens, view, patch_size) -> None:
     check_images(images, patch_size)
-    batch = len(images)
+    batch = images.shape[0]
     if positions.dim() != 1 or positions.dtype != torch.int32:
         raise ValueError(f"positions is {tuple(positions.shape)} {positions.dtype}, not (tokens,) torch.int32")
     if cu_seqlens.shape != (batch + 1,) or cu_seqlens.dtype != torch.int32:
@@ -126,7 +126,7 @@ def patches_reference(
 ) -> tuple[Tensor, Tensor]:
     """Define `gather_patches` in plain torch: the patches (T, C * ph * pw) and their cells (T,)."""
     batch, channels, height, width = images.shape
-    (ph, pw), tokens, device = patch_size, len(positions), images.device
+    (ph, pw), tokens, device = patch_size, positions.shape[0], images.device
     columns = width // pw
     image = sequence_of_tokens(cu_seqlens, tokens)  # (T,)
     planes = image[:, None] * channels + torch.arange(channels, device=device)  # (T, C)
@@ -154,10 +154,10 @@ def patches_reference(
 
 def inverse_reference(cells: Tensor, cu_seqlens: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """Compute the index t of the patch in each cell: (B, rows, columns) int32, -1 where there is none."""
-    batch, size = len(cu_seqlens) - 1, grid_size[0] * grid_size[1]
+    batch, size = cu_seqlens.shape[0] - 1, grid_size[0] * grid_size[1]
     inverse = torch.full((batch * size,), -1, dtype=torch.int32, device=cells.device)
-    taken = sequence_of_tokens(cu_seqlens, len(cells)) * size + cells
-    rows = torch.arange(len(cells), dtype=torch.int32, device=cells.device)
+    taken = sequence_of_tokens(cu_seqlens, cells.shape[0]) * size + cells
+    rows = torch.arange(cells.shape[0], dtype=torch.int32, device=cells.device)
     return inverse.scatter_(0, taken, rows).view(batch, *grid_size)
 
 

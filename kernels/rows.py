@@ -63,7 +63,7 @@ def gather_rows(values: Tensor, rows: Tensor) -> Tensor:
 
 def sequence_of_tokens(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Return the sequence that each of the T packed tokens belongs to, (T,) int64, without synchronising."""
-    sequences = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+    sequences = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
     return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=tokens)
 
 

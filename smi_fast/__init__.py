@@ -21,10 +21,10 @@ def _kernels_of_checkout() -> None:
 
 _kernels_of_checkout()
 
-from smi_fast.backbones.pruning import Mass  # noqa: E402
+from smi_fast.backbones.pruning import Drop, Mass, Merge  # noqa: E402
 from smi_fast.backbones.published import SMIAdaptor  # noqa: E402
 from smi_fast.backbones.support import UnsupportedModelError  # noqa: E402
-from smi_fast.backbones.vit import AcceleratedViT, accelerate  # noqa: E402
+from smi_fast.backbones.vit import AcceleratedViT, accelerate, restore  # noqa: E402
 from smi_fast.data.labelled import accuracy, load_data  # noqa: E402
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip, normalize_patches  # noqa: E402
 from smi_fast.distillation import DistillationResult, Round, distill, transfer_loss  # noqa: E402
@@ -38,10 +38,12 @@ from smi_fast.quantization import QuantizedViT, quantize  # noqa: E402
 __all__ = [
     "AcceleratedViT",
     "DistillationResult",
+    "Drop",
     "InversionResult",
     "InvertedDataset",
     "Inverter",
     "Mass",
+    "Merge",
     "NonFiniteError",
     "Objective",
     "PackedTokens",
@@ -60,6 +62,7 @@ __all__ = [
     "load_data",
     "normalize_patches",
     "quantize",
+    "restore",
     "select_patches",
     "transfer_loss",
 ]

@@ -60,12 +60,12 @@ class PackedTokens:
 
     @property
     def batch_size(self) -> int:
-        return len(self.cu_seqlens) - 1
+        return self.cu_seqlens.shape[0] - 1
 
     @property
     def is_uniform(self) -> bool:
         """Whether all sequences have the same length. The host decides this from shapes, without waiting."""
-        return len(self.positions) == self.batch_size * self.max_seqlen
+        return self.positions.shape[0] == self.batch_size * self.max_seqlen
 
     def lengths(self) -> list[int]:
         """Return the length of each sequence. The host waits for the device if the lengths differ."""
@@ -104,7 +104,7 @@ class PackedTokens:
 
     def owners(self) -> Tensor:
         """Return the sequence that each token belongs to, (T,) int64, without waiting for the device."""
-        return sequence_of_tokens(self.cu_seqlens, len(self.positions))
+        return sequence_of_tokens(self.cu_seqlens, self.positions.shape[0])
 
     def to(self, device: torch.device | str) -> PackedTokens:
         """Return the same batch on a device."""
@@ -128,18 +128,19 @@ class PackedTokens:
     def pad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pad packed tokens x (T, ...) to (B, max_seqlen, ...), with zeros behind short sequences. Also return the mask
         (B, max_seqlen) of the places that hold a token."""
-        slots, mask = padding(self.cu_seqlens, self.max_seqlen, len(x))
-        if len(x) < mask.numel():
+        slots, mask = padding(self.cu_seqlens, self.max_seqlen, x.shape[0])
+        if x.shape[0] < mask.numel():
             x = x.new_zeros(mask.numel(), *x.shape[1:]).index_copy(0, slots, x)
         return x.unflatten(0, mask.shape), mask
 
     def unpad(self, x: Tensor) -> Tensor:
         """Undo `pad`: return the packed tokens (T, ...) of x (B, max_seqlen, ...)."""
-        return x.flatten(0, 1)[padding(self.cu_seqlens, self.max_seqlen, len(self.positions))[0]]
+        return x.flatten(0, 1)[padding(self.cu_seqlens, self.max_seqlen, self.positions.shape[0])[0]]
 
     def prepend(self, prefix: Tensor) -> PackedTokens:
-        """Return the batch with the same P prefix tokens (P, C) before each sequence, at positions -P to -1."""
-        count, batch_size = len(prefix), self.batch_size
+        """Return the batch with P prefix tokens before each sequence, at positions -P to -1: (P, C), the same for all
+        sequences, or (B, P, C)."""
+        count, batch_size = prefix.shape[-2], self.batch_size
         if count == 0:
             return self
         positions = torch.arange(-count, 0, dtype=torch.int32, device=prefix.device)
@@ -150,10 +151,10 @@ class PackedTokens:
         rows = self._rows_behind_prefix(count)
         heads = (self.cu_seqlens[:-1, None] + count * torch.arange(batch_size, device=rows.device)[:, None]
                  + torch.arange(count, device=rows.device)).flatten()  # fmt: skip
-        total = len(self.values) + batch_size * count
+        total = self.values.shape[0] + batch_size * count
         values = self.values.new_zeros(total, self.values.shape[1])
         values = values.index_copy(0, rows, self.values)
-        values = values.index_copy(0, heads, prefix.to(values.dtype).repeat(batch_size, 1))
+        values = values.index_copy(0, heads, prefix.to(values.dtype).expand(batch_size, -1, -1).flatten(0, 1))
         all_positions = positions.new_zeros(total).index_copy(0, rows, self.positions)
         all_positions = all_positions.index_copy(0, heads, positions.repeat(batch_size))
         cu_seqlens = self.cu_seqlens + uniform_lengths(batch_size, count, rows.device)
@@ -197,7 +198,7 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
     if keep is None:
         return all_patches(batch_size, num_patches, device)
     if isinstance(keep, Tensor):
-        if keep.ndim != 2 or len(keep) != batch_size:
+        if keep.ndim != 2 or keep.shape[0] != batch_size:
             raise ValueError(
                 f"keep has shape {tuple(keep.shape)}, expected ({batch_size}, K) or a list of {batch_size}"
             )

@@ -10,12 +10,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from package_index import UNREACHABLE
 
 import smi_fast
 
 ROOT = Path(__file__).parents[1]
 MB = 10**6
-UNREACHABLE = re.compile(r"connection broken by|requirement setuptools\S* \(from versions: none\)")  # pip's words
 IMPORT_KERNELS = """
 import importlib, pkgutil, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]

@@ -75,7 +75,10 @@ class Backbone(Protocol):
         features: Sequence[str] = (),
     ) -> Outputs:
         """Run the model on patches: values (T, C * ph * pw), normalised pixels in the order (C, ph, pw), at their
-        positions in a grid of (rows, columns)."""
+        positions in a grid of (rows, columns).
+
+        `features` are the names of places in the model, which a backbone chooses. Those of a ViT are in `features.py`.
+        """
         ...
 
     def cast_weights(self, *, pack: bool = True) -> AbstractContextManager[None]:

@@ -64,6 +64,7 @@ TOKENWISE = frozenset(  # modules that process each token by itself
 PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS, *TIMM_ATTENTIONS, *POOLS}
 WEIGHTED = (nn.Linear, nn.Conv2d)  # modules whose weights are read
 WEIGHTS = (nn.Parameter, Tensor, FakeTensor, type(None))  # a replica of nn.DataParallel holds its weights as tensors
+OWN_MODULES = ("timm.models.vision_transformer", "timm.models.deit", "smi_fast.backbones.vit")
 MODEL_METHODS = ("forward", "forward_features", "_pos_embed", "forward_head", "pool")
 GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -118,6 +119,8 @@ def obstacle_within(module: nn.Module, attentions: Collection[nn.Module] = ()) -
 
     The modules in `attentions` may let tokens see each other.
     """
+    if type(module) is DropPath and module.training and module.drop_prob:
+        return " drops whole images while training"
     kinds = TIMM_ATTENTIONS if any(module is attn for attn in attentions) else TOKENWISE
     return obstacle(module, kinds) or _children_obstacle(module, attentions)
 
@@ -184,6 +187,8 @@ def _attention_obstacle(name: str, attn: nn.Module, kinds: Collection[type]) -> 
     # The fused attention does not call attn_drop.
     if not attn.fused_attn and (reason := obstacle(attn.attn_drop, DROPS)) is not None:
         return f"{name}.attn_drop{reason}"
+    if (attn if attn.fused_attn else attn.attn_drop).training and getattr(attn.attn_drop, "p", 0) > 0:
+        return f"{name}.attn_drop drops attention while training"
     return None
 
 
@@ -200,40 +205,75 @@ def check_bypassed(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{kind.__module__}.{kind.__name__}.{name} was replaced, and the fast forward pass bypasses it"
             )
-    _require("the model", model, MODELS)
-    for name in MODEL_METHODS:
-        if name in model.__dict__:
-            raise UnsupportedModelError(f"the model has a {name} of its own, and the fast forward pass bypasses it")
-    embed = model.patch_embed
-    _require("patch_embed", embed, (PatchEmbed,))
-    _require("patch_embed.norm", embed.norm, NORMS)
-    _require("pos_drop", model.pos_drop, DROPS)
-    _require("patch_drop", model.patch_drop, PATCH_DROPS)
-    _require("blocks", model.blocks, SEQUENTIAL)
-    patch_projection(model)
 
 
-def patch_projection(model: nn.Module) -> nn.Conv2d:
-    """Return `patch_embed.proj`, which is computed as a product with each patch.
-
-    Raises:
-        UnsupportedModelError: the projection is not plain, or its patches overlap or are padded.
-    """
-    proj = model.patch_embed.proj
-    _require("patch_embed.proj", proj, (nn.Conv2d,))
-    size = tuple(model.patch_embed.patch_size)
-    if not (proj.kernel_size == proj.stride == size and (proj.padding, proj.dilation) == ((0, 0), (1, 1))):
-        raise UnsupportedModelError(f"patch_embed.proj is {proj}: it does not embed patches of {size} one by one")
-    return proj
-
-
-def _require(part: str, module: nn.Module, kinds: Collection[type]) -> None:
-    reason = obstacle(module, kinds)
+def check_called(model: nn.Module) -> None:
+    """Raise UnsupportedModelError if the model has a change that only a call of the module would obey."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    reason = changed_method(model, "forward", "forward_features")
+    if reason is None and any(model.__dict__[kind] for kind in hooks):
+        reason = " has hooks"
     if reason is not None:
-        names = " or ".join(sorted({kind.__name__ for kind in kinds}))
-        raise UnsupportedModelError(
-            f"{part}{reason}, but must be a plain {names}, because the fast forward pass bypasses it"
-        )
+        raise UnsupportedModelError(f"the model{reason}, which only a call with images would obey")
+
+
+def changed_method(model: nn.Module, *names: str) -> str | None:
+    """Say which of a model's methods is not its class's own, as the end of a sentence that begins with the model."""
+    for name in names:
+        if name in model.__dict__:
+            return f" has a {name} of its own"
+        for kind in type(model).__mro__:
+            if kind.__module__ in OWN_MODULES:
+                break
+            if name in kind.__dict__:
+                return f" is a {kind.__module__}.{kind.__name__}, which has a {name} of its own"
+    return None
+
+
+def embedding_obstacle(model: nn.Module) -> str | None:
+    """Say which part of the embedding is changed, so that timm's own embedding has to run; None if none is."""
+    embed = model.patch_embed
+    for part, module, kinds in (
+        ("patch_embed", embed, (PatchEmbed,)),
+        ("patch_embed.proj", embed.proj, (nn.Conv2d,)),
+        ("patch_embed.norm", embed.norm, NORMS),
+        ("pos_drop", model.pos_drop, DROPS),
+        ("patch_drop", model.patch_drop, PATCH_DROPS),
+    ):
+        reason = obstacle(module, kinds)
+        if reason is not None:
+            return f"{part}{reason}"
+    if not _embeds_one_by_one(embed.proj, embed.patch_size):
+        return f"patch_embed.proj is {embed.proj}"
+    return changed_method(model, "_pos_embed")
+
+
+def has_random_patches(model: nn.Module) -> bool:
+    """Return whether timm's patch dropout drops patches in the next forward pass."""
+    return model.patch_drop.training and getattr(model.patch_drop, "prob", 0) > 0
+
+
+def num_channels(patch_embed: nn.Module) -> int:
+    """Return the number of channels of the images that a patch embedding takes."""
+    weight = getattr(patch_embed.proj, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 4:  # a wrapper holds the convolution
+        weight = next(parameter for parameter in patch_embed.parameters() if parameter.ndim == 4)
+    return weight.shape[1]
+
+
+def check_embeds_patches(embed: nn.Module) -> None:
+    """Raise UnsupportedModelError if a patch embedding does not embed the patches of a grid one by one."""
+    if not isinstance(embed, PatchEmbed):
+        kind = type(embed)
+        raise UnsupportedModelError(f"patch_embed is a {kind.__module__}.{kind.__name__}, not a PatchEmbed")
+    proj = next((part for part in embed.proj.modules() if isinstance(part, nn.Conv2d)), None)  # a wrapper may hold it
+    if proj is None or not _embeds_one_by_one(proj, embed.patch_size):
+        size = tuple(embed.patch_size)
+        raise UnsupportedModelError(f"patch_embed.proj is {embed.proj}: it does not embed patches of {size} one by one")
+
+
+def _embeds_one_by_one(proj: nn.Conv2d, patch_size: tuple[int, int]) -> bool:
+    return proj.kernel_size == proj.stride == tuple(patch_size) and (proj.padding, proj.dilation) == ((0, 0), (1, 1))
 
 
 def check_supported(model: nn.Module) -> None:
@@ -244,7 +284,10 @@ def check_supported(model: nn.Module) -> None:
 
     if type(model) not in MODELS:
         refuse("the model", model, "timm's VisionTransformer or VisionTransformerDistilled")
+    if (reason := changed_method(model, "forward")) is not None:
+        raise UnsupportedModelError(f"the model{reason}, which nothing can accelerate")
     check_bypassed(model)
+    check_embeds_patches(model.patch_embed)
     if model.patch_embed.dynamic_img_pad:
         raise UnsupportedModelError(
             "patch_embed pads images (dynamic_img_pad), so its patches are not those of the image"

@@ -19,9 +19,20 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from smi_fast.backbones.importance import Attend, softmax_scale
-from smi_fast.backbones.support import LINEAR, MLP, UnsupportedModelError, block_obstacle, obstacle
-from smi_fast.kernels.linear import PackedWeight, linear
+from smi_fast.backbones.attend import Attend
+from smi_fast.backbones.casting import weights
+from smi_fast.backbones.features import feature_name
+from smi_fast.backbones.importance import softmax_scale
+from smi_fast.backbones.pruning import Drop, Merge, check_heeds_sizes, check_prunes
+from smi_fast.backbones.support import (
+    LINEAR,
+    MLP,
+    UnsupportedModelError,
+    block_obstacle,
+    obstacle,
+    obstacle_within_block,
+)
+from smi_fast.kernels.linear import linear
 
 
 def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
@@ -38,11 +49,6 @@ def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
     """timm's Linear. Modifications: the product is ours. A module that is not a plain Linear is called as it is."""
     return linear(x, *weights(module)) if obstacle(module, LINEAR) is None else module(x)
-
-
-def weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
-    """Return the weight and bias, or the copies of them that `AcceleratedViT.cast_weights` has cast."""
-    return getattr(module, "_cast_weights", None) or (module.weight, module.bias)
 
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
@@ -94,28 +100,57 @@ def _differential(
     return (attn.sub_norm(out) * (1 - attn.lambda_init)).flatten(1)
 
 
-def any_block(block: nn.Module, number: int, x: Tensor, attend: Attend) -> Tensor:
-    """Run block `number` by the functions of this file if the parts that they bypass are plain, otherwise by its own
-    forward, whose attention cannot be measured.
+def any_block(block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
+    """Run the block that `attend` has entered, and prune its tokens. It runs by the functions of this file if the parts
+    that they bypass are plain, otherwise by its own forward, within which nothing can be measured, merged or recorded.
 
     Raises:
-        UnsupportedModelError: the block has to measure importance, but runs by its own forward.
+        UnsupportedModelError: the block, perhaps because it runs by its own forward, cannot measure importance, merge
+            patches or heed merged ones, but has to; or it has no feature, or several, of a name that was asked for.
     """
-    reason = block_obstacle(block)
+    reason, number = block_obstacle(block), attend.number
     if reason is None:
-        return BLOCKS[type(block)](block, x, attend)
-    if attend.measures:
+        if attend.prune is not None:
+            check_prunes(block, number, attend.prune)
+        if attend.sizes is not None:
+            check_heeds_sizes(block, number)
+        x = BLOCKS[type(block)](block, x, attend)
+    elif attend.measures:
         raise UnsupportedModelError(f"blocks[{number}]{reason}, so the attention within it cannot be measured")
-    return block(x)
+    elif isinstance(attend.prune, Merge) or attend.sizes is not None:
+        raise UnsupportedModelError(f"blocks[{number}]{reason}, so it can neither merge patches nor heed merged ones")
+    else:
+        x = block(x)
+    x = attend.record("block", attend.drop_or_merge(x))
+    for part in attend.wanted:
+        found = len(attend.found.get(feature_name(number, part), ()))
+        if found != 1:
+            reason = reason or f" is a {type(block).__name__} with {found or 'no'} tensors of this kind"
+            raise UnsupportedModelError(f"there is no feature {feature_name(number, part)!r}: blocks[{number}]{reason}")
+    return x
+
+
+def _prunes_between_halves(block: Block, attend: Attend) -> bool:
+    """Return whether patches go between attention and MLP. Merging and the fused token are defined there. Dropping
+    alone is only cheaper there, so it waits for the end of the block if a function decides, which reads the block's
+    output, or if a part that is not plain could tell the difference."""
+    prune = attend.prune
+    if isinstance(prune, Drop) and prune.fuse is None:
+        return prune.scores is None and obstacle_within_block(block) is None
+    return prune is not None
 
 
 def _block(block: Block, x: Tensor, attend: Attend) -> Tensor:
-    """timm's Block. Modifications: attention is ours."""
-    x = x + block.drop_path1(block.ls1(ATTENTIONS[type(block.attn)](block.attn, block.norm1(x), attend)))
-    return x + block.drop_path2(block.ls2(_mlp(block.mlp, block.norm2(x))))
+    """timm's Block. Modifications: attention is ours; patches may be dropped or merged between the two halves."""
+    out = ATTENTIONS[type(block.attn)](block.attn, block.norm1(x), attend)
+    x = x + block.drop_path1(block.ls1(attend.record("attn", out)))
+    if _prunes_between_halves(block, attend):
+        x = attend.drop_or_merge(x)
+    out = attend.record("mlp", _mlp(block.mlp, block.norm2(x)))
+    return x + block.drop_path2(block.ls2(out))
 
 
-def block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) -> Tensor:
+def block_of_first_tokens(block: Block, x: Tensor, attend: Attend, count: int) -> Tensor:
     """timm's Block if only the first `count` tokens of its output are used: (B, N, C) or (T, C) -> (B, count, C).
 
     Modifications: only keys and values are computed for all tokens, and the rest for the first tokens.
@@ -140,8 +175,10 @@ def block_of_first_tokens(block: Block, x: Tensor, count: int, attend: Attend) -
 
 def _res_post_block(block: ResPostBlock, x: Tensor, attend: Attend) -> Tensor:
     """timm's ResPostBlock. Modifications: attention is ours."""
-    x = x + block.drop_path1(block.norm1(ATTENTIONS[type(block.attn)](block.attn, x, attend)))
-    return x + block.drop_path2(block.norm2(_mlp(block.mlp, x)))
+    out = ATTENTIONS[type(block.attn)](block.attn, x, attend)
+    x = x + block.drop_path1(block.norm1(attend.record("attn", out)))
+    out = attend.record("mlp", _mlp(block.mlp, x))
+    return x + block.drop_path2(block.norm2(out))
 
 
 def _parallel_scaling_block(block: ParallelScalingBlock, x: Tensor, attend: Attend) -> Tensor:

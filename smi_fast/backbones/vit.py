@@ -1,59 +1,85 @@
 """accelerate(): timm's ViT and DeiT on packed, pruned batches.
 
-The timm model keeps its weights and its modules. Only the forward passes of its blocks are replaced, by those in
-`timm_blocks.py`.
+The result is a timm model with the same modules and weights. Only the forward pass is replaced, by the functions of
+`embedding.py` and `timm_blocks.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import torch
 from timm.data import resolve_data_config
-from timm.layers import Attention, DropPath, PatchDropout, resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smi_fast import kernels
+from smi_fast.backbones.attend import Attend
 from smi_fast.backbones.base import Backbone, Outputs
-from smi_fast.backbones.importance import Attend, pooling_attention, pools_by_attention
-from smi_fast.backbones.pruning import Mass, Prune, check_prune, keep_highest
+from smi_fast.backbones.casting import cast_weights
+from smi_fast.backbones.embedding import embed_images, embed_patches
+from smi_fast.backbones.features import parts_of_blocks
+from smi_fast.backbones.heads import head, pooled_tokens
+from smi_fast.backbones.importance import pooling_attention, pools_by_attention
+from smi_fast.backbones.pruning import Merge, Prune, check_prune
 from smi_fast.backbones.support import (
-    LINEAR,
+    SEQUENTIAL,
     UnsupportedModelError,
+    block_obstacle,
+    changed_method,
     check_bypassed,
+    check_called,
+    check_embeds_patches,
     check_supported,
+    embedding_obstacle,
+    has_random_patches,
+    num_channels,
     obstacle,
     obstacle_within,
     obstacle_within_block,
     obstacle_within_pool,
-    patch_projection,
 )
-from smi_fast.backbones.timm_blocks import any_block, block_of_first_tokens, weights
+from smi_fast.backbones.timm_blocks import any_block, block_of_first_tokens
+from smi_fast.backbones.tracing import leaf_functions, trace_as_timms
 from smi_fast.grid import PatchGrid
-from smi_fast.kernels.linear import PackedWeight, can_pack, linear
-from smi_fast.packed import Keep, PackedTokens, pack_keep
+from smi_fast.packed import Keep, PackedTokens, all_patches, pack_keep
 
 
 def accelerate(
-    model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto", prune: Prune | None = None
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    prune: Prune | None = None,
+    *,
+    inplace: bool = False,
 ) -> AcceleratedViT:
     """Make a timm VisionTransformer or DeiT fast on pruned batches, without changing its numbers.
 
-    With `prune` the forward pass itself drops patches, as EViT does (Liang et al., 2022), but without EViT's fused
-    token and without retraining. Before block b it drops the patches to which the class token attends least in block
-    b - 1, averaged over heads. The patches that are left go on as a packed batch.
+    The result is a timm model: its class derives from the class of `model`, so that it has timm's attributes, methods
+    and state_dict. It has the same modules and parameters, and `model` stays as it was. What replaces one of the
+    result's own attributes, such as `reset_classifier`, does not reach `model`. What changes a module or a parameter,
+    such as training or `train()`, does.
 
-    Hooks, wrapped or subclassed modules and patched forward methods act as they do in timm, and may come and go at any
-    time. A module that is not one of timm's plain modules is called as it is, on tokens (B, N, C) of the kept patches,
-    which may be slower. If the images of a batch keep different numbers of patches, they then run one by one, as
-    (1, N, C). The forward pass raises UnsupportedModelError for changes that it would have to ignore: changes of the
-    model itself, its patch embedding or the container of its blocks; global module hooks; and a changed attention in a
-    block that measures importance or prunes. torch.compile looks for hooks when it compiles. It looks for later ones
-    only if `torch._dynamo.config.skip_nnmodule_hook_guards` is False.
+    With `prune` the forward pass itself drops patches, as EViT does (Liang et al., 2022), or merges them, as ToMe does
+    (Bolya et al., 2023), without retraining. Before block b it drops the patches to which the class token attends least
+    in block b - 1, averaged over heads, or merges those with similar keys in block b - 1. Both happen within block
+    b - 1, between its attention and its MLP, if all parts of that block are plain or if they are defined there,
+    otherwise after it. The patches that are left go on as a packed batch.
+
+    Hooks, wrapped or subclassed modules and patched methods act as they do in timm, and may come and go at any time. A
+    module that is not one of timm's plain modules is called as it is, on tokens (B, N, C) of the kept patches, which
+    may be slower. If the images of a batch keep different numbers of patches, they then run one by one, as (1, N, C).
+    A changed patch embedding is called on whole images. The forward pass raises UnsupportedModelError for changes that
+    it would have to ignore: global module hooks, replaced methods of timm's classes, and a changed attention in a block
+    that measures importance or prunes. torch.compile looks for hooks when it compiles. It looks for later ones only if
+    `torch._dynamo.config.skip_nnmodule_hook_guards` is False.
 
     Args:
         model: a model from timm's modules `vision_transformer` or `deit`. Its weights are shared, not copied.
@@ -61,15 +87,56 @@ def accelerate(
             if that is not float32, bfloat16 on GPUs that have it in hardware, and float32 elsewhere.
         backend: "auto" (Triton on CUDA, plain torch elsewhere), "triton" or "torch".
         prune: maps the number of a block, from 1 to the last, to what is pruned before it. A fraction in (0, 1) leaves
-            int(n * (1 - fraction)) of n patches, at least one. `Mass(p)` leaves the fewest patches that hold a share p
-            of the attention, and their number can differ between images. See `select_patches`.
+            int(n * (1 - fraction)) of n patches, at least one. An integer is the number of patches that stay. `Mass(p)`
+            leaves the fewest patches that hold a share p of the attention, and their number can differ between images.
+            A function of (tokens, positions, importance) returns scores, and the patches of positive score stay. `Drop`
+            combines these and has EViT's rounding and fused token. `Merge(r)` merges r patches into others.
+        inplace: turn the given object itself, and return it. `restore` turns it back.
 
     Raises:
-        UnsupportedModelError: the model has a part that is not known, or has no class token whose attention could
-            decide what is pruned. The message names the part.
-        ValueError: the backend is unknown, the weights do not allow the dtype, or a block or share is out of range.
+        UnsupportedModelError: the model has a part that is not known, has no class token whose attention could decide
+            what is pruned, or cannot fuse or merge in a block. The message names the part.
+        ValueError: the backend is unknown, the weights do not allow the dtype, or what is said of pruning is out of
+            range. The message names the block and the value.
     """
-    return AcceleratedViT(model, dtype=dtype, backend=backend, prune=prune)
+    if isinstance(model, AcceleratedViT):
+        raise UnsupportedModelError("the model is accelerated already: for other settings, pass its .model")
+    check_supported(model)
+    settings = {"prune": check_prune(model, prune or {}), "backend": backend, "_dtype": dtype}
+    parameter = next(model.parameters())
+    kernels.resolve_backend(backend, parameter.device)
+    if dtype is not None and dtype != parameter.dtype and parameter.dtype != torch.float32:
+        raise ValueError(f"the weights are {parameter.dtype}: dtype must be None or the same, got {dtype}")
+    if dtype not in (None, parameter.dtype, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    fast = model if inplace else _with_same_modules(model)
+    fast.__class__ = ACCELERATED[type(model)]
+    fast.__dict__.update(settings)
+    return fast
+
+
+def restore(model: AcceleratedViT) -> VisionTransformer:
+    """Turn an accelerated model back into timm's, in place, and return it.
+
+    Raises:
+        TypeError: the model is not accelerated.
+    """
+    if type(model) not in TIMM_CLASSES:
+        kind = type(model)
+        raise TypeError(f"the model is a {kind.__module__}.{kind.__qualname__}, not one that accelerate has made")
+    model.__class__ = TIMM_CLASSES[type(model)]
+    for setting in ("prune", "backend", "_dtype"):
+        model.__dict__.pop(setting, None)
+    return model
+
+
+def _with_same_modules(module: nn.Module) -> nn.Module:
+    """Return another module of the same class, with the same parameters, submodules and hooks in dicts of its own."""
+    copy = object.__new__(type(module))
+    copy.__dict__ = {
+        name: value.copy() if isinstance(value, (dict, set)) else value for name, value in module.__dict__.items()
+    }
+    return copy
 
 
 def as_backbone(model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto") -> Backbone:
@@ -86,45 +153,41 @@ def as_backbone(model: nn.Module, dtype: torch.dtype | None = None, backend: str
     return model
 
 
-class AcceleratedViT(nn.Module):
-    """A timm ViT that computes only on kept patches, made by `accelerate`. Its attribute `model` is the timm model."""
+class AcceleratedViT(VisionTransformer):
+    """timm's VisionTransformer with a forward pass that computes only on kept patches, made by `accelerate`.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        prune: Prune | None = None,
-    ):
-        super().__init__()
-        check_supported(model)
-        self.prune = check_prune(model, prune or {})
-        parameter = next(model.parameters())
-        kernels.resolve_backend(backend, parameter.device)
-        if dtype is not None and dtype != parameter.dtype and parameter.dtype != torch.float32:
-            raise ValueError(f"the weights are {parameter.dtype}: dtype must be None or the same, got {dtype}")
-        if dtype not in (None, parameter.dtype, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-        self.model = model
-        self.backend = backend
-        self._dtype = dtype
+    Everything but the forward pass is timm's: attributes, methods, parameters and the keys of the state_dict.
+    """
+
+    # The settings, which `accelerate` writes into the object and `restore` takes out of it.
+    backend: str = "auto"
+    prune: Prune = MappingProxyType({})
+    _dtype: torch.dtype | None = None
 
     @property
-    def _weight(self) -> Tensor:
-        """The weight (embed_dim, C, ph, pw) of the patch embedding, which has the model's device and dtype."""
-        return self.model.patch_embed.proj.weight
+    def model(self) -> VisionTransformer:
+        """The same model as an object of timm's own class. Both share all state: what happens to one, happens to the
+        other."""
+        model = object.__new__(next(TIMM_CLASSES[kind] for kind in type(self).__mro__ if kind in TIMM_CLASSES))
+        model.__dict__ = self.__dict__
+        return model
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self._weight.device
+        return self._parameter.device
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        """A parameter, which has the model's device and dtype."""
+        return next(self.parameters())
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the matrix products on the device where the weights are now."""
         if self._dtype is not None:
             return self._dtype
-        weight = self._weight
+        weight = self._parameter
         if (
             weight.dtype == torch.float32
             and weight.is_cuda
@@ -136,32 +199,22 @@ class AcceleratedViT(nn.Module):
     @property
     def num_channels(self) -> int:
         """The number of channels of an image."""
-        return self._weight.shape[1]
+        return num_channels(self.patch_embed)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) in pixels of the images that the model was made for."""
-        return tuple(self.model.patch_embed.img_size or resolve_data_config(model=self.model)["input_size"][1:])
+        return tuple(self.patch_embed.img_size or resolve_data_config(model=self)["input_size"][1:])
 
     @property
     def mean(self) -> tuple[float, ...]:
         """The mean by which images are normalised, one number per channel, from timm's data config of the model."""
-        return tuple(resolve_data_config(model=self.model)["mean"])
+        return tuple(resolve_data_config(model=self)["mean"])
 
     @property
     def std(self) -> tuple[float, ...]:
         """The standard deviation by which images are normalised, in the same form as `mean`."""
-        return tuple(resolve_data_config(model=self.model)["std"])
-
-    @property
-    def num_classes(self) -> int:
-        """The number of logits per image."""
-        return self.model.num_classes
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """The number of class, distillation and register tokens per image."""
-        return self.model.num_prefix_tokens
+        return tuple(resolve_data_config(model=self)["std"])
 
     def grid(self, image_size: Sequence[int]) -> PatchGrid:
         """Return the patch grid of images of (H, W) pixels.
@@ -169,7 +222,7 @@ class AcceleratedViT(nn.Module):
         Raises:
             ValueError: the patches do not divide the images, or the model takes only images of another size.
         """
-        embed = self.model.patch_embed
+        embed = self.patch_embed
         grid = PatchGrid.of(image_size, embed.patch_size)
         if embed.strict_img_size and embed.img_size is not None and tuple(embed.img_size) != grid.image_size:
             expected = "x".join(map(str, embed.img_size))
@@ -178,41 +231,170 @@ class AcceleratedViT(nn.Module):
 
     def forward(
         self,
-        images: Tensor,
-        keep: Keep | None = None,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
         *,
+        keep: Keep | None = None,
         view: Tensor | None = None,
         return_attention: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        features: Sequence[str] = (),
+    ) -> Tensor | tuple:
         """Compute the logits of each image from its kept patches.
 
         Args:
-            images: (B, C, H, W), floating point, normalised as the model wants it.
+            x: images (B, C, H, W), floating point, normalised as the model wants it.
+            attn_mask, is_causal: timm's restrictions of attention. With them timm's own forward pass runs.
             keep: the patches to keep: indices (B, K), a boolean mask (B, N), or a list of B index tensors. None: all.
             view: integers (dy, dx, flip) on the images' device, (3,) for one view of the whole batch or (B, 3) for one
                 of each image. The model sees images rolled by (dy, dx) pixels and then, if flip is 1, mirrored
                 left-right. `keep` and the attention refer to the plain images.
             return_attention: whether to return the importance of the kept patches too.
+            features: the names of tokens to return too, with gradients; see `outputs`.
 
         Returns:
             The logits (B, num_classes) as timm's model gives them. With `return_attention` also the importance of the
             kept patches, float32, (B, K) aligned to `keep`, or packed (T,) if images keep different numbers. Importance
             is the class token's attention in the last block, averaged over heads. Without a class token, it is the mean
             attention that a patch receives there, or the pooling query's attention if the model pools by attention. It
-            carries no gradient. Patches that the forward pass has pruned have importance 0.
+            carries no gradient. Patches that the forward pass has pruned have importance 0. With `features` also a dict
+            from their full names to `PackedTokens`.
 
         Raises:
-            ValueError: images or `keep` do not fit the model or each other. The message names the value.
+            ValueError: images or `keep` do not fit the model or each other, or a feature is unknown. The message names
+                the value.
+            UnsupportedModelError: timm's own forward pass has to run, and cannot do what is asked; a block does not
+                have a feature; or see `accelerate`.
         """
-        check_bypassed(self.model)
+        options = {"keep": keep, "view": view, "return_attention": return_attention, "features": features}
+        if isinstance(x, torch.fx.Proxy):
+            options = trace_as_timms(self, x, options)
+        reason = self._needs_timm(x, attn_mask, is_causal)
+        if reason is not None:
+            self._check_plain(reason, **options)
+            with self._timms_context(x):
+                return super().forward(x, attn_mask, is_causal)
+        patches, kept, grid, whole = self._patches(x, keep, view)
+        outputs = self._outputs(patches, grid.size, return_attention, features, whole=whole)
+        if not return_attention and not features:
+            return outputs.logits
+        results = _with_attention(outputs, kept) if return_attention else (outputs.logits,)
+        return (*results, outputs.features) if features else results
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Compute timm's features: the normalised tokens (B, N, C) of the last block, prefix tokens first. With `prune`
+        they are the tokens that are left.
+
+        Raises:
+            ValueError: the images do not fit the model, or pruning has left different numbers of tokens.
+        """
+        reason = self._needs_timm(x, attn_mask, is_causal)
+        if reason is not None:
+            self._check_plain(reason)
+            with self._timms_context(x):
+                return super().forward_features(x, attn_mask, is_causal)
+        patches, _, grid, whole = self._patches(x)
+        with self._autocast(x.device):
+            features, *_ = self._features(patches, grid.size, all_tokens=True, whole=whole)
+        if features.ndim != 3:
+            raise ValueError("the images are left with different numbers of tokens, which have no (B, N, C) features")
+        return features
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's intermediate features. `get_intermediate_layers` calls this too. Modifications: the embedding and the
+        blocks are ours, unless attention is restricted.
+
+        Raises:
+            ValueError: the images do not fit the model.
+            UnsupportedModelError: the model prunes, and maps need all patches.
+        """
+        self._check_plain("intermediate features are maps of all patches")
+        if self._needs_timm(x) is not None:
+            with self._timms_context(x):
+                return super().forward_intermediates(x, *args, **kwargs)
+        patches, _, grid, whole = self._patches(x)
+        with self._autocast(x.device):
+            tokens = embed_patches(self, patches, grid.size) if whole is None else embed_images(self, whole, patches)
+            attend = Attend(tokens, self.has_class_token, self.num_prefix_tokens, self.backend)
+
+            def embed(_: Tensor) -> Tensor:
+                return tokens.batch_or_values()
+
+            def run(block: nn.Module, number: int, x: Tensor, **restriction: Any) -> Tensor:
+                attend.enter(number)
+                return block(x, **restriction) if restriction else any_block(block, x, attend)
+
+            embed.dynamic_feat_size = self.patch_embed.dynamic_feat_size
+            model = SimpleNamespace(
+                patch_embed=embed,
+                _pos_embed=nn.Identity(),
+                patch_drop=nn.Identity(),
+                norm_pre=self.norm_pre,
+                blocks=[partial(run, block, number) for number, block in enumerate(self.blocks)],
+                norm=self.norm,
+                num_prefix_tokens=self.num_prefix_tokens,
+                grad_checkpointing=self.grad_checkpointing,
+            )
+            return VisionTransformer.forward_intermediates(model, x, *args, **kwargs)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """timm's method. Modifications: the patch embedding of a model that shares it is left as it was."""
+        self.patch_embed = _with_same_modules(self.patch_embed)
+        super().set_input_size(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> VisionTransformer:
+        """Let torch.jit.script compile timm's own model."""
+        self._check_plain("torch.jit.script compiles timm's own forward pass")
+        return self.model
+
+    def _needs_timm(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> str | None:
+        """Say why timm's own forward pass has to run, on all patches; None if it need not."""
+        if isinstance(x, torch.fx.Proxy):
+            return "torch.fx traces timm's own forward pass"
+        if attn_mask is not None or is_causal:
+            if attn_mask is not None and not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+                raise ValueError(
+                    f"attn_mask is {attn_mask.dtype}, expected bool or floating point; is it meant as keep=?"
+                )
+            return "attn_mask and is_causal are left to timm's own forward pass"
+        if torch.jit.is_tracing():
+            return "torch.jit.trace records timm's own forward pass"
+        if has_random_patches(self):
+            return "patch_drop drops random patches while training, in timm's own forward pass"
+        changed = changed_method(self, "forward_features")
+        return None if changed is None else f"the model{changed}"
+
+    def _check_plain(self, reason: str, **options: Any) -> None:
+        """Raise UnsupportedModelError if something is asked that timm's own forward pass does not do."""
+        if self.prune:
+            raise UnsupportedModelError(f"{reason}, which does not prune: take its .model to go without")
+        for name, value in options.items():
+            if not (value is None or value is False or (isinstance(value, Sequence) and len(value) == 0)):
+                raise UnsupportedModelError(f"{reason}, which has no {name}")
+
+    def _patches(
+        self, images: Tensor, keep: Keep | None = None, view: Tensor | None = None
+    ) -> tuple[PackedTokens, PackedTokens, PatchGrid, Tensor | None]:
+        """Return the patches at their cells, what is kept, the grid, and the whole images as the view shows them if the
+        embedding needs them."""
+        check_bypassed(self)
         self._check_images(images)
         grid = self.grid(images.shape[-2:])
-        kept = pack_keep(keep, len(images), grid.num_patches, images.device)
-        patches, cells = kernels.gather_patches(
-            images, kept.positions, kept.cu_seqlens, view, patch_size=grid.patch_size, backend=self.backend
-        )
-        outputs = self._outputs(replace(kept, values=patches, positions=cells), grid.size, return_attention)
-        return _with_attention(outputs, kept) if return_attention else outputs.logits
+
+        def seen(kept: PackedTokens) -> PackedTokens:
+            patches, cells = kernels.gather_patches(
+                images, kept.positions, kept.cu_seqlens, view, patch_size=grid.patch_size, backend=self.backend
+            )
+            return replace(kept, values=patches, positions=cells)
+
+        kept = pack_keep(keep, images.shape[0], grid.num_patches, images.device)
+        whole = None
+        if embedding_obstacle(self) is not None:
+            whole = images
+            if view is not None:
+                every = seen(all_patches(images.shape[0], grid.num_patches, images.device))
+                whole = grid.scatter(every.values, every, torch.empty_like(images))
+        return seen(kept), kept, grid, whole
 
     def forward_patches(
         self, patches: PackedTokens, *, grid_size: tuple[int, int] | None = None, return_attention: bool = False
@@ -240,90 +422,133 @@ class AcceleratedViT(nn.Module):
 
         Args:
             importance: whether to measure the importance (T,) of the patches.
-            features: names "blocks.N", with N from 0, of the blocks whose output tokens (T', C) are returned, prefix
-                tokens included, at their positions. Features that are not requested cost nothing.
+            features: the names of tokens that are returned, prefix tokens included, at their positions in the grid that
+                the model sees. "blocks.N", with N from 0, are the tokens (T', C) that block N hands on, after what is
+                pruned before block N + 1. "blocks.N.attn" and "blocks.N.mlp" are what its attention and its MLP return,
+                (T', C), "blocks.N.attn.heads" is the attention before its norm and projection, and "blocks.N.attn.keys"
+                are the keys as they enter the scores, (T', H, D). A block that prunes may do so before its MLP. The
+                names "block", "attn", "mlp", "heads" and "keys" stand for those of all blocks. Features that are not
+                requested cost nothing.
 
         Raises:
-            ValueError: the patches do not fit the model, or a feature has another name.
+            ValueError: the patches do not fit the model, or a feature is unknown.
+            UnsupportedModelError: a block does not have a feature that was asked for: it has no such part or several,
+                or it runs by its own forward, of which only the output is known.
         """
-        check_bypassed(self.model)
-        known = [f"blocks.{number}" for number in range(len(self.model.blocks))]
-        for name in features:
-            if name not in known:
-                raise ValueError(f"there is no feature {name!r}: the model has {known[0]} to {known[-1]}")
-        return self._outputs(patches, tuple(grid_size or self.model.patch_embed.grid_size), importance, features)
+        check_bypassed(self)
+        check_called(self)
+        grid_size, whole = tuple(grid_size or self.patch_embed.grid_size), None
+        if embedding_obstacle(self) is not None:
+            check_embeds_patches(self.patch_embed)
+            grid = PatchGrid(*grid_size, tuple(self.patch_embed.patch_size))
+            images = patches.values.new_zeros(patches.batch_size, self.num_channels, *grid.image_size)
+            whole = grid.scatter(patches.values, patches, images)
+        return self._outputs(patches, grid_size, importance, features, whole=whole)
 
     def _outputs(
-        self, patches: PackedTokens, grid_size: tuple[int, int], importance: bool, features: Sequence[str] = ()
+        self,
+        patches: PackedTokens,
+        grid_size: tuple[int, int],
+        importance: bool,
+        features: Sequence[str] = (),
+        *,
+        whole: Tensor | None = None,
     ) -> Outputs:
-        """Compute `outputs` after the model and the names have been checked."""
-        model = self.model
-        uniform = patches.is_uniform and not any(isinstance(stop, Mass) for stop in self.prune.values())
-        self._check_training(uniform)
+        """Compute `outputs` after the model and the names have been checked. A changed embedding takes the whole images
+        (B, C, H, W)."""
+        uniform = patches.is_uniform and all(isinstance(how, Merge) or how.equal_counts for how in self.prune.values())
         if not uniform and patches.batch_size > 1 and not self._packs():
-            return self._one_by_one(patches, grid_size, importance, features)
-        found: dict[str, PackedTokens] = {}
+            return self._one_by_one(patches, grid_size, importance, features, whole)
         with self._autocast(patches.values.device):
-            tokens = self._embed(patches, grid_size)
-            x, attend = model.norm_pre(tokens.batch_or_values()), Attend(tokens, model.has_class_token, self.backend)
-            *blocks, last = model.blocks
-            for number, block in enumerate(blocks):
-                stop = self.prune.get(number + 1)
-                attend.measures = stop is not None
-                x = any_block(block, number, x, attend)
-                if f"blocks.{number}" in features:
-                    found[f"blocks.{number}"] = replace(tokens, values=x.flatten(0, -2))
-                if stop is not None:
-                    tokens = replace(tokens, values=x.flatten(0, -2))
-                    tokens = keep_highest(
-                        tokens, attend.rows(), stop, num_prefix_tokens=model.num_prefix_tokens, backend=self.backend
-                    )
-                    x, attend = tokens.batch_or_values(), Attend(tokens, model.has_class_token, self.backend)
-            attend.measures = importance and not pools_by_attention(model)
-            name = f"blocks.{len(blocks)}"
-            queries = None if name in features else self._pooled_tokens(last)
-            if queries is None or (queries > 1 and not tokens.is_uniform):
-                x = any_block(last, len(blocks), x, attend)
-            else:
-                x = block_of_first_tokens(last, x, queries, attend)
-            if name in features:
-                found[name] = replace(tokens, values=x.flatten(0, -2))
-            x = model.norm(x)
-            if importance and pools_by_attention(model):
-                reason = obstacle_within_pool(model.attn_pool)
-                if reason is not None:
-                    raise UnsupportedModelError(f"attn_pool{reason}, so the attention within it cannot be measured")
-                attend.measured = [pooling_attention(model, x, tokens)[None]]
-            logits = self._head(x, tokens)
-        measured = self._importance(attend.rows().mean(0), patches, tokens, grid_size) if importance else None
-        return Outputs(logits, measured, found)
+            x, attend = self._features(patches, grid_size, importance, features, whole=whole)
+            logits = head(self, x, attend.tokens)
+        measured = self._importance(attend.rows().mean(0), patches, attend.tokens, grid_size) if importance else None
+        return Outputs(logits, measured, {name: tokens for name, (tokens,) in attend.found.items()})
+
+    def _features(
+        self,
+        patches: PackedTokens,
+        grid_size: tuple[int, int],
+        importance: bool = False,
+        features: Sequence[str] = (),
+        *,
+        all_tokens: bool = False,
+        whole: Tensor | None = None,
+    ) -> tuple[Tensor, Attend]:
+        """Run all blocks and the last norm. Return the tokens that the head needs or, with `all_tokens`, all; and what
+        is known of them."""
+        wanted = parts_of_blocks(features, len(self.blocks))
+        tokens = embed_patches(self, patches, grid_size) if whole is None else embed_images(self, whole, patches)
+        x = self.norm_pre(tokens.batch_or_values())
+        attend = Attend(tokens, self.has_class_token, self.num_prefix_tokens, self.backend)
+        reason = obstacle(self.blocks, SEQUENTIAL)
+        if reason is not None:
+            if importance or features or self.prune:
+                raise UnsupportedModelError(f"blocks{reason}, so it runs as one, and nothing within it can be measured")
+            return self.norm(self.blocks(x)), attend
+        *blocks, last = self.blocks
+        for number, block in enumerate(blocks):
+            attend.enter(number, wanted[number], prune=self.prune.get(number + 1))
+            x = self._run(any_block, block, x, attend)
+        attend.enter(len(blocks), wanted[-1], measures=importance and not pools_by_attention(self))
+        queries = pooled_tokens(self, last) if not all_tokens and wanted[-1] <= {"keys"} else None
+        if queries is None or (queries > 1 and not attend.tokens.is_uniform):
+            x = self._run(any_block, last, x, attend)
+        else:
+            x = self._run(partial(block_of_first_tokens, count=queries), last, x, attend)
+        x = self.norm(x)
+        if importance and pools_by_attention(self):
+            reason = obstacle_within_pool(self.attn_pool)
+            if reason is not None:
+                raise UnsupportedModelError(f"attn_pool{reason}, so the attention within it cannot be measured")
+            attend.measured = [pooling_attention(self, x, attend.tokens)[None]]
+        return x, attend
+
+    def _run(self, run: Callable[..., Tensor], block: nn.Module, x: Tensor, attend: Attend) -> Tensor:
+        """Run a block, and again in the backward pass if timm's gradient checkpointing is on."""
+        if not self.grad_checkpointing:
+            return run(block, x, attend=attend)
+        before, states = attend.as_entered(), iter((attend,))
+        return checkpoint(
+            lambda x: run(block, x, attend=next(states, None) or before.as_entered()), x, use_reentrant=False
+        )
 
     def _importance(
         self, importance: Tensor, patches: PackedTokens, tokens: PackedTokens, grid_size: tuple[int, int]
     ) -> Tensor:
         """Map the importance (T',) of the tokens that are left, prefix tokens included, to the patches given."""
-        prefix = self.model.num_prefix_tokens
+        prefix = self.num_prefix_tokens
         if tokens.is_uniform and not self.prune:
             return importance.view(-1, tokens.max_seqlen)[:, prefix:].flatten()
         # The cells of the grid connect the patches that are left with the patches that were given.
-        cells = prefix + grid_size[0] * grid_size[1]
-        given, left = (packed.owners() * cells + packed.positions + prefix for packed in (patches, tokens))
+        before = prefix + 1  # prefix tokens and fused tokens lie before the grid
+        cells = before + grid_size[0] * grid_size[1]
+        given, left = (packed.owners() * cells + packed.positions + before for packed in (patches, tokens))
         return importance.new_zeros(patches.batch_size * cells).index_copy(0, left, importance)[given]
 
     def _packs(self) -> bool:
         """Return whether tokens of several images may be packed: they may if only plain attentions mix tokens."""
-        model = self.model
-        reasons = [obstacle_within(model.norm_pre), obstacle_within(model.norm)]
-        reasons += [obstacle_within_block(block) for block in model.blocks]
-        reasons += [] if model.attn_pool is None else [obstacle_within_pool(model.attn_pool)]
+        reasons = [changed_method(self, "forward_head", "pool"), obstacle(self.blocks, SEQUENTIAL)]
+        reasons += [obstacle_within(self.norm_pre), obstacle_within(self.norm)]
+        reasons += [obstacle_within_block(block) or block_obstacle(block) for block in self.blocks]
+        reasons += [] if self.attn_pool is None else [obstacle_within_pool(self.attn_pool)]
         return reasons.count(None) == len(reasons)
 
     def _one_by_one(
-        self, patches: PackedTokens, grid_size: tuple[int, int], importance: bool, features: Sequence[str]
+        self,
+        patches: PackedTokens,
+        grid_size: tuple[int, int],
+        importance: bool,
+        features: Sequence[str],
+        whole: Tensor | None,
     ) -> Outputs:
         """Run `_outputs` image by image, so that hooks and foreign modules see (1, N, C). The host waits."""
-        outputs = [self._outputs(image, grid_size, importance, features) for image in patches.groups(1)]
-        found = {name: [output.features[name] for output in outputs] for name in features}
+        images = [None] * patches.batch_size if whole is None else whole.split(1)
+        outputs = [
+            self._outputs(one, grid_size, importance, features, whole=image)
+            for one, image in zip(patches.groups(1), images, strict=True)
+        ]
+        found = {name: [output.features[name] for output in outputs] for name in outputs[0].features}
         return Outputs(
             logits=torch.cat([output.logits for output in outputs]),
             importance=torch.cat([output.importance for output in outputs]) if importance else None,
@@ -333,119 +558,39 @@ class AcceleratedViT(nn.Module):
             },
         )
 
-    def _embed(self, patches: PackedTokens, grid_size: tuple[int, int]) -> PackedTokens:
-        """timm's patch embedding, position embedding and prefix tokens.
-
-        Modifications: only kept patches are embedded, by a matrix product instead of a convolution.
-        """
-        model, embed = self.model, self.model.patch_embed
-        weight, bias = weights(embed.proj)
-        if patches.values.shape[1] != weight[0].numel():
-            raise ValueError(
-                f"patches have {patches.values.shape[1]} values each, the model's have {weight[0].numel()}"
-            )
-        embedded = embed.norm(linear(patches.values.to(weight.dtype), weight.flatten(1), bias))
-        prefix = (model.cls_token, getattr(model, "dist_token", None), model.reg_token)  # (1, count, C) each, or None
-        prefix = torch.cat([embedded[:0], *(tokens[0] for tokens in prefix if tokens is not None)])
-        if model.pos_embed is not None:
-            count = 0 if model.no_embed_class else model.num_prefix_tokens
-            pos_embed = model.pos_embed
-            if grid_size != tuple(embed.grid_size):
-                pos_embed = resample_abs_pos_embed(pos_embed, grid_size, embed.grid_size, num_prefix_tokens=count)
-            embedded = embedded + pos_embed[0, count:][patches.positions]
-            if count:
-                prefix = prefix + pos_embed[0, :count]
-        tokens = replace(patches, values=embedded).prepend(prefix)
-        return tokens if model.pos_embed is None else replace(tokens, values=model.pos_drop(tokens.values))
-
-    def _pooled_tokens(self, block: nn.Module) -> int | None:
-        """Return how many of the last block's first tokens the head reads, or None if it may read all tokens."""
-        if self.model.global_pool != "token" or type(block) is not Block or type(block.attn) is not Attention:
-            return None
-        if type(block.attn.qkv) is not nn.Linear or obstacle_within_block(block) or obstacle_within(self.model.norm):
-            return None
-        return 2 if isinstance(self.model, VisionTransformerDistilled) else 1
-
-    def _head(self, x: Tensor, tokens: PackedTokens) -> Tensor:
-        """timm's pooling and classifier. Modifications: packed sequences (T, C) are pooled here."""
-        model = self.model
-        if x.ndim == 3:
-            return model.forward_head(x)
-        if model.global_pool == "token":
-            first = tokens.cu_seqlens[:-1, None] + torch.arange(model.num_prefix_tokens, device=x.device)
-            return model.forward_head(x[first])
-        padded, mask = tokens.pad(x)
-        if not model.pool_include_prefix:
-            padded, mask = padded[:, model.num_prefix_tokens :], mask[:, model.num_prefix_tokens :]
-        if model.global_pool == "map":
-            pooled = model.attn_pool(padded, attn_mask=mask[:, None, None])
-        elif model.global_pool in ("avg", "max", "avgmax"):
-            mean = padded.sum(1) / mask.sum(1, keepdim=True)
-            largest = padded.masked_fill(~mask[..., None], float("-inf")).amax(1)
-            pooled = {"avg": mean, "max": largest, "avgmax": 0.5 * (largest + mean)}[model.global_pool]
-        else:
-            raise ValueError(f"global_pool {model.global_pool!r} needs images that all keep the same number of patches")
-        return model.head(model.head_drop(model.fc_norm(pooled)))
-
-    @contextmanager
-    def cast_weights(self, *, pack: bool = True) -> Iterator[None]:
-        """Return a context in which weights are cast only once. They must not change while it lasts.
-
-        The weights of matrix products are cast to the compute dtype once, not in every forward pass. On a CPU they are
-        also laid out for its products, unless `pack` is False, because torch.compile does not accept that layout. The
-        results are the same, but the copies take memory.
-        """
-        proj = patch_projection(self.model)
-        pack = pack and can_pack(self.compute_dtype, proj.weight.device)
-        sliced = getattr(getattr(self.model.blocks[-1], "attn", None), "qkv", None)  # its rows are read in parts
-        parts = [proj, *(module for module in self.model.modules() if obstacle(module, LINEAR) is None)]
-        parts = [part for part in parts if not hasattr(part, "_cast_weights")]
-        if self.compute_dtype == proj.weight.dtype and not pack:
-            parts = []
-        try:
-            for part in parts:
-                weight = part.weight.detach().to(self.compute_dtype)
-                bias = None if part.bias is None else part.bias.detach().to(self.compute_dtype)
-                if pack and type(part) is nn.Linear and part is not sliced:
-                    weight = PackedWeight(weight)
-                part._cast_weights = weight, bias
-            yield
-        finally:
-            for part in parts:
-                part.__dict__.pop("_cast_weights", None)
+    def cast_weights(self, *, pack: bool = True) -> AbstractContextManager[None]:
+        """Return a context in which weights are cast and laid out only once; see `casting.cast_weights`."""
+        return cast_weights(self, self.compute_dtype, pack=pack)
 
     def _autocast(self, device: torch.device):
-        if self.compute_dtype == self._weight.dtype:
+        if self.compute_dtype == self._parameter.dtype:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.compute_dtype)
 
+    def _timms_context(self, x: Tensor | torch.fx.Proxy) -> AbstractContextManager[None]:
+        """Return the context in which timm's own forward pass runs."""
+        if not isinstance(x, torch.fx.Proxy):
+            return self._autocast(x.device)
+        if self.compute_dtype != self._parameter.dtype:
+            raise UnsupportedModelError(f"torch.fx cannot trace autocast: cast the weights to {self.compute_dtype}")
+        return leaf_functions(x.tracer)
+
     def _check_images(self, images: Tensor) -> None:
-        weight = self._weight
-        if images.ndim != 4 or images.shape[1] != weight.shape[1]:
-            raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, {weight.shape[1]}, H, W)")
+        channels, device = self.num_channels, self.device
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, {channels}, H, W)")
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}, expected a floating point dtype")
-        if images.device != weight.device:
-            raise ValueError(f"images are on {images.device}, the model is on {weight.device}")
+        if images.device != device:
+            raise ValueError(f"images are on {images.device}, the model is on {device}")
 
-    def _check_training(self, uniform: bool) -> None:
-        """Refuse the random operations of timm's training mode that are not possible on packed tokens.
 
-        The modes of timm's modules count, because `train()` on the timm model does not set the mode of this module.
-        """
-        if not (self.model.training or any(block.training for block in self.model.blocks)):
-            return
-        for name, module in self.model.named_modules():
-            if not module.training:
-                continue
-            if isinstance(module, PatchDropout) and module.prob > 0:
-                raise UnsupportedModelError(f"{name} drops patches while training: say which to keep instead")
-            if name.endswith("attn_drop") and getattr(module, "p", 0) > 0:
-                raise UnsupportedModelError(f"{name} drops attention while training, which the kernels do not")
-            if isinstance(module, DropPath) and module.drop_prob and not uniform:
-                raise UnsupportedModelError(
-                    f"{name} drops whole images while training, which needs equally many patches"
-                )
+class AcceleratedDistilledViT(AcceleratedViT, VisionTransformerDistilled):
+    """timm's VisionTransformerDistilled, a DeiT with a distillation token, as an `AcceleratedViT`."""
+
+
+ACCELERATED = {VisionTransformer: AcceleratedViT, VisionTransformerDistilled: AcceleratedDistilledViT}
+TIMM_CLASSES = {fast: timm for timm, fast in ACCELERATED.items()}
 
 
 def _with_attention(outputs: Outputs, patches: PackedTokens) -> tuple[Tensor, Tensor]:

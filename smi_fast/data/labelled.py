@@ -15,7 +15,6 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from smi_fast.backbones.base import class_names, frozen
-from smi_fast.backbones.vit import AcceleratedViT
 from smi_fast.data.files import first_line, read_image
 
 NAMES = ("CIFAR10", "CIFAR100", "ImageNet")
@@ -47,8 +46,6 @@ def load_data(
     """
     if split not in FOLDERS:
         raise ValueError(f"split must be train or test, got {split!r}")
-    if isinstance(model, AcceleratedViT):
-        model = model.model
     transform = _evaluation_transform(model)
     name = {known.lower(): known for known in NAMES}.get(str(name_or_folder).lower())
     if root is not None:

@@ -29,7 +29,7 @@ class Reader:
         self.fast = model if isinstance(model, AcceleratedViT) else accelerate(model)
         self.device, self.grid = self.fast.device, self.fast.grid(image_size)
         self.mean, self.std = self.fast.mean, self.fast.std
-        heads = self.fast.model.get_classifier()  # a model with a distillation token has two, whose logits are averaged
+        heads = self.fast.get_classifier()  # a model with a distillation token has two, whose logits are averaged
         self.heads = nn.ModuleList(heads if isinstance(heads, tuple) else [heads])
 
     def __call__(self, tokens: PackedTokens) -> Tensor:

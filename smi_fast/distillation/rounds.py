@@ -262,7 +262,7 @@ def _check_settings(
 
 def _check_fit(teacher: Reader, student: Reader, inverter: Inverter | None, dataset: InvertedDataset | None) -> None:
     """Check that the models fit each other and the images."""
-    if teacher.fast.model is student.fast.model:
+    if teacher.fast.blocks is student.fast.blocks:
         raise ValueError("teacher and student are the same model")
     for what, ours, theirs in (
         ("classes", teacher.fast.num_classes, student.fast.num_classes),
@@ -276,7 +276,7 @@ def _check_fit(teacher: Reader, student: Reader, inverter: Inverter | None, data
     if teacher.device != student.device:
         raise ValueError(f"the teacher is on {teacher.device}, the student on {student.device}")
     if inverter is not None:
-        if getattr(inverter.backbone, "model", None) is not teacher.fast.model:
+        if getattr(inverter.backbone, "blocks", None) is not teacher.fast.blocks:
             raise ValueError("the inverter inverts another model than the teacher")
         return
     if len(dataset) == 0:

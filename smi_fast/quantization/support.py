@@ -6,7 +6,14 @@ from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from smi_fast.backbones.support import PLAIN, UnsupportedModelError, check_bypassed, obstacle
+from smi_fast.backbones.support import (
+    MODEL_METHODS,
+    PLAIN,
+    UnsupportedModelError,
+    changed_method,
+    check_bypassed,
+    obstacle,
+)
 
 MAX_HEAD_DIM = 256  # 255^2 * 256 < 2^24, so that a score of 8-bit queries and keys is exact in float32
 
@@ -59,6 +66,9 @@ def check_supported(model: nn.Module) -> None:
     if not all(isinstance(norm, nn.LayerNorm) and norm.bias is not None and norm.eps == norms[0].eps for norm in norms):
         raise UnsupportedModelError("only LayerNorms with weight and bias, all of the same eps, can be quantised")
     check_bypassed(model)
+    reason = changed_method(model, *MODEL_METHODS)
+    if reason is not None:
+        raise UnsupportedModelError(f"the model{reason}, and a quantised model would not run it")
     for name, module in model.named_modules():
         reason = obstacle(module, PLAIN)
         if reason is not None:

@@ -97,6 +97,15 @@ def test_pruning_compiles_for_other_numbers_of_patches(seed):
     assert_as_eager(fast, "aot_eager", [20, 30, 47], False)
 
 
+def test_models_that_prune_otherwise_compile_one_after_the_other(seed):
+    for prune in (
+        {1: 0.3, 2: 0.4},
+        {1: smi_fast.Drop(0.35, round="ceil", fuse="sum"), 2: smi_fast.Drop(0.45)},
+        {1: smi_fast.Merge(5), 2: smi_fast.Drop(30, scores=lambda tokens, positions, importance: -importance)},
+    ):
+        assert_as_eager(accelerated(prune=prune), "aot_eager", [47], False)
+
+
 def test_weights_train_through_the_compiled_model(seed):
     fast = accelerated(prune=PRUNE).train().requires_grad_(True)
     images = torch.randn(2, 3, 32, 32)

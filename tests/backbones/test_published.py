@@ -1,5 +1,6 @@
 """SMIAdaptor: the published calling convention, against timm's own blocks and, where there is one, a checkout."""
 
+import copy
 import importlib
 import os
 import random
@@ -137,6 +138,32 @@ def test_an_accelerated_model_is_taken_as_it_is(model, images):
     assert torch.equal(adaptor(images)[0], fast(images))
     with pytest.raises(ValueError, match="accelerated already: dtype=None and backend='torch'"):
         SMIAdaptor(fast, backend="torch")
+
+
+def test_a_frozen_adaptor_follows_its_own_weights_only(model, images):
+    """Its weights are cast and laid out once, and again after they were written to, replaced or moved."""
+    frozen, shared = (SMIAdaptor(model.float(), dtype=torch.bfloat16, freeze=freeze) for freeze in (True, False))
+    images, expected = images.detach().float().requires_grad_(), shared(images.float())[0]
+
+    def gradients(adaptor):
+        return torch.autograd.grad(adaptor(images)[0].square().sum(), images)[0]
+
+    torch.testing.assert_close(gradients(frozen), gradients(shared))
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(-3)
+    assert torch.equal(frozen(images)[0], expected)
+    assert all(weight.requires_grad for weight in model.parameters())
+    changes = (
+        lambda fast: fast.load_state_dict(model.state_dict()),
+        lambda fast: setattr(fast.blocks[1].attn.qkv, "weight", nn.Parameter(-model.blocks[1].attn.qkv.weight)),
+        lambda fast: fast.double().float(),
+        lambda fast: fast.head.bias.detach().add_(1),
+    )
+    for change in changes:
+        change(frozen.fast)
+        torch.testing.assert_close(frozen(images)[0], SMIAdaptor(frozen.fast.model, dtype=torch.bfloat16)(images)[0])
+        expected = frozen(images)[0]
+    torch.testing.assert_close(copy.deepcopy(frozen)(images)[0], expected)
 
 
 def test_logits_have_the_dtype_of_the_images(model):

@@ -53,9 +53,9 @@ def timm_numbers(model: VisionTransformer, images: Tensor, keep: Tensor | list[T
         if keep is None:
             logits = model(images)
         else:
-            x = model._pos_embed(model.patch_embed(images))
+            x = model.patch_drop(model._pos_embed(model.patch_embed(images)))
             x = torch.cat((x[:, :1], x[:, 1:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))), dim=1)
-            logits = model.forward_head(model.norm(model.blocks(model.norm_pre(model.patch_drop(x)))))
+            logits = model.forward_head(model.norm(model.blocks(model.norm_pre(x))))
     return logits, getattr(attention, "row", torch.zeros(len(images), 1))[:, 1:]
 
 
@@ -64,14 +64,20 @@ def gradient(logits: Tensor, images: Tensor) -> Tensor:
     return torch.autograd.grad((logits * weights).sum(), images)[0]
 
 
-def outcome(fast: smi_fast.AcceleratedViT, images: Tensor, keep: Tensor | list[Tensor] | None, measures: bool) -> str:
-    """SAME or REFUSED; fails on any other numbers."""
+def outcome(
+    fast: smi_fast.AcceleratedViT,
+    images: Tensor,
+    keep: Tensor | list[Tensor] | None,
+    measures: bool,
+    timm_model: VisionTransformer | None = None,
+) -> str:
+    """SAME or REFUSED; fails on any other numbers than those of timm's model."""
     try:
         logits = fast(images, keep=keep, return_attention=measures)
     except smi_fast.UnsupportedModelError:
         return REFUSED
     logits, importance = logits if measures else (logits, None)
-    expected, expected_importance = timm_numbers(fast.model, images, keep)
+    expected, expected_importance = timm_numbers(timm_model or fast.model, images, keep)
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradient(logits, images), gradient(expected, images), rtol=1e-9, atol=1e-9)
     if measures:
@@ -100,8 +106,8 @@ def patch(module: nn.Module, name: str) -> None:
 
 LAST = ("norm1", "attn.qkv", "attn.proj", "attn.proj_drop", "ls1", "norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2")
 PLACES = {
-    **dict.fromkeys(("", "patch_embed", "patch_embed.proj", "patch_embed.norm", "pos_drop", "patch_drop"), REFUSED),
-    **dict.fromkeys(("blocks",), REFUSED),
+    **dict.fromkeys(("patch_embed", "patch_embed.proj", "patch_embed.norm", "pos_drop", "patch_drop"), SAME),
+    **dict.fromkeys(("blocks",), UNMEASURED),
     **dict.fromkeys(("blocks.1", "blocks.1.attn", "blocks.1.attn.q_norm", "blocks.1.attn.k_norm"), UNMEASURED),
     **dict.fromkeys(("blocks.0", "blocks.0.attn", "blocks.0.attn.k_norm", "blocks.0.mlp.fc2"), SAME),
     **dict.fromkeys(("norm_pre", "norm", "head", *(f"blocks.1.{part}" for part in LAST)), SAME),
@@ -163,7 +169,7 @@ class OwnSequential(nn.Sequential):
         return mixed(super().forward(x))
 
 
-class OwnModel(VisionTransformer):
+class OwnModel(smi_fast.AcceleratedViT):
     def forward_features(self, *args, **kwargs) -> Tensor:
         return mixed(super().forward_features(*args, **kwargs))
 
@@ -237,28 +243,27 @@ def scaled_weight(linear: nn.Linear) -> None:
 CHANGES: dict[str, tuple[str, Callable[[VisionTransformer], object]]] = {
     "lora_qkv": (SAME, lambda m: replace_module(m, "blocks.1.attn.qkv", LoRA)),
     "lora_fc1": (SAME, lambda m: replace_module(m, "blocks.1.mlp.fc1", LoRA)),
-    "lora_patch_embed": (REFUSED, lambda m: replace_module(m, "patch_embed.proj", LoRA)),
+    "lora_patch_embed": (SAME, lambda m: replace_module(m, "patch_embed.proj", LoRA)),
     "weight_norm": (SAME, lambda m: linears(m, weight_norm)),
     "old_weight_norm": (SAME, lambda m: linears(m, old_weight_norm)),
     "spectral_norm": (SAME, lambda m: linears(m, parametrizations.spectral_norm)),
     "orthogonal": (SAME, lambda m: parametrizations.orthogonal(m.blocks[1].attn.proj)),
     "parametrized_linear": (SAME, lambda m: linears(m, lambda linear: parametrize(linear, "weight"))),
-    "parametrized_conv": (REFUSED, lambda m: parametrize(m.patch_embed.proj, "weight")),
-    "parametrized_pos_embed": (REFUSED, lambda m: parametrize(m, "pos_embed")),
+    "parametrized_conv": (SAME, lambda m: parametrize(m.patch_embed.proj, "weight")),
+    "parametrized_pos_embed": (SAME, lambda m: parametrize(m, "pos_embed")),
     "pruned_linear": (SAME, lambda m: linears(m, lambda linear: prune.l1_unstructured(linear, "weight", 0.5))),
-    "pruned_conv": (REFUSED, lambda m: prune.l1_unstructured(m.patch_embed.proj, "weight", 0.5)),
+    "pruned_conv": (SAME, lambda m: prune.l1_unstructured(m.patch_embed.proj, "weight", 0.5)),
     "weight_subclass": (SAME, lambda m: linears(m, scaled_weight)),
     "linear_class": (SAME, lambda m: become(m, "blocks.1.attn.qkv", OwnLinear)),
-    "conv_class": (REFUSED, lambda m: become(m, "patch_embed.proj", OwnConv2d)),
+    "conv_class": (SAME, lambda m: become(m, "patch_embed.proj", OwnConv2d)),
     "attention_class": (UNMEASURED, lambda m: become(m, "blocks.1.attn", OwnAttention)),
     "first_attention_class": (SAME, lambda m: become(m, "blocks.0.attn", OwnAttention)),
     "mlp_class": (SAME, lambda m: become(m, "blocks.1.mlp", OwnMlp)),
     "block_class": (UNMEASURED, lambda m: become(m, "blocks.1", OwnBlock)),
     "first_block_class": (SAME, lambda m: become(m, "blocks.0", OwnBlock)),
-    "model_class": (REFUSED, lambda m: become(m, "", OwnModel)),
     "other_block": (SAME, lambda m: replace_module(m, "blocks.0", lambda _: ParallelScalingBlock(32, 2).double())),
     "fewer_blocks": (SAME, lambda m: setattr(m, "blocks", m.blocks[:1])),
-    "blocks_class": (REFUSED, lambda m: become(m, "blocks", OwnSequential)),
+    "blocks_class": (UNMEASURED, lambda m: become(m, "blocks", OwnSequential)),
     "foreign_block": (UNMEASURED, lambda m: replace_module(m, "blocks.1", lambda _: Mixing())),
     "foreign_mlp": (SAME, lambda m: replace_module(m, "blocks.1.mlp", lambda mlp: nn.Sequential(mlp, Mixing()))),
     "attention_in_mlp": (SAME, lambda m: replace_module(m, "blocks.1.mlp", lambda mlp: nn.Sequential(mlp, attn(m)))),
@@ -266,14 +271,13 @@ CHANGES: dict[str, tuple[str, Callable[[VisionTransformer], object]]] = {
     "foreign_norm": (SAME, lambda m: replace_module(m, "blocks.1.norm2", lambda norm: nn.Sequential(norm, Mixing()))),
     "foreign_final_norm": (SAME, lambda m: replace_module(m, "norm", lambda norm: nn.Sequential(norm, Mixing()))),
     "foreign_activation": (SAME, lambda m: replace_module(m, "blocks.1.mlp.act", lambda _: Mixing())),
-    "foreign_patch_drop": (REFUSED, lambda m: setattr(m, "patch_drop", Mixing())),
+    "foreign_patch_drop": (SAME, lambda m: setattr(m, "patch_drop", Mixing())),
     "foreign_q_norm": (UNMEASURED, lambda m: replace_module(m, "blocks.1.attn.q_norm", lambda _: Mixing())),
     "attn_drop": (UNMEASURED, lambda m: without_fused_attention(m, lambda attn: setattr(attn, "attn_drop", Mixing()))),
     "attn_drop_hook": (UNMEASURED, lambda m: without_fused_attention(m, lambda a: HOOKS["forward_hook"](a.attn_drop))),
-    "overlapping_patches": (REFUSED, lambda m: setattr(m.patch_embed.proj, "dilation", (1, 2))),
-    "patched_features": (REFUSED, lambda m: patch(m, "forward_features")),
-    "patched_pos_embed": (REFUSED, lambda m: patch(m, "_pos_embed")),
-    "patched_head": (REFUSED, lambda m: patch(m, "forward_head")),
+    "overlapping_patches": (SAME, lambda m: setattr(m.patch_embed, "proj", nn.Conv2d(3, 32, 6, 4, 1).double())),
+    "patched_pos_embed": (SAME, lambda m: patch(m, "_pos_embed")),
+    "patched_head": (SAME, lambda m: patch(m, "forward_head")),
 }
 
 
@@ -284,40 +288,79 @@ def images() -> Tensor:
 
 def assert_timms_numbers(expected: str, change: Callable[[VisionTransformer], object], images: Tensor) -> None:
     """A change made after `accelerate`, over dense, sparse and ragged batches, with and without importance."""
-    model = build()
-    fast, unchanged = smi_fast.accelerate(model), timm_numbers(model, images, KEEP)[0]
-    unchanged_gradient = gradient(unchanged, images)
-    change(model)
+    timm_model = build()
+    unchanged_gradient = gradient(timm_numbers(timm_model, images, KEEP)[0], images)
+    fast = smi_fast.accelerate(copy.deepcopy(timm_model))
+    for model in (fast, timm_model):
+        torch.manual_seed(1)
+        change(model)
     for keep in (DENSE, KEEP, RAGGED):
         for measures in (False, True):
-            refused = expected == REFUSED or (expected == UNMEASURED and measures)
-            assert outcome(fast, images, keep, measures) == (REFUSED if refused else SAME)
-    if expected != REFUSED:
-        changed = timm_numbers(model, images, KEEP)[0]
-        assert not torch.allclose(gradient(changed, images), unchanged_gradient, rtol=1e-3)
+            refused = expected == UNMEASURED and measures
+            assert outcome(fast, images, keep, measures, timm_model) == (REFUSED if refused else SAME)
+    changed = timm_numbers(timm_model, images, KEEP)[0]
+    assert not torch.allclose(gradient(changed, images), unchanged_gradient, rtol=1e-3)
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_hooks_act_as_in_timm_or_are_refused(seed, images, hook):
+def test_hooks_act_as_in_timm(seed, images, hook):
     for place, expected in PLACES.items():
         print(place)
         assert_timms_numbers(expected, lambda model, place=place: HOOKS[hook](model.get_submodule(place)), images)
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_modules_act_as_in_timm_or_are_refused(seed, images, change):
+def test_changed_modules_act_as_in_timm(seed, images, change):
     assert_timms_numbers(*CHANGES[change], images)
 
 
-def test_models_changed_before_are_alike_or_refused(seed, images):
-    for place, expected in PLACES.items():
+def test_models_changed_before_are_alike(seed, images):
+    for place in PLACES:
         model = build()
         HOOKS["forward_hook"](model.get_submodule(place))
-        if expected == REFUSED:
-            with pytest.raises(smi_fast.UnsupportedModelError, match=f"{place or 'the model'} has hooks"):
-                smi_fast.accelerate(model)
-        else:
-            assert outcome(smi_fast.accelerate(model), images, KEEP, False) == SAME
+        assert outcome(smi_fast.accelerate(model), images, KEEP, False) == SAME
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_the_model_act_where_it_is_called(seed, images, hook):
+    timm_model = build()
+    fast = smi_fast.accelerate(copy.deepcopy(timm_model))
+    for model in (fast, timm_model):
+        HOOKS[hook](model)
+    assert outcome(fast, images, DENSE, False, timm_model) == SAME
+    with pytest.raises(smi_fast.UnsupportedModelError, match=r"the model has .* only a call"):
+        fast.outputs(smi_fast.PackedTokens.from_batch(torch.zeros(1, 9, 48).double(), torch.arange(9)))
+    before = build()
+    HOOKS[hook](before)
+    if hook == "patched_forward":
+        with pytest.raises(smi_fast.UnsupportedModelError, match="the model has a forward of its own"):
+            smi_fast.accelerate(before)
+    else:
+        assert outcome(smi_fast.accelerate(before), images, DENSE, False, before) == SAME
+
+
+@pytest.mark.parametrize("change", [lambda m: patch(m, "forward_features"), lambda m: become(m, "", OwnModel)])
+def test_changed_features_are_called_on_all_patches_only(seed, images, change):
+    timm_model = build()
+    fast = smi_fast.accelerate(timm_model)
+    expected = timm_model.forward_head(mixed(timm_model.forward_features(images)))
+    change(fast)
+    torch.testing.assert_close(fast(images), expected)
+    for options in ({"keep": KEEP}, {"return_attention": True}):
+        with pytest.raises(smi_fast.UnsupportedModelError, match="forward_features of its own, which has no"):
+            fast(images, **options)
+
+
+def test_a_changed_embedding_sees_the_view(seed, images):
+    """Through a view, and from patches alone, where it gives what it gives for an image of these patches."""
+    fast = smi_fast.accelerate(build())
+    HOOKS["forward_hook"](fast.pos_drop)
+    view = torch.tensor([[4, 8, 1], [0, 4, 0]])
+    seen = torch.stack([images[0].roll((4, 8), (1, 2)).flip(2), images[1].roll(4, 2)])
+    torch.testing.assert_close(fast(images, view=view), fast.model(seen))
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 9, 48)
+    tokens = smi_fast.PackedTokens.from_batch(patches, torch.arange(9))
+    torch.testing.assert_close(fast.forward_patches(tokens), fast.model(images))
 
 
 @pytest.mark.parametrize("kind", [Attention, Mlp, Block, VisionTransformer, nn.Linear, nn.LayerNorm])
@@ -358,9 +401,9 @@ def test_refusals_name_the_module_and_the_reason(seed, images):
     with pytest.raises(smi_fast.UnsupportedModelError, match=r"blocks\[1\].attn has hooks"):
         smi_fast.SMIAdaptor(fast)(images)
     handle.remove()
-    patch(model.patch_embed.proj, "forward")
-    with pytest.raises(smi_fast.UnsupportedModelError, match=r"patch_embed.proj has a forward of its own"):
-        fast(images)
+    patch(model.blocks, "forward")
+    with pytest.raises(smi_fast.UnsupportedModelError, match=r"blocks has a forward of its own"):
+        fast(images, return_attention=True)
 
 
 def test_attention_that_cannot_be_measured_prunes_nothing(seed, images):

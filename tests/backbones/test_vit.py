@@ -157,12 +157,6 @@ def test_features_are_what_timms_blocks_give_with_gradients(model, images, hooke
         assert (grad.abs().sum(1) > 0).all()
 
 
-def test_features_of_no_block_are_refused(model):
-    packed = smi_fast.PackedTokens.from_batch(torch.randn(2, 4, 48, dtype=torch.float64), torch.arange(4))
-    with pytest.raises(ValueError, match=r"'blocks.2': the model has blocks.0 to blocks.1"):
-        smi_fast.accelerate(model).outputs(packed, features=("blocks.2",))
-
-
 def test_other_grids_resample_positions_as_timm_does(seed):
     model = timm.create_model("test_vit", pretrained=False).double().eval()
     images = torch.randn(2, 3, 96, 128, dtype=torch.float64)
@@ -192,7 +186,9 @@ def test_weights_are_shared_with_the_model(model, images):
     with torch.no_grad():
         model.head.bias += 1
     torch.testing.assert_close(fast(images), before + 1)
-    assert fast.model is model
+    assert all(
+        ours is theirs for ours, theirs in zip(fast.modules(), model.modules(), strict=True) if theirs is not model
+    )
 
 
 def test_weights_train_as_through_timms_model(model, images):
@@ -259,14 +255,37 @@ def test_refused_models_name_the_part_in_the_way(seed):
         smi_fast.accelerate(cifar10_vit(False, depth=1, num_heads=16))
 
 
-def test_dropping_attention_in_training_is_refused(seed):
-    fast = smi_fast.accelerate(cifar10_vit(False, depth=1, attn_drop_rate=0.1).train())
-    with pytest.raises(smi_fast.UnsupportedModelError, match="attn_drop"):
-        fast(torch.zeros(1, 3, 32, 32))
-    assert fast.eval()(torch.zeros(1, 3, 32, 32)).isfinite().all()
-    fast.model.train()  # timm's own mode decides, as timm's forward would
-    with pytest.raises(smi_fast.UnsupportedModelError, match="attn_drop"):
-        fast(torch.zeros(1, 3, 32, 32))
+@pytest.mark.parametrize("prune", [None, {1: 0.3}, {1: smi_fast.Merge(5)}], ids=str)
+def test_checkpointed_blocks_run_again_as_they_ran(model, images, prune):
+    """They give the same numbers and gradients, also of a feature within a block, and keep fewer tensors for them."""
+    fast, kept, results = smi_fast.accelerate(model, prune=prune), [], []
+    images.requires_grad_()
+    for enable in (False, True):
+        fast.set_grad_checkpointing(enable)
+        kept.append(0)
+
+        def count(x):
+            kept[-1] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            logits, importance, found = fast(images, return_attention=True, features=("blocks.0.mlp",))
+        loss = logits.square().sum() + found["blocks.0.mlp"].values.sin().sum()
+        results.append((logits, importance, *torch.autograd.grad(loss, (images, *model.blocks[0].parameters()))))
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_dropping_attention_in_training_is_timms(seed):
+    """The attention that drops runs as timm's own module, image by image where they keep different numbers."""
+    model = cifar10_vit(False, depth=2, attn_drop_rate=0.3).train()
+    fast, images = smi_fast.accelerate(model), torch.randn(2, 3, 32, 32)
+    torch.manual_seed(3)
+    expected = model(images)
+    torch.manual_seed(3)
+    torch.testing.assert_close(fast(images), expected)
+    assert not torch.equal(fast(images, keep=[torch.arange(9), torch.arange(5)]), fast.eval()(images))
 
 
 def test_without_position_embedding_no_token_is_dropped(seed, images):

@@ -190,7 +190,7 @@ def test_weights_and_modes_are_as_before_also_after_an_error(model):
 
     def check(step):
         assert not any(p.requires_grad for p in model.parameters())
-        assert not any(m.training for m in model.modules())
+        assert not any(m.training for m in inverter.backbone.modules())
 
     inverter.run([0], callback=check)
     assert ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]) == before

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases import (
     assert_within_twice,
     canaries,
@@ -147,6 +148,19 @@ def test_triton_is_right_over_several_tiles_and_heads(dtype, device, seed):
 def test_short_sequences_on_a_cpu_obey_the_2x_rule(dtype, batch, length, head_dim, seed):
     """Equally long ones, shorter and longer than those whose softmax is kept for the backward pass."""
     check([length] * batch, 3, head_dim, dtype, "cpu", "torch")
+
+
+@pytest.mark.parametrize("lengths", [(150, 150), (150, 0, 131)], ids=str)
+def test_long_and_ragged_sequences_on_a_cpu_have_the_bits_of_torchs_own_attention(lengths, seed):
+    qkv = torch.randn(sum(lengths), 3, 2, 16, requires_grad=True)
+    padded = torch.nn.utils.rnn.pad_sequence(qkv.split(lengths), batch_first=True)  # (B, N, 3, H, D)
+    taken = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = None if taken.all() else taken[:, None, None]
+    theirs = F.scaled_dot_product_attention(*padded.permute(2, 0, 3, 1, 4), mask, scale=0.3).transpose(1, 2)[taken]
+    ours = attention(qkv, cu_seqlens_of(lengths), max(lengths), scale=0.3, backend="torch")
+    grad = torch.randn_like(ours)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(out, qkv, grad)[0] for out in (ours, theirs)))
 
 
 def test_long_sequences_on_a_cpu_keep_no_softmax(seed):
