@@ -24,6 +24,7 @@ except ImportError:  # Without Triton the kernels stay plain functions, which no
         return jit if function is None else function
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Triton decides when a kernel is defined whether it will be compiled or interpreted on the CPU.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -83,7 +84,7 @@ def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.dev
     """
     if x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, not {tuple(shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if x.dtype not in FLOATS:
         raise ValueError(f"{name} has dtype {x.dtype}, not float32, bfloat16, float16 or float64")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, x on {device}")
