@@ -73,7 +73,12 @@ def gives_way(backend: str, inputs: Sequence[Tensor | None], weights: Sequence[T
         raise ValueError('backend "triton" does not compute torch.float64')
     if (double and backend == "auto") or resolve_backend(backend, inputs[0].device) == "torch" or transformed():
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in weights)
+    return wants_gradient(*weights)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -95,7 +100,7 @@ def traced(x: Tensor) -> bool:
     torch.compile or torch.export while it traces, a mode such as FakeTensorMode, a subclass of Tensor, or the batches
     of `torch.autograd.grad(is_grads_batched=True)`, which have no storage.
 
-    Everywhere else an operation can be a `torch.autograd.Function`, whose call costs the host less.
+    Everywhere else an operation can be its launcher, or a `torch.autograd.Function`, which cost the host less.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return True

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import FLOATS, check_floats, gives_way, jit, launch, next_power_of_2, tl, traced
+from .backend import FLOATS, check_floats, gives_way, jit, launch, next_power_of_2, tl, traced, wants_gradient
 from .dispatch import choose
 from .gradients import any_order, gradients
 from .tiles import load_row, store_row
@@ -54,10 +54,11 @@ def residual_norm(
     arguments = x, update, gamma, weight, bias, eps, dtype or _stream_dtype(x, update, gamma)
     if gives_way(backend, (x, update), (gamma, weight, bias)):
         return residual_norm_reference(*arguments)
-    if traced(x):
-        stream, normed, _ = residual_norm_op(*arguments)
-        return x if update is None else stream, normed
-    return _ResidualNorm.apply(*arguments)
+    tracing = traced(x)
+    if not tracing and wants_gradient(x, update):
+        return _ResidualNorm.apply(*arguments)
+    stream, normed, _ = (residual_norm_op if tracing else launch_residual_norm)(*arguments)
+    return x if update is None else stream, normed
 
 
 def _check_residual_norm(x, weight, bias, update, gamma, dtype) -> None:
