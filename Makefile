@@ -12,7 +12,7 @@ PARALLEL ?= -n auto --dist loadfile
 SOURCES := pyproject.toml constraints.txt
 OLDEST_TIMM := $(shell sed -n 's/^ *"timm>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 # The tests whose outcome hangs on timm's version.
-TIMM_TESTS := $(addprefix tests/backbones/test_,coverage.py support.py timms_tools.py timms_own_tests.py)
+TIMM_TESTS := $(addprefix tests/backbones/test_,coverage.py support.py timms_tools.py)
 
 SET_UP = $(if $(filter file,$(origin BIN)),$(VENV)/.installed-$(1))
 
@@ -41,8 +41,9 @@ lint: $(call SET_UP,test)
 bench: $(call SET_UP,bench)
 	$(BIN)/python -m pytest bench $(ARGS)
 
-# On a GPU, in eight minutes: tests, compute-sanitizer, tuning, benchmarks and their report. ARGS="--smi-checkout PATH"
-# measures the authors' published code beside it.
+# On a GPU: tests, compute-sanitizer, tuning, and the benchmarks of the kernels and of the loop with their report, at most
+# nine minutes each. ARGS="--step tests" (or sanitize, tune, kernels, loop) runs one of them, and goes on where an earlier
+# run stopped. ARGS="--smi-checkout PATH" measures the authors' published code too.
 gpu-check: $(call SET_UP,bench)
 	$(BIN)/python bench/gpu_check.py --out "$(OUT)" $(ARGS)
 

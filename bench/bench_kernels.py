@@ -31,6 +31,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 GPU_ONLY = "compared on a GPU only"
 SHORTEST, LONGEST = 24, 197  # tokens in the sequences of a ragged mix
 torch._dynamo.config.recompile_limit = 64
+pytestmark = pytest.mark.rotate
 
 
 @cache

@@ -1,11 +1,11 @@
-"""What every kernel uses of a GPU, in every configuration that the dispatch table can choose, without a GPU at hand.
+"""Reports what every kernel uses in every configuration that the dispatch table can choose. No GPU is needed.
 
     python bench/compile_report.py [--arch sm_80,sm_90] [--kernels attention.] [--processes N] [--table FILE]
 
-Prints a line for each kernel, configuration and architecture, and ends with status 1 if one of them has a fault. With
---table it also writes its lines into a file such as tests/kernels/compiled.txt. The lines of other architectures and
-kernels stay there if the same versions of Triton and its assemblers wrote them. The whole table takes an hour or two
-of one core:
+It prints a line for each kernel, configuration and architecture, and exits with status 1 if any of them has a fault.
+With --table it also writes the lines into a file such as tests/kernels/compiled.txt. The lines for other architectures
+and kernels stay in the file if they were written with the same versions of Triton and its assemblers. The whole table
+takes one core an hour or two:
 
     nice python bench/compile_report.py --processes 1 --table tests/kernels/compiled.txt
 """
@@ -22,9 +22,9 @@ from report import as_text
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", help="architectures, separated by commas; all that the dispatch table has")
-    parser.add_argument("--kernels", default="", help="only the kernels whose names begin so, such as attention.")
-    parser.add_argument("--processes", type=int, help="how many compile at a time; one for each CPU")
+    parser.add_argument("--arch", help="architectures, separated by commas; by default all of the table")
+    parser.add_argument("--kernels", default="", help="only kernels whose names begin with this, such as attention.")
+    parser.add_argument("--processes", type=int, help="number of processes that compile; by default one for each CPU")
     parser.add_argument("--table", type=Path, metavar="FILE", help="also write what was found into this file")
     arguments = parser.parse_args()
     if os.environ.pop("TRITON_INTERPRET", "0") == "1":  # Triton reads it when the kernels are first imported

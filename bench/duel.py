@@ -5,21 +5,31 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
+from floors import OURS
+from nodes import counted
+from smi_fast.kernels.linear import can_pack, linear
 from torch import Tensor
 
 from smi_fast.inversion.graphs import capture, side_stream
 
-OURS = "smi-fast"
 SECONDS = {"cpu": 2.0, "cuda": 0.15}  # for all rounds of a group
 ROUNDS = {"cpu": (7, 200), "cuda": (11, 31)}  # the least and the most that each contestant has
+CALLS = 16  # calls in one timed graph at most, because a graph of one kernel costs 2 to 3 us beside the kernel
+LONG = 1e-3  # seconds: a call that takes longer is timed alone
+FLUSHED = 256 * 2**20  # bytes that are read to empty the L2 cache
+ROTATED = 4 * 2**30, 0.5  # at most so many bytes, and seconds to set up, go into further inputs of a group
+CEILING_SECONDS = 0.25  # for each product and the copy that ceilings are taken of
 Call = Callable[[], object]
 Measure = Callable[[Call], Sequence[float]]
 Outputs = tuple[Tensor, ...]
+Figures = dict[str, Callable[[], Sequence[float]]]  # by name, what takes one round of a figure
 
 
 @dataclass(frozen=True)
@@ -33,16 +43,20 @@ class Round:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured of one contestant: the seconds of every round, and the most bytes that tensors held at once.
+    """What was measured of one contestant.
 
-    `peak_bytes` is None if it was not measured. `graph` says whether a round was the replay of a CUDA graph. It is None
-    if that was not tried. A contestant without times says in `absent` why it did not run, or in `wrong` what it
-    computed wrongly.
+    `seconds` are those of a call, one for each round. On a GPU the caches hold nothing of the call's inputs before it;
+    `warm` are those of calls that follow each other on the same inputs, and empty where that was not measured.
+    `peak_bytes` is the most that tensors held at once, None if it was not measured. `graph` says whether a round was
+    the replay of a CUDA graph, None if that was not tried, and `nodes` how many nodes the graph of a call has. A
+    contestant without times says in `absent` why it did not run, or in `wrong` what it did wrongly.
     """
 
     seconds: tuple[float, ...] = ()
+    warm: tuple[float, ...] = ()
     peak_bytes: int | None = None
     graph: bool | None = None
+    nodes: int | None = None
     absent: str = ""
     wrong: str = ""
 
@@ -51,93 +65,196 @@ class Outcome:
         return statistics.median(self.seconds)
 
 
+Contestants = dict[str, "Call | Round | str"]
+
+
+def as_round(contestant: Call | Round) -> Round:
+    return contestant if isinstance(contestant, Round) else Round(contestant)
+
+
 def duel(
-    contestants: dict[str, Call | Round | str],
+    contestants: Contestants,
     *,
     device: torch.device,
     tolerance: float | None = None,
     rounds: int | None = None,
     memory: bool = True,
     measure: Measure | None = None,
+    again: Callable[[], Contestants] | None = None,
 ) -> dict[str, Outcome]:
     """Check the contestants against each other, warm them up, and time single rounds of all of them in turn.
 
     Each round starts with another contestant, so that none always runs behind the same neighbour. On a GPU a round is
-    captured as a CUDA graph where it can be, and its replay is checked like the round itself and timed in its place:
-    kernels of a few microseconds would otherwise wait for the host that launches them.
+    a CUDA graph of several calls where it can be captured, because kernels of a few microseconds would otherwise wait
+    for the host that launches them. Its replay is checked like the call itself.
+
+    A contestant that fails ends nothing: its outcome says how it failed, and the others are timed. The first of those
+    that run is what the others are compared with.
 
     Args:
-        contestants: for each name one round of it, or a sentence that says why it cannot run here. If the first round
-            of any but the first contestant raises, that contestant is absent with the error's message.
+        contestants: for each name one call of it, or a sentence that says why it cannot run here. If the first call of
+            smi-fast raises, it is `wrong`; a peer that raises is `absent`.
         device: where the contestants compute.
-        tolerance: a round returns a tensor or a tuple of tensors. They may differ from those of the first contestant by
-            at most this, relative to the largest value. None compares nothing.
+        tolerance: a call returns a tensor or a tuple of tensors. They may differ from those of the reference by at
+            most this, relative to the largest value. None compares nothing.
         rounds: how many are timed of each. None takes as many as SECONDS allow, within ROUNDS.
-        memory: whether to measure the peak too, in one more round of each.
-        measure: runs a round and returns its seconds, one or several. None is a stopwatch for the device, and on a GPU
+        memory: whether to measure the peak too, in one more call of each.
+        measure: runs a call and returns its seconds, one or several. None is a stopwatch for the device, and on a GPU
             rounds become graphs.
-
-    Raises:
-        AssertionError: the replay of the first contestant computes something else than its round.
+        again: makes the same contestants on further inputs. A graph has a call for each of them, so that none finds its
+            inputs in the caches. Without it, a graph for the cold figure has one call.
     """
-    capture = device.type == "cuda" and measure is None
-    measure = measure or stopwatch(device)
+    graphs = device.type == "cuda" and measure is None
     if device.type == "cuda":
         torch.cuda.empty_cache()  # frees what the graphs of the last group held
     outcomes: dict[str, Outcome] = {}
-    running: dict[str, Call] = {}
-    reference = None
+    running: dict[str, Figures] = {}
+    sets = [contestants]
+    if graphs and again is not None:
+        sets += further(again)
+    reference, broken = None, ""
     with without_gc():
         for name, contestant in contestants.items():
-            if isinstance(contestant, str):
-                outcomes[name] = Outcome(absent=contestant)
+            if broken or isinstance(contestant, str):
+                outcomes[name] = Outcome(absent=contestant if isinstance(contestant, str) else broken)
                 continue
-            one = contestant if isinstance(contestant, Round) else Round(contestant)
             try:
-                output = one.comparable(*_detached(one.call()))
+                one, *others = (as_round(each[name]) for each in sets)
+                with counted() as nodes:
+                    output = one.comparable(*_detached(one.call()))
                 peak = peak_bytes(one.call, device) if memory else None
-                replay = captured(one.call) if capture else None
-            except Exception as error:
-                if reference is None:
-                    raise
-                outcomes[name] = Outcome(absent=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-                continue
-            first, reference = reference is None, output if reference is None else reference
-            try:
+                expected = output if reference is None else reference
                 if tolerance is not None:
-                    check(name, output, reference, tolerance)
-                    if replay:
-                        check(f"{name}, replayed", one.comparable(*replay()), reference, tolerance)
-            except AssertionError as error:
-                if first:
-                    raise
-                outcomes[name] = Outcome(wrong=str(error))
-                continue
-            outcomes[name] = Outcome(peak_bytes=peak, graph=bool(replay) if capture else None)
-            running[name] = replay or one.call
-        times = _in_turn(running, measure, rounds, device)
-    for name, seconds in times.items():
-        outcomes[name] = Outcome(tuple(seconds), outcomes[name].peak_bytes, outcomes[name].graph)
-    return outcomes
+                    check(name, output, expected, tolerance)
+                if graphs:
+                    outcome, running[name] = _on_gpu(name, one, others, expected, tolerance)
+                else:
+                    outcome = Outcome(nodes=nodes[-1] if nodes else None)
+                    running[name] = {"seconds": partial(measure or on_host, one.call)}
+                outcomes[name], reference = replace(outcome, peak_bytes=peak), expected
+            except Exception as error:
+                traceback.print_exc()
+                outcomes[name] = _failure(name, error)
+                if not answers(device):
+                    broken = f"not run, because the device did not answer after {name}"
+        if broken:
+            return outcomes | {name: Outcome(absent=broken) for name in running}
+        times = _in_turn(running, rounds, device)
+    return {name: replace(outcome, **times.get(name, {})) for name, outcome in outcomes.items()}
+
+
+def _failure(name: str, error: Exception) -> Outcome:
+    """A peer may lack what it needs. Ours must run, and nobody may compute something else."""
+    reason = (str(error).splitlines() or [""])[0]
+    if isinstance(error, AssertionError):
+        return Outcome(wrong=reason)
+    reason = f"{type(error).__name__}: {reason}"
+    return Outcome(wrong=reason) if name == OURS else Outcome(absent=reason)
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still works. After a kernel that read where it must not, nothing does in this process."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
+def further(again: Callable[[], Contestants]) -> list[Contestants]:
+    """The same contestants on other inputs, as often as a graph has calls or ROTATED allows."""
+    most, seconds = ROTATED
+    sets: list[Contestants] = []
+    started, before = time.perf_counter(), torch.cuda.memory_allocated()
+    while len(sets) < CALLS - 1 and time.perf_counter() - started < seconds:
+        sets.append(again())
+        held = torch.cuda.memory_allocated() - before
+        if held * (len(sets) + 1) > most * len(sets):  # one more would be too much
+            break
+    return sets
+
+
+def _on_gpu(
+    name: str, one: Round, others: list[Round], reference: Outputs, tolerance: float | None
+) -> tuple[Outcome, Figures]:
+    """How a contestant is timed on a GPU: as graphs, or without if it cannot be captured.
+
+    Args:
+        others: the same as `one` on other inputs.
+
+    Raises:
+        AssertionError: a replay computes something else than the reference.
+    """
+    pool = torch.cuda.graph_pool_handle()  # of all graphs of the contestant, of which one runs at a time
+    with counted() as nodes:
+        single = captured([one.call], pool)
+    if single is None:
+        return Outcome(graph=False), figures([one.call], [one.call], None)
+    if tolerance is not None:
+        check(f"{name}, replayed", one.comparable(*single()), reference, tolerance)
+    found = Outcome(graph=True, nodes=nodes[-1] if nodes else None)
+    if on_device(single) > LONG:
+        return found, figures([single], [single])
+    # A call on inputs that another has read would not be cold, so that there is one for each set of inputs.
+    return found, figures([one.call, *(other.call for other in others)], [one.call] * CALLS, pool)
+
+
+def figures(cold: list[Call], warm: list[Call], pool: tuple[int, int] | None = None) -> Figures:
+    """Two figures of a call on a GPU: behind an emptied L2 cache, and behind the same call. Calls are captured together
+    if a pool of memory for graphs is given.
+
+    The cache is emptied by reading, because what a write leaves there has to be written back in the time of the call.
+    """
+    counts = {"seconds": len(cold), "warm": len(warm)}
+    runs = {"seconds": _together(cold, pool), "warm": _together(warm, pool)}
+
+    def take(figure: str) -> list[float]:
+        (flush if figure == "seconds" else runs[figure])()
+        return [on_device(runs[figure]) / counts[figure]]
+
+    return {"seconds": lambda: take("seconds"), "warm": lambda: take("warm")}
+
+
+def _together(calls: list[Call], pool: tuple[int, int] | None) -> Call:
+    """One function that makes all calls: a graph if there is a pool for it.
+
+    Raises:
+        RuntimeError: the calls cannot be captured together.
+    """
+    if pool is not None:
+        replay = captured(calls, pool)
+        if replay is None:
+            raise RuntimeError(f"{len(calls)} calls cannot be captured in one graph")
+        return replay
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 def _in_turn(
-    running: dict[str, Call], measure: Measure, rounds: int | None, device: torch.device
-) -> dict[str, list[float]]:
+    running: dict[str, Figures], rounds: int | None, device: torch.device
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """The seconds of each contestant's figures."""
     if rounds is None:
         started = time.perf_counter()
-        for call in running.values():
-            measure(call)
+        for one in running.values():
+            for take in one.values():
+                take()
         least, most = ROUNDS[device.type]
         rounds = int(SECONDS[device.type] / max(time.perf_counter() - started, 1e-9))
         rounds = max(least, min(most, rounds))
-    times: dict[str, list[float]] = {name: [] for name in running}
+    times = {name: {figure: [] for figure in one} for name, one in running.items()}
     order = list(running)
-    for number in range(rounds):
+    for number in range(rounds if order else 0):
         turn = number % len(order)
         for name in order[turn:] + order[:turn]:
-            times[name].extend(measure(running[name]))
-    return times
+            for figure, take in running[name].items():
+                times[name][figure].extend(take())
+    return {name: {figure: tuple(taken) for figure, taken in one.items()} for name, one in times.items()}
 
 
 def check(name: str, output: Outputs, reference: Outputs, tolerance: float) -> None:
@@ -145,7 +262,7 @@ def check(name: str, output: Outputs, reference: Outputs, tolerance: float) -> N
     assert len(output) == len(reference), f"{name} returns {len(output)} tensors, expected {len(reference)}"
     for number, (ours, theirs) in enumerate(zip(reference, output, strict=True)):
         assert theirs.shape == ours.shape, f"{name}: output {number} is {tuple(theirs.shape)}, not {tuple(ours.shape)}"
-        error = (theirs.double() - ours.double()).abs().max() / ours.double().abs().max()
+        error = ((theirs.double() - ours.double()).abs().max() / ours.double().abs().max()).item()
         assert error <= tolerance, f"{name}: output {number} is off by {error:.1e}, more than {tolerance:.1e}"
 
 
@@ -155,21 +272,28 @@ def _detached(output: object) -> Outputs:
     return tuple(tensor.detach() for tensor in (output if isinstance(output, tuple) else (output,)))
 
 
-def captured(call: Call) -> Callable[[], Outputs] | None:
-    """Capture one round as a CUDA graph.
+def captured(calls: Sequence[Call], pool: tuple[int, int] | None = None) -> Callable[[], Outputs] | None:
+    """Capture calls as one CUDA graph.
 
     Args:
-        call: the round. What it reads has to stay where it is in memory.
+        calls: what they read has to stay where it is in memory.
+        pool: memory for graphs, of which only one may run at a time. None: a pool of its own.
 
     Returns:
-        A function that replays the graph and returns the outputs, which every replay overwrites. None if the round
-        cannot be captured, because it waits for the device, say.
+        A function that replays the graph and returns the outputs of the last call, which every replay overwrites. None
+        if the calls cannot be captured, because they wait for the device, say.
     """
     outputs: list[Outputs] = []
     with side_stream(torch.device("cuda", torch.cuda.current_device())):
-        call()  # lets libraries set up what they keep for each stream
+        for call in dict.fromkeys(calls):
+            call()  # lets libraries set up what they keep for each stream
+
+        def run() -> None:
+            for call in calls:
+                outputs[:] = [_detached(call())]
+
         try:
-            graph = capture(lambda: outputs.append(_detached(call())), torch.cuda.graph_pool_handle())
+            graph = capture(run, pool or torch.cuda.graph_pool_handle())
         except RuntimeError:
             return None
 
@@ -180,46 +304,64 @@ def captured(call: Call) -> Callable[[], Outputs] | None:
     return replay
 
 
-def stopwatch(device: torch.device) -> Measure:
-    """A function that measures the seconds of one call.
+def on_host(call: Call) -> list[float]:
+    """The seconds of a call by the host's clock."""
+    started = time.perf_counter()
+    call()
+    return [time.perf_counter() - started]
 
-    On CUDA it measures the device's time between two events. Before them it writes so much memory that nothing useful
-    is left in the L2 cache and the host gets ahead of the device, as Triton's own benchmarks do."""
 
-    def on_host(call: Call) -> list[float]:
-        started = time.perf_counter()
+def on_device(call: Call) -> float:
+    """The seconds that the current CUDA device takes for a call, between two events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def flush() -> None:
+    """Let the current CUDA device read so much that nothing useful is left in its L2 cache. The host gets ahead of the
+    device meanwhile."""
+    torch.cuda.synchronize()
+    _filler(torch.cuda.current_device()).sum()
+
+
+@cache
+def _filler(index: int) -> Tensor:
+    return torch.ones(FLUSHED // 4, device=torch.device("cuda", index))
+
+
+def ceilings(device: torch.device, *, copied: int = 2**32, side: int | None = None) -> dict[str, float | dict]:
+    """The best that the device reaches: the floating-point operations a second of a large matrix product in each dtype,
+    by whichever of torch's and our way is faster, and on a GPU the bytes a second that a large copy reads and writes.
+    """
+    cuda = device.type == "cuda"
+    side = side or (8192 if cuda else 1024)
+    take = on_device if cuda else lambda call: on_host(call)[0]
+
+    def best(call: Call) -> float:
         call()
-        return [time.perf_counter() - started]
+        started, times = time.perf_counter(), [take(call)]
+        while time.perf_counter() - started < CEILING_SECONDS:
+            times.append(take(call))
+        return min(times)
 
-    if device.type != "cuda":
-        return on_host
-    cache = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-
-    def on_device(call: Call) -> list[float]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        cache.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return [start.elapsed_time(end) / 1e3]
-
-    return on_device
-
-
-def ceilings(device: torch.device, *, copied: int = 2**32, side: int = 8192) -> dict[str, float]:
-    """The best that the device reaches: the bytes a second that a large copy reads and writes, and the floating-point
-    operations a second of a large bfloat16 matrix product."""
-    measure = stopwatch(device)
-    source = torch.randint(0, 127, (copied,), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    copy, product = (
-        statistics.median(second for _ in range(11) for second in measure(call))
-        for call in (lambda: target.copy_(source), lambda: a @ b)
-    )
-    return {"bytes_per_second": 2 * copied / copy, "flops_per_second": 2 * side**3 / product}
+    found: dict[str, float | dict] = {}
+    if cuda:
+        source = torch.randint(0, 127, (copied,), dtype=torch.int8, device=device)
+        target = torch.empty_like(source)
+        found["bytes_per_second"] = 2 * copied / best(lambda: target.copy_(source))
+        del source, target
+    rates = found["flops_per_second"] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        ways = [lambda a=a, b=b: a @ b.t()]
+        if can_pack(dtype, device):
+            ways.append(lambda a=a, b=b: linear(a, b))
+        rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / min(map(best, ways))
+    return found
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

@@ -107,3 +107,17 @@ def backward_flops(tokens: int, width: int, depth: int = 12) -> int:
     """To the pixels alone: products once more, attention twice."""
     attention = 4 * (depth - 1) * tokens**2 * width + 4 * tokens * width
     return forward_flops(tokens, width, depth) + attention
+
+
+def elementwise_bytes(tokens: int, width: int, element: int, depth: int = 12) -> int:
+    """Count the bytes that what surrounds the matrix products of one image must move, forward and backward, if it is
+    fused: in each block two residual sums with their LayerNorm, and a bias with its GELU. The residual stream is
+    float32, and all else has elements of so many bytes.
+
+    A residual sum with its LayerNorm reads a branch and the stream, and writes the stream and the normalised rows. Its
+    backward pass reads the gradients of both and the stream, and writes the gradient of the stream twice, in float32
+    and in the compute dtype. GELU reads and writes 4 C elements a token; its backward pass reads two rows and writes
+    one. The last block has these for the class token alone, except for its first LayerNorm.
+    """
+    norm, gelu = (2 * element + 8) + (2 * element + 12), (2 + 3) * 4 * element
+    return width * ((depth - 1) * tokens * (2 * norm + gelu) + tokens * norm + norm + gelu)

@@ -14,27 +14,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from duel import OURS
+import floors
+from floors import OURS
+from journal import write_whole
 
 Entries = dict[str, dict]  # of a group, by contestant
 
 
 def groups_of(results: dict) -> dict[str, Entries]:
-    """The entries of each group.
-
-    Args:
-        results: what pytest-benchmark wrote with --benchmark-json.
-
-    Raises:
-        ValueError: a group without smi-fast, so that there is nothing to divide by.
-    """
+    """The entries of each group, by contestant. Those that were measured come first. An entry of a contestant that
+    failed has a reason instead of statistics."""
     groups: dict[str, Entries] = defaultdict(dict)
-    for entry in results["benchmarks"]:
+    for entry in results["benchmarks"] + results.get("failed", []):
         groups[entry["group"]][entry["extra_info"]["contestant"]] = entry
-    for group, entries in groups.items():
-        if OURS not in entries:
-            raise ValueError(f"{group}: no entry of {OURS}, so there is no ratio")
     return groups
+
+
+def reason(entry: dict) -> str:
+    """Why a contestant has no times; empty if it has."""
+    return entry.get("wrong") or entry.get("absent") or ""
+
+
+def measured(groups: dict[str, Entries]) -> dict[str, Entries]:
+    """The entries with times of those groups in which smi-fast has some."""
+    timed = {group: {name: e for name, e in entries.items() if not reason(e)} for group, entries in groups.items()}
+    return {group: entries for group, entries in timed.items() if OURS in entries}
 
 
 def median(entry: dict) -> float:
@@ -44,33 +48,57 @@ def median(entry: dict) -> float:
 def floor(entry: dict, results: dict) -> float | None:
     """The least seconds that the GPU can take: the bytes that must move at the bandwidth of a large copy, or the
     operations at the rate of a large matrix product, whichever takes longer. None if either is unknown."""
-    ceilings, facts = results["machine_info"].get("ceilings"), entry["extra_info"]
-    if ceilings is None or "floor_bytes" not in facts:
+    ceilings = results["machine_info"].get("ceilings") or {}
+    least = floors.floor(entry["extra_info"], ceilings) if "bytes_per_second" in ceilings else None
+    return least and least.seconds
+
+
+def share_of_ceiling(entry: dict, results: dict) -> float | None:
+    """On a CPU, the time that the group's operations take at the rate of a large matrix product of its dtype, measured
+    in the same run, as a share of the time taken. None on a GPU, and for a group without products."""
+    ceilings, facts = results["machine_info"].get("ceilings") or {}, entry["extra_info"]
+    if not ceilings or "bytes_per_second" in ceilings or not facts.get("floor_flops"):
         return None
-    moving = facts["floor_bytes"] / ceilings["bytes_per_second"]
-    return max(moving, facts["floor_flops"] / ceilings["flops_per_second"])
+    least = floors.floor({**facts, "floor_bytes": 0}, ceilings)
+    return least and least.seconds / median(entry)
 
 
 def tables(results: dict) -> dict[str, list[tuple[str, ...]]]:
-    """A table for each group: the head, then a row for each contestant. Ratios are to smi-fast and to a known floor."""
+    """A table for each group: the head, then a row for each contestant. Ratios are to smi-fast and to a known floor. A
+    contestant that failed has a row that says why."""
     return {group: _table(entries, results) for group, entries in groups_of(results).items()}
 
 
 def _table(entries: Entries, results: dict) -> list[tuple[str, ...]]:
-    ours = entries[OURS]
+    timed = {name: entry for name, entry in entries.items() if not reason(entry)}
+    ours = timed.get(OURS)
     columns: dict[str, Callable[[dict], str]] = {
         "": lambda entry: entry["extra_info"]["contestant"],
         "median ms": lambda entry: f"{median(entry) * 1e3:.4g}",
         "IQR ms": lambda entry: f"{entry['stats']['iqr'] * 1e3:.2g}",
-        f"x {OURS}": lambda entry: f"{median(entry) / median(ours):.2f}",
     }
-    if floor(ours, results) is not None:
-        columns["x floor"] = lambda entry: f"{median(entry) / floor(entry, results):.2f}"
+    if any(entry["extra_info"].get("warm_ms") for entry in timed.values()):
+        columns["warm ms"] = lambda entry: floors.number(entry["extra_info"].get("warm_ms"))
+    if ours:
+        columns[f"x {OURS}"] = lambda entry: f"{median(entry) / median(ours):.2f}"
+        if floor(ours, results) is not None:
+            columns["x floor"] = lambda entry: f"{median(entry) / floor(entry, results):.2f}"
+        if share_of_ceiling(ours, results) is not None:
+            columns["of the product ceiling"] = lambda entry: f"{share_of_ceiling(entry, results):.0%}"
     columns["rounds"] = lambda entry: str(entry["stats"]["rounds"])
-    if ours["extra_info"].get("graph") is not None:
+    if any(entry["extra_info"].get("graph") is not None for entry in timed.values()):
         columns["graph"] = lambda entry: "yes" if entry["extra_info"]["graph"] else "no"
+    if any(entry["extra_info"].get("nodes") for entry in timed.values()):
+        columns["nodes"] = lambda entry: floors.number(entry["extra_info"].get("nodes"))
     columns["peak MiB"] = lambda entry: _mebibytes(entry["extra_info"]["peak_bytes"])
-    return [tuple(columns), *(tuple(cell(entry) for cell in columns.values()) for entry in entries.values())]
+    rows = [tuple(cell(entry) for cell in columns.values()) for entry in timed.values()]
+    failed = [entry for entry in entries.values() if reason(entry)]
+    if not failed:
+        return [tuple(columns), *rows]
+    unmeasured = ("-",) * (len(columns) - 1)
+    rows = [(*row, "") for row in rows]
+    rows += [(entry["extra_info"]["contestant"], *unmeasured, reason(entry)) for entry in failed]
+    return [(*columns, "not measured because"), *rows]
 
 
 def _mebibytes(count: int | None) -> str:
@@ -166,12 +194,14 @@ TARGETS = [
 
 def targets(results: dict) -> list[tuple[str, ...]]:
     """A table of the figures to reach on an NVIDIA H200: a head, then a row for each figure. A row has its limit, the
-    worst and the median ratio, in how many groups it was reached, where it was worst, and whether it is met."""
+    worst and the median ratio, in how many groups it was reached, where it was worst, and whether it is met. It is not
+    met if smi-fast failed in any group of the kernel."""
     rows = [("figure", "kernel", "limit", "worst", "median", "reached in", "worst at", "met")]
     groups = groups_of(results)
+    ours_failed = {e[OURS]["extra_info"]["title"] for e in groups.values() if OURS in e and e[OURS].get("wrong")}
     for target in TARGETS:
         ratios = {}
-        for group, entries in groups.items():
+        for group, entries in measured(groups).items():
             facts = entries[OURS]["extra_info"]
             if facts.get("title") == target.title and target.applies(facts):
                 ratio = target.ratio(entries, floor(entries[OURS], results))
@@ -187,7 +217,7 @@ def targets(results: dict) -> list[tuple[str, ...]]:
             (
                 target.figure, target.title, limit, f"{ratios[worst]:.3g}", f"{statistics.median(ratios.values()):.3g}",
                 f"{sum(reached)} of {len(ratios)}", worst.removeprefix(f"{target.title}: "),
-                "yes" if all(reached) else "no",
+                "yes" if all(reached) and target.title not in ours_failed else "no",
             )
         )  # fmt: skip
     return rows
@@ -225,7 +255,7 @@ def plots(results: dict, directory: Path) -> list[Path]:
     A line is a contestant at equal lengths; a hollow mark is a ragged mix, at its mean length.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    paths, entered = [], groups_of(results).values()
+    paths, entered = [], measured(groups_of(results)).values()
     for figure in FIGURES:
         groups = [entries for entries in entered if entries[OURS]["extra_info"].get("title") in figure.titles]
         if groups:
@@ -333,12 +363,28 @@ def machine(results: dict) -> str:
 
 
 def measured_ceilings(results: dict) -> str:
-    """A line that gives the ceilings from which floors are computed. Empty if there are none."""
+    """A line that gives the ceilings that were measured in the same run. Empty if there are none."""
     ceilings = results["machine_info"].get("ceilings")
     if ceilings is None:
         return ""
-    copy, product = ceilings["bytes_per_second"] / 1e12, ceilings["flops_per_second"] / 1e12
-    return f"floors: {copy:.2f} TB/s, of a large copy, and {product:.0f} TFLOP/s, of a large bfloat16 matrix product"
+    rates = (f"{rate / 1e9:,.0f} in {dtype}" for dtype, rate in ceilings["flops_per_second"].items())
+    line = f"ceilings: {' and '.join(rates)} GFLOP/s, of a large matrix product"
+    if "bytes_per_second" in ceilings:
+        line += f"; {ceilings['bytes_per_second'] / 1e12:.2f} TB/s, of a large copy"
+    return line
+
+
+def floors_section(results: dict) -> tuple[str, list[tuple[str, ...]]] | None:
+    """A title, and the table of bytes, operations and floors: on a GPU with published peaks at these, otherwise at the
+    ceilings that were measured. None if no group has a floor."""
+    info = results["machine_info"]
+    peaks = floors.published(info["gpu"]) if info.get("gpu") else None
+    groups = {group: entries[OURS]["extra_info"] for group, entries in measured(groups_of(results)).items()}
+    rows = floors.table(groups, peaks or info.get("ceilings"))
+    if len(rows) == 1:
+        return None
+    rates = f"the published peaks of {info['gpu']}" if peaks else "the measured ceilings"
+    return f"{OURS}: bytes and operations" + (f", and floors at {rates}" if "floor us" in rows[0] else ""), rows
 
 
 def as_text(rows: list[tuple[str, ...]], *, left: tuple[int, ...] = (0,)) -> str:
@@ -363,6 +409,9 @@ def report(results: dict, *, markdown: bool = False, with_targets: bool = False)
     parts = [line for line in (machine(results), measured_ceilings(results)) if line]
     if with_targets:
         parts += [title.format("figures to reach on an NVIDIA H200"), table(targets(results))]
+    section = floors_section(results)
+    if section:
+        parts += [title.format(section[0]), table(section[1])]
     for group, rows in tables(results).items():
         parts += [title.format(group), table(rows)]
     return ("\n\n" if markdown else "\n").join(parts) + "\n"
@@ -383,10 +432,11 @@ def main() -> None:
         sys.exit(2)
     results, *others = (json.loads(path.read_text()) for path in there)
     for other in others:
-        results["benchmarks"] += other["benchmarks"]
+        for name in ("benchmarks", "failed"):
+            results[name] = results.get(name, []) + other.get(name, [])
     text = report(results, markdown=arguments.markdown, with_targets=arguments.targets)
     if arguments.output:
-        arguments.output.write_text(text)
+        write_whole(arguments.output, text)
     else:
         print(text, end="")
     if arguments.plots:

@@ -1,6 +1,6 @@
-"""What compiled kernels use of a GPU that need not be there: registers, stack, shared memory, tensor cores.
+"""Compiles kernels for GPUs and reports what they use: registers, stack, shared memory, tensor cores. No GPU is needed.
 
-A script that uses this module does so under `if __name__ == "__main__"`, and without TRITON_INTERPRET in the
+A script must use this module under `if __name__ == "__main__"`, and TRITON_INTERPRET must not be set in its
 environment. Triton's own cache keeps what has been compiled.
 """
 
@@ -29,9 +29,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 TENSOR_CORES = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}  # in PTX
 # The constants that the dispatch table decides about, in the order in which a configuration lists them.
 CONSTANTS = ("BD", "BM", "BN", "BR", "BC", "BT", "BE", "CHANNELS_FIRST", "num_warps", "num_stages")
-REGISTERS = 65536  # of a multiprocessor, which hands them out to warps by
-REGISTER_UNIT = 256
-LEAST_SHARED = 1024  # bytes that each program takes of the shared memory, besides what it asks for
+REGISTERS = 65536  # registers of a multiprocessor
+REGISTER_UNIT = 256  # a multiprocessor gives registers to a warp in multiples of this
+LEAST_SHARED = 1024  # bytes of shared memory that each program takes in addition to what it asks for
 COLUMNS = ("kernel", "configuration", "registers", "spilled", "shared", "tensor core", "architectures")
 HEADING = """\
 # What each kernel uses in every configuration that kernels/dispatch.json can choose: the registers of a thread, bytes
@@ -42,7 +42,7 @@ Configurations = dict[tuple[str, str, str], list[Launch]]  # by kernel, configur
 
 
 class Multiprocessor(NamedTuple):
-    """How much can be on a multiprocessor at a time (CUDA C++ Programming Guide, table of compute capabilities)."""
+    """How much can be resident on a multiprocessor (CUDA C++ Programming Guide, table of compute capabilities)."""
 
     warps: int
     programs: int
@@ -92,8 +92,14 @@ class Usage(NamedTuple):
 
 
 def occupancy(arch: str, num_warps: int, registers: int, shared_bytes: int) -> float:
-    """The share of a multiprocessor's warps that can be resident, where a program has so many warps and bytes of shared
-    memory and a thread so many registers."""
+    """Compute the share of a multiprocessor's warps that can be resident.
+
+    Args:
+        arch: such as "sm_90".
+        num_warps: the warps of a program.
+        registers: the registers of a thread.
+        shared_bytes: the bytes of shared memory that a program asks for.
+    """
     limits = MULTIPROCESSORS[arch]
     per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     programs = min(
@@ -119,18 +125,36 @@ def source(launch: Launch, arch: str) -> tuple[ASTSource, dict[str, Any]]:
 
 
 def config_of(launch: Launch) -> str:
-    """What the dispatch table decides about a launch: "half BD=64 BN=32 num_warps=4", say. Attention begins with the
-    dtype that the rows of the table name."""
+    """Describe what the dispatch table decides about a launch, for example "half BD=64 BN=32 num_warps=4". For
+    attention the description begins with the dtype by which the table distinguishes its rows."""
     arguments = launch.arguments
     tensors = [arguments[name] for name in ("qkv", "kv") if name in arguments]
     dtypes = ["float32" if x.dtype == torch.float32 else "half" for x in tensors]
     return " ".join(dtypes + [f"{name}={arguments[name]}" for name in CONSTANTS if name in arguments])
 
 
+class Job(NamedTuple):
+    """A kernel to compile for an architecture. It holds none of the tensors that the kernel is launched with."""
+
+    source: ASTSource
+    options: dict[str, Any]
+    kernel: str
+    config: str
+    arch: str
+
+
+def job(launch: Launch, arch: str) -> Job:
+    """What to compile for a launch, specialised to its arguments."""
+    return Job(*source(launch, arch), name_of(launch), config_of(launch), arch)
+
+
 def compiled(launch: Launch, arch: str) -> Usage:
-    """Compile a launch for an architecture, such as "sm_90", and read off the machine code what it uses."""
-    kernel, options = source(launch, arch)
-    result = triton.compile(kernel, target=target(arch), options=options)
+    """Compile a launch for an architecture, such as "sm_90", and return what its machine code uses."""
+    return _compile(job(launch, arch))
+
+
+def _compile(job: Job) -> Usage:
+    result = triton.compile(job.source, target=target(job.arch), options=job.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(result.asm["cubin"])
         cubin.flush()
@@ -138,34 +162,34 @@ def compiled(launch: Launch, arch: str) -> Usage:
     registers, stack = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK"))
     instructions = (name for name, pattern in TENSOR_CORES.items() if re.search(pattern, result.asm["ptx"]))
     tensor_core = next(instructions, "none")
-    return Usage(name_of(launch), config_of(launch), arch, registers, stack, result.metadata.shared, tensor_core)
+    return Usage(job.kernel, job.config, job.arch, registers, stack, result.metadata.shared, tensor_core)
 
 
-def usages(jobs: Iterable[tuple[Launch, str]], processes: int | None = None) -> list[Usage]:
-    """What each launch uses on the architecture beside it. Launches that compile alike are compiled once.
+def usages(jobs: Iterable[Job], processes: int | None = None) -> list[Usage]:
+    """What the kernel of each job uses. Those that compile alike are compiled once.
 
     Args:
-        jobs: launches and architectures.
+        jobs: as `job` makes them.
         processes: how many compile at a time; None: one for each CPU.
     """
-    jobs, keys = list(jobs), []
-    for launch, arch in jobs:
-        kernel, options = source(launch, arch)
-        keys.append((kernel.hash(), options["num_warps"], options["num_stages"], config_of(launch), arch))
+    jobs = list(jobs)
+    keys = [
+        (one.source.hash(), one.options["num_warps"], one.options["num_stages"], one.config, one.arch) for one in jobs
+    ]
     distinct = dict(zip(keys, jobs, strict=True))
-    context = multiprocessing.get_context("fork")  # the launches are handed over as they lie in memory
+    context = multiprocessing.get_context("fork")  # the jobs are handed over as they lie in memory
     with ProcessPoolExecutor(processes, context, _receive, (list(distinct.values()),)) as pool:
         found = dict(zip(distinct, pool.map(_compiled, range(len(distinct))), strict=True))
     return [found[key] for key in keys]
 
 
-def _receive(jobs: list[tuple[Launch, str]]) -> None:
+def _receive(jobs: list[Job]) -> None:
     global _jobs
     _jobs = jobs
 
 
 def _compiled(index: int) -> Usage:
-    return compiled(*_jobs[index])
+    return _compile(_jobs[index])
 
 
 def configurations(archs: Iterable[str], kernels: str = "") -> Configurations:
@@ -185,7 +209,7 @@ def configurations(archs: Iterable[str], kernels: str = "") -> Configurations:
 
 def measured(found: Configurations, processes: int | None = None) -> list[Usage]:
     """What each configuration uses: the largest numbers that any of its launches has, and all of their tensor cores."""
-    jobs = [(launch, arch) for (_, _, arch), launches in found.items() for launch in launches]
+    jobs = [job(launch, arch) for (_, _, arch), launches in found.items() for launch in launches]
     uses = iter(usages(jobs, processes))
     result = []
     for key, launches in found.items():

@@ -1,9 +1,11 @@
 """Write the dispatch table, kernels/dispatch.json: python bench/tune.py [--arch sm_90,...] [--processes N]
 
 On a GPU, this times every candidate that compiles without a fault and enters the fastest one for the GPU's own
-architecture. It begins with what is used most and ends after --seconds. For the architectures named with --arch no GPU
-is needed: the candidates are compiled, and of those without a fault the one is entered that a count of operations and
-bytes ranks first. All other rows stay as they are.
+architecture. It begins with what is used most, and begins no further operation after --seconds. The candidates of an
+operation are compiled by parallel processes before they are timed. With --results every time is written when it is
+taken, and a later run with the same file goes on from there. For the architectures named with --arch no GPU is needed:
+the candidates are compiled, and of those without a fault the one is entered that a count of operations and bytes ranks
+first. All other rows stay as they are.
 """
 
 from __future__ import annotations
@@ -12,18 +14,22 @@ import argparse
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from duel import captured, stopwatch
+from duel import CALLS, answers, captured, on_device
+from journal import DEAD, STOPPED, Journal, source, write_whole
 from launches import launches
-from resources import usages
+from resources import job, usages
 from smi_fast.kernels import dispatch
 from smi_fast.kernels.attention import launch_attention, launch_attention_backward
+from smi_fast.kernels.backend import Launch, recording
 from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
 from smi_fast.kernels.dispatch import choice_of, override
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
@@ -174,18 +180,25 @@ def is_small(row: Row) -> bool:
     return True
 
 
-def occupancies(arch: str, operation: str, rows: list[Row], processes: int | None) -> list[float]:
-    """The least occupancy among the kernels of each row in its plainest case; 0 where one of them has a fault."""
-    plainest = [launches(operation, row, plainest=True) for row in rows]
-    results = iter(usages([(launch, arch) for case in plainest for launch in case], processes))
-    uses = [[next(results) for _ in case] for case in plainest]
+def plainest(operation: str, row: Row) -> list[Launch]:
+    return launches(operation, row, plainest=True)
+
+
+def occupancies(
+    arch: str, operation: str, rows: list[Row], processes: int | None, launched: Callable = plainest
+) -> list[float]:
+    """Compile what `launched(operation, row)` gives for each row. Return the least occupancy among the kernels of each
+    row; 0 where one of them has a fault."""
+    cases = [launched(operation, row) for row in rows]
+    results = iter(usages([job(launch, arch) for case in cases for launch in case], processes))
+    uses = [[next(results) for _ in case] for case in cases]
     return [0.0 if any(use.faults() for use in row) else min(use.occupancy for use in row) for row in uses]
 
 
 def faulty(arch: str, operation: str, rows: list[Row], processes: int | None) -> list[bool]:
     """Whether any kernel that a row can launch has a fault, in any case."""
     cases = [launches(operation, row) for row in rows]
-    results = iter(usages([(launch, arch) for row in cases for launch in row], processes))
+    results = iter(usages([job(launch, arch) for row in cases for launch in row], processes))
     return [any(use.faults() for use in [next(results) for _ in row]) for row in cases]
 
 
@@ -212,21 +225,25 @@ def best(arch: str, operation: str, kind: Row, processes: int | None, seconds: C
         arch: the architecture to compile for.
         kind: the dtype and head dim.
         processes: how many compile at a time; None: one for each CPU.
-        seconds: measures (operation, row). Without it, `estimate` ranks the candidates.
+        seconds: measures (operation, row), infinite for a candidate that fails. Without it, `estimate` ranks the
+            candidates. With it, the very launches that it times are compiled first: Triton finds them in its cache.
 
     Raises:
         RuntimeError: every candidate for a row has a fault.
     """
     wanted = rows_to_fill(operation, kind)
     distinct = {compiled_as(row): row for _, rows in wanted for row in rows}
-    known = dict(zip(distinct, occupancies(arch, operation, list(distinct.values()), processes), strict=True))
+    launched = timed_launches if seconds else plainest
+    compiled = occupancies(arch, operation, list(distinct.values()), processes, launched)
+    known = dict(zip(distinct, compiled, strict=True))
     ranked = []
     for _, rows in wanted:
         usable = [row for row in rows if known[compiled_as(row)]]
         costs = [
             seconds(operation, row) if seconds else estimate(operation, row, known[compiled_as(row)]) for row in usable
         ]
-        ranked.append([row for _, row in sorted(zip(costs, usable, strict=True), key=lambda pair: pair[0])])
+        pairs = sorted(zip(costs, usable, strict=True), key=lambda pair: pair[0])
+        ranked.append([row for cost, row in pairs if cost < math.inf])
     while all(ranked):
         wrong = faulty(arch, operation, [rows[0] for rows in ranked], processes)
         if not any(wrong):
@@ -236,20 +253,32 @@ def best(arch: str, operation: str, kind: Row, processes: int | None, seconds: C
 
 
 def seconds_on_gpu(operation: str, row: Row) -> float:
-    """How long an operation takes with the form and constants of a row: the median of replays of a CUDA graph."""
-    device = torch.device("cuda")
-    representative = OPERATIONS[operation][row["up_to"]]
+    """How long an operation takes with the form and constants of a row, behind calls of the same: the loop, too, finds
+    in the caches what the kernel before has written. The median of replays of a CUDA graph of several calls."""
     with override({operation: choice_of(row)}):
-        if operation in ATTENTION:
-            call = attention_call(operation, row, representative, device)
-        elif operation.startswith("select_tokens"):
-            call = selection_call(operation, representative, device)
-        elif operation.startswith("gather_patches"):
-            call = patches_call(operation, representative, device)
-        else:
-            call = pixels_call(representative, device)
-        replay, measure = captured(call), stopwatch(device)
-    return median(second for _ in range(ROUNDS) for second in measure(replay))
+        replay = captured([call_of(operation, row, torch.device("cuda"))] * CALLS)
+    replay()
+    return median(on_device(replay) / CALLS for _ in range(ROUNDS))
+
+
+def timed_launches(operation: str, row: Row) -> list[Launch]:
+    """The launches that `seconds_on_gpu` times, on tensors without memory."""
+    with override({operation: choice_of(row)}), recording() as launched:
+        call = call_of(operation, row, torch.device("meta"))
+        launched.clear()  # what prepares the inputs
+        call()
+    return launched
+
+
+def call_of(operation: str, row: Row, device: torch.device) -> Callable[[], object]:
+    representative = OPERATIONS[operation][row["up_to"]]
+    if operation in ATTENTION:
+        return attention_call(operation, row, representative, device)
+    if operation.startswith("select_tokens"):
+        return selection_call(operation, representative, device)
+    if operation.startswith("gather_patches"):
+        return patches_call(operation, representative, device)
+    return pixels_call(representative, device)
 
 
 def attention_call(operation: str, row: Row, size: int, device: torch.device) -> Callable[[], object]:
@@ -313,13 +342,17 @@ def pixels_call(patch: tuple[int, int, int], device: torch.device) -> Callable[[
 
 
 def enter(table: Table, arch: str, operation: str, rows: list[Row]) -> None:
-    """Replace the rows for the same dtype and head dim by these, and write the table."""
+    """Replace the rows for the same dtype and head dim by these."""
     kind = {name: rows[0].get(name) for name in ("dtype", "head_dim")}
     others = [row for row in table[arch].get(operation, []) if {name: row.get(name) for name in kind} != kind]
     table[arch][operation] = sorted(
         others + rows, key=lambda row: [str(row.get(name)) for name in kind] + [row["up_to"]]
     )
-    dispatch.TABLE.write_text(as_json(table))
+
+
+def write(table: Table, *paths: Path | None) -> None:
+    for path in filter(None, paths):
+        write_whole(path, as_json(table))
 
 
 def in_order() -> Iterator[tuple[str, list[str], Row]]:
@@ -329,31 +362,93 @@ def in_order() -> Iterator[tuple[str, list[str], Row]]:
         yield f"attention in {kind['dtype']}, head dim {kind['head_dim']}", ATTENTION, kind
 
 
+class Measured:
+    """Times on a GPU, kept in a journal: "timed" has a record for each candidate, "chosen" one for each operation."""
+
+    def __init__(self, journal: Journal):
+        self.journal = journal
+        self.seconds = {self._key(**record): record["seconds"] for record in journal["timed"]}
+
+    def __call__(self, operation: str, row: Row) -> float:
+        """The seconds of a candidate; infinite if it fails. If it breaks the GPU, the process ends."""
+        key = self._key(operation, row)
+        if key not in self.seconds:
+            record: dict[str, Any] = {"operation": operation, "row": row, "seconds": None}
+            try:
+                record["seconds"] = seconds_on_gpu(operation, row)
+            except Exception as error:
+                record["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                print(f"{operation}, {row}: {record['failed']}", flush=True)
+            self.seconds[key] = record["seconds"]
+            self.journal.add(timed=[record])
+            if not answers(torch.device("cuda")):
+                sys.exit(DEAD)
+        return math.inf if self.seconds[key] is None else self.seconds[key]
+
+    @staticmethod
+    def _key(operation: str, row: Row, **_) -> str:
+        return json.dumps([operation, row])
+
+    def best(self, arch: str, operation: str, kind: Row, processes: int | None) -> list[Row]:
+        for record in self.journal["chosen"]:
+            if (record["operation"], record["kind"]) == (operation, kind):
+                return record["rows"]
+        rows = best(arch, operation, kind, processes, self)
+        self.journal.add(chosen=[{"operation": operation, "kind": kind, "rows": rows}])
+        return rows
+
+
+def derive(table: Table, arch: str, processes: int | None) -> None:
+    """Choose all rows of an architecture without a GPU."""
+    for name, operations, kind in in_order():
+        table.setdefault(arch, {})["source"] = "compiler report"
+        for operation in operations:
+            enter(table, arch, operation, best(arch, operation, kind, processes, None))
+            write(table, dispatch.TABLE)
+        print(f"{arch}: {name}", flush=True)
+
+
+def measure(table: Table, arguments: argparse.Namespace) -> None:
+    """Choose rows for the GPU of this machine, as many as there is time for."""
+    gpu, started = torch.cuda.get_device_name(), time.monotonic()
+    arch = dispatch.nearest(*torch.cuda.get_device_capability())
+    measured = Measured(Journal(arguments.results, source(gpu, table=False), gpu=gpu))
+    done: dict[str, list[str]] = {}
+    for name, operations, kind in in_order():
+        for operation in operations:
+            if not operation.startswith(arguments.only):
+                continue
+            if time.monotonic() - started > arguments.seconds:
+                sys.exit(STOPPED)
+            enter(table, arch, operation, measured.best(arch, operation, kind, arguments.processes))
+            done.setdefault(name, []).append(operation)
+            parts = (f"{name} ({', '.join(chosen)})" for name, chosen in done.items())
+            table[arch]["source"] = f"measured on {gpu}: {'; '.join(parts)}"
+            write(table, None if arguments.keep else dispatch.TABLE, arguments.copy)
+            print(f"{arch}: {name}, {operation}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", help="derive the rows of these architectures from the compiler report")
     parser.add_argument("--processes", type=int, help="how many compile at a time; one for each CPU")
-    parser.add_argument("--seconds", type=float, default=45, help="after this time no further group is measured")
+    parser.add_argument("--seconds", type=float, default=480, help="after this time no further operation is measured")
+    parser.add_argument("--only", default="", help="measure only the operations whose names begin so")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="write every time here, and go on from what it has"
+    )
+    parser.add_argument("--copy", type=Path, metavar="FILE", help="also write the table here")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the package's table as it is, and write the copy only"
+    )
     arguments = parser.parse_args()
     if not arguments.arch and not torch.cuda.is_available():
         parser.error("without a GPU, name the architectures to derive rows for: --arch sm_80,sm_90")
     table = json.loads(dispatch.TABLE.read_text()) if dispatch.TABLE.exists() else {}
-    if arguments.arch:
-        archs, cost, source = arguments.arch.split(","), None, ""
-    else:
-        archs = [dispatch.nearest(*torch.cuda.get_device_capability())]
-        cost, source = seconds_on_gpu, f"measured on {torch.cuda.get_device_name()}: "
-    started = time.monotonic()
-    for arch in archs:
-        done = []
-        for name, operations, kind in in_order():
-            if cost and time.monotonic() - started > arguments.seconds:
-                break
-            done.append(name)
-            table.setdefault(arch, {})["source"] = f"{source}{'; '.join(done)}" if cost else "compiler report"
-            for operation in operations:
-                enter(table, arch, operation, best(arch, operation, kind, arguments.processes, cost))
-            print(f"{arch}: {name}", flush=True)
+    if not arguments.arch:
+        return measure(table, arguments)
+    for arch in arguments.arch.split(","):
+        derive(table, arch, arguments.processes)
 
 
 def as_json(table: Table) -> str:

@@ -35,6 +35,17 @@ def assert_same(ours: Any, theirs: Any, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+class Outer(nn.Module):
+    """A model that has a vision transformer for a part."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit, self.last = vit, nn.Linear(5, 5).double()
+
+    def forward(self, x):
+        return self.last(self.vit(x))
+
+
 def train(model: Callable, parameters: list[Tensor], x: Tensor, steps: int = 2) -> list[Tensor]:
     """Take steps of gradient descent, and return the losses and what the parameters have become."""
     optimizer, losses = torch.optim.SGD(parameters, lr=0.1, momentum=0.9), []

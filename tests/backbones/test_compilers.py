@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from backbone_cases import assert_same, images, pair
+from backbone_cases import Outer, assert_same, images, pair
 from compatibility import OURS, REFUSED, TIMMS, tool
+from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import smi_fast
@@ -73,6 +74,44 @@ def test_feature_extractor(seed):
     x = images()
     nodes = {"blocks.0.attn.proj": "attention", "blocks.1": "block", "norm": "norm"}
     assert_same(*(create_feature_extractor(m, nodes)(x) for m in (fast, model)))
+
+
+@tool("a part of another model in `torch.fx`, `torch.jit.script` and `torch.jit.trace`", TIMMS)
+def test_a_part_of_another_program(seed):
+    ours, theirs = (Outer(m).eval() for m in pair())
+    ours.last = theirs.last
+    x = images()
+    graph = torch.fx.symbolic_trace(ours)
+    for program in (
+        graph,
+        torch.jit.script(graph),
+        torch.jit.script(ours),
+        torch.jit.trace(ours, x, check_trace=False),
+    ):
+        assert_same(program(x), theirs(x))
+
+
+class Keeping(nn.Module):
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, x, keep):
+        return self.vit(x, keep=keep)
+
+
+@tool("`torch.fx` of a call with `keep`", REFUSED, "torch.fx traces timm's own forward pass, which has no keep")
+def test_fx_of_kept_patches(seed):
+    torch.fx.symbolic_trace(Keeping(pair()[0]))
+
+
+@tool(
+    "`torch.jit.trace` of a call with `keep`",
+    REFUSED,
+    "torch.jit.trace records timm's own forward pass, which has no keep",
+)
+def test_trace_of_kept_patches(seed):
+    torch.jit.trace(Keeping(pair()[0]), (images(), torch.zeros(3, 1, dtype=torch.long)))
 
 
 @tool(

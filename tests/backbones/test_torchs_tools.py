@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from backbone_cases import assert_same, assert_trains_alike, images, pair, small_vit, train
+from backbone_cases import Outer, assert_same, assert_trains_alike, images, pair, small_vit, train
 from compatibility import OURS, REFUSED, TIMMS, Ran, tool
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -126,15 +126,6 @@ def test_global_hooks(seed):
         pair()[0](images())
     finally:
         handle.remove()
-
-
-class Outer(nn.Module):
-    def __init__(self, vit: nn.Module):
-        super().__init__()
-        self.vit, self.last = vit, nn.Linear(5, 5).double()
-
-    def forward(self, x):
-        return self.last(self.vit(x))
 
 
 @tool("a part of another model", OURS)

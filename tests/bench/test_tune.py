@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,15 +38,21 @@ def test_neighbours_that_choose_the_same_become_one_row(tune):
     assert tune.merged(rows) == [{"up_to": 16, "BN": 16}, {"up_to": 64, "BN": 32}, {"up_to": 80, "BN": 16}]
 
 
-def test_the_fastest_faultless_candidate_replaces_its_row_only(tune, empty_table, monkeypatch):
+def test_the_fastest_faultless_candidate_replaces_its_row_only(tune, empty_table, monkeypatch, tmp_path):
     kept = {"up_to": 4096, "dtype": "half", "head_dim": 128, "BN": 32, "num_warps": 8}
-    empty_table.write_text(tune.as_json({"sm_90": {"source": "old", "class_attention_forward": [kept]}}))
-    monkeypatch.setattr(tune, "occupancies", lambda arch, operation, rows, processes: [1.0] * len(rows))
+    before = tune.as_json({"sm_90": {"source": "old", "class_attention_forward": [kept]}})
+    empty_table.write_text(before)
+    monkeypatch.setattr(tune, "occupancies", lambda arch, operation, rows, *_: [1.0] * len(rows))
     # The fastest, of 4 warps, shows a fault in another than the plainest case; of 8 warps, none does.
     monkeypatch.setattr(tune, "faulty", lambda arch, operation, rows, _: [row.get("num_warps") == 4 for row in rows])
     seconds = {4: 1e-6, 8: 2e-6, 2: 3e-6}
 
+    measurements = []
+
     def measured(operation, row):
+        measurements.append(row)
+        if row["num_warps"] == 4 and row["BN"] == 64:
+            raise RuntimeError("out of resources")
         return seconds.get(row.get("num_warps"), 4e-6) + row.get("BN", 0) * 1e-9
 
     monkeypatch.setattr(tune, "seconds_on_gpu", measured)
@@ -52,16 +61,59 @@ def test_the_fastest_faultless_candidate_replaces_its_row_only(tune, empty_table
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(dispatch, "table", lambda: {"sm_80": {}, "sm_90": {}})
-    monkeypatch.setattr("sys.argv", ["tune.py"])
+    monkeypatch.setattr(tune, "answers", lambda device: True)
+    results, copied = tmp_path / "times.json", tmp_path / "copy.json"
+    monkeypatch.setattr("sys.argv", ["tune.py", "--results", str(results), "--copy", str(copied)])
     tune.main()
     table = json.loads(empty_table.read_text())
-    assert table["sm_90"]["source"] == "measured on a GPU: some"
+    assert copied.read_text() == empty_table.read_text()
+    assert table["sm_90"]["source"] == "measured on a GPU: some (class_attention_forward)"
+    failed = [record for record in json.loads(results.read_text())["timed"] if record["seconds"] is None]
+    assert {record["failed"] for record in failed} == {"RuntimeError: out of resources"}
+    count = len(measurements)
+    empty_table.write_text(before)
+    tune.main()  # goes on from the file: nothing is measured again
+    assert len(measurements) == count
+    assert json.loads(empty_table.read_text()) == table
     best = {"up_to": 4096, **tune.KINDS[0], "BN": 32, "num_warps": 8}
     assert table["sm_90"]["class_attention_forward"] == [kept, best]
 
 
+TIMED = """
+import json, sys
+import tune
+from resources import job, target
+from triton import compile
+from triton.runtime import driver
+
+class Driver:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: target("sm_90"))
+
+if __name__ == "__main__":
+    driver.set_active(Driver())
+    purpose, (row, *_) = tune.rows_to_fill("select_tokens_backward", {})[0]
+    (launch,) = tune.timed_launches("select_tokens_backward", row)
+    one = job(launch, "sm_90")
+    ahead = compile(one.source, target=target(one.arch), options=one.options)
+    timed = launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments)
+    print(json.dumps([ahead.hash, timed.hash]))
+"""
+
+
+def test_what_is_compiled_ahead_is_what_triton_looks_for_when_it_is_timed():
+    """Under the key of its cache on disk."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BENCH), environment.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", TIMED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ahead, timed = json.loads(done.stdout)
+    assert ahead == timed
+
+
 def test_without_a_usable_candidate_nothing_is_entered(tune, monkeypatch):
-    monkeypatch.setattr(tune, "occupancies", lambda arch, operation, rows, processes: [0.0] * len(rows))
+    monkeypatch.setattr(tune, "occupancies", lambda arch, operation, rows, *_: [0.0] * len(rows))
     with pytest.raises(RuntimeError, match="attention_forward"):
         tune.best("sm_90", "attention_forward", tune.KINDS[0], 1, None)
 

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,29 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
+from fakecuda_cases import fake_cuda, needs_fake_cuda
 
 FOLDER = Path(__file__).parent / "fakecuda"
 STOPS, ITERATIONS = (8, 16), 24
-
-
-def headers() -> Path | None:
-    """The folder of CUDA's headers, of the version that torch was built with."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
-    major = (torch.version.cuda or "none").split(".")[0]
-    for include in (Path(home) / "include" for home in homes if home):
-        header = include / "cuda_runtime_api.h"
-        if header.is_file() and f"CUDART_VERSION  {major}" in header.read_text():
-            return include
-    return None
-
-
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which the cuda tests run"),
-    pytest.mark.skipif(not shutil.which("gcc"), reason="gcc compiles the runtime, and is not here"),
-    pytest.mark.skipif(headers() is None, reason="the headers of the CUDA that torch was built with are not here"),
-]
+pytestmark = needs_fake_cuda
 
 
 @dataclass(frozen=True)
@@ -48,17 +28,7 @@ class Event:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
     """The environment of a process that has the runtime in the place of CUDA's."""
-    folder = tmp_path_factory.mktemp("fakecuda")
-    for source, library in (("runtime.c", "runtime.so"), ("driver.c", "libcuda.so.1")):
-        compile_ = ["gcc", "-O1", "-shared", "-fPIC", f"-I{headers()}", FOLDER / source, "-o", folder / library]
-        subprocess.run([*compile_, "-lpthread"], check=True)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), environment.get("PYTHONPATH"))))
-    libraries = os.pathsep.join(filter(None, (str(folder), environment.get("LD_LIBRARY_PATH"))))
-    return environment | {
-        "FAKECUDA_RUNTIME": str(folder / "runtime.so"), "LD_PRELOAD": str(folder / "runtime.so"),
-        "LD_LIBRARY_PATH": libraries, "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    return fake_cuda(tmp_path_factory.mktemp("fakecuda"))
 
 
 @pytest.fixture
