@@ -24,6 +24,7 @@ except ImportError:  # Without Triton the kernels stay plain functions, which no
         return jit if function is None else function
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Triton decides when a kernel is defined whether it will be compiled or interpreted on the CPU.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -72,7 +73,12 @@ def gives_way(backend: str, inputs: Sequence[Tensor | None], weights: Sequence[T
         raise ValueError('backend "triton" does not compute torch.float64')
     if (double and backend == "auto") or resolve_backend(backend, inputs[0].device) == "torch" or transformed():
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in weights)
+    return wants_gradient(*weights)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -83,7 +89,7 @@ def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.dev
     """
     if x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, not {tuple(shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if x.dtype not in FLOATS:
         raise ValueError(f"{name} has dtype {x.dtype}, not float32, bfloat16, float16 or float64")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, x on {device}")
@@ -94,7 +100,7 @@ def traced(x: Tensor) -> bool:
     torch.compile or torch.export while it traces, a mode such as FakeTensorMode, a subclass of Tensor, or the batches
     of `torch.autograd.grad(is_grads_batched=True)`, which have no storage.
 
-    Everywhere else an operation can be a `torch.autograd.Function`, whose call costs the host less.
+    Everywhere else an operation can be its launcher, or a `torch.autograd.Function`, which cost the host less.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return True

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import check_floats, gives_way, jit, launch, next_power_of_2, tl, traced
+from .backend import FLOATS, check_floats, gives_way, jit, launch, next_power_of_2, tl, traced, wants_gradient
 from .dispatch import choose
 from .gradients import any_order, gradients
 from .tiles import load_row, store_row
@@ -54,10 +54,11 @@ def residual_norm(
     arguments = x, update, gamma, weight, bias, eps, dtype or _stream_dtype(x, update, gamma)
     if gives_way(backend, (x, update), (gamma, weight, bias)):
         return residual_norm_reference(*arguments)
-    if traced(x):
-        stream, normed, _ = residual_norm_op(*arguments)
-        return x if update is None else stream, normed
-    return _ResidualNorm.apply(*arguments)
+    tracing = traced(x)
+    if not tracing and wants_gradient(x, update):
+        return _ResidualNorm.apply(*arguments)
+    stream, normed, _ = (residual_norm_op if tracing else launch_residual_norm)(*arguments)
+    return x if update is None else stream, normed
 
 
 def _check_residual_norm(x, weight, bias, update, gamma, dtype) -> None:
@@ -65,8 +66,8 @@ def _check_residual_norm(x, weight, bias, update, gamma, dtype) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}, not (..., channels)")
     if gamma is not None and update is None:
         raise ValueError("gamma is given without an update that it could scale")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}, not a floating dtype")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}, not float32, bfloat16, float16 or float64")
     for name, rows in (("x", x), ("update", update)):
         if rows is not None:
             check_floats(name, rows, x.shape, x.device)
@@ -135,9 +136,9 @@ def _residual_norm_kernel(
         s = (s + added).to(out.dtype.element_ty)
         store_row(out + row * C, s, C, BC)
         s = s.to(tl.float32)  # the norm is that of the rounded stream, which the backward pass reads
-    mean = tl.sum(s, 0) / C
+    mean = tl.div_rn(tl.sum(s, 0), 1.0 * C)  # rounded once: an error here would shift the whole row
     centred = tl.where(tl.arange(0, BC) < C, s - mean, 0.0)  # [BC]
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / C + eps)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
     scaled = centred * rstd  # [BC]
     if weight is not None:
         scaled *= load_row(weight, C, BC)

@@ -150,6 +150,9 @@ def test_operators_pass_opcheck_and_give_the_numbers_of_eager_code(device, seed)
         torch.library.opcheck(bias_gelu_op, (x.clone().requires_grad_(), bias, "tanh"))
         torch.library.opcheck(bias_gelu_backward_op, (grad, x, bias, "tanh"))
         eager = run(x, bias, grad, "tanh", on("triton"))
+        out = on("triton")(x, bias, "tanh")  # where nothing asks for a gradient
+        assert torch.equal(out, eager["out"])
+        assert not out.requires_grad
         with DeviceWork(MODULE):
             traced = run(x, bias, grad, "tanh", on("triton"))
         compiled = run(x, bias, grad, "tanh", torch.compile(on("triton"), backend="aot_eager", fullgraph=True))
