@@ -49,7 +49,7 @@ def any_order(derivative: Callable) -> Callable:
         def either(ctx, *grads: Tensor | None):
             if all(grad is None for grad in grads):
                 return (None,) * len(ctx.needs_input_grad)
-            # Grad mode says nothing while torch.compile traces. torch itself refuses a double backward of its graphs.
+            # Grad mode means nothing while torch.compile traces. torch itself refuses a double backward of its graphs.
             if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed()):
                 return derivative(ctx, *grads)
             return backward(ctx, *grads)

@@ -38,7 +38,7 @@ def onednn_wins(vendor: str, mkl: bool) -> bool:
     """Return whether oneDNN computes float32 products faster than the BLAS of this torch, by what was measured.
 
     MKL runs kernels for AVX2 on AMD's CPUs. There oneDNN is about twice as fast with AVX-512 and 1.1 times with AVX2.
-    On an Intel CPU with AMX it is 6 to 11 % slower than MKL. Whatever has not been measured keeps torch's BLAS.
+    On an Intel CPU with AMX it is 6 to 11 % slower than MKL. CPUs that have not been measured use torch's BLAS.
 
     The user's process measures nothing: the two sum in different orders, so that a busy machine which tipped the
     balance would change the bits that a seed gives. This table gives the same answer in every run on a machine.

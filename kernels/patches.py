@@ -71,6 +71,8 @@ def check_images(images: Tensor, patch_size: tuple[int, int]) -> None:
 
 
 def check_view(view: Tensor, batch: int) -> None:
+    if not isinstance(view, Tensor):
+        raise ValueError(f"view is a {type(view).__name__}, not a tensor of integers (dy, dx, flip)")
     if view.shape not in ((3,), (batch, 3)):
         raise ValueError(f"view has shape {tuple(view.shape)}, not (3,) or ({batch}, 3)")
     if view.dtype not in (torch.int32, torch.int64):

@@ -193,7 +193,7 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
         if keep.batch_size != batch_size:
             raise ValueError(f"keep is for {keep.batch_size} images, the batch has {batch_size}")
         _check_device(keep.positions, device, "keep")
-        _check_values(keep.positions, keep, num_patches)
+        check_patches(keep, keep.positions, num_patches)
         return replace(keep, values=None)
     if keep is None:
         return all_patches(batch_size, num_patches, device)
@@ -209,8 +209,10 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
         if keep.shape[1] == 0 and batch_size:
             raise ValueError("keep names no patch in row 0: an image needs at least one")
         packed = PackedTokens.from_batch(None, keep)
-        _check_values(keep.flatten(), packed, num_patches)
+        check_patches(packed, keep.flatten(), num_patches)
         return packed
+    if not isinstance(keep, Sequence):
+        raise ValueError(f"keep is a {type(keep).__name__}, expected a tensor or a list of tensors")
     rows = list(keep)
     if len(rows) != batch_size:
         raise ValueError(f"keep lists {len(rows)} images, the batch has {batch_size}")
@@ -225,7 +227,7 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
     if not rows:
         return all_patches(0, num_patches, device)
     packed = PackedTokens.from_sequences(None, rows)
-    _check_values(torch.cat(rows), packed, num_patches)
+    check_patches(packed, torch.cat(rows), num_patches)
     return packed
 
 
@@ -256,12 +258,12 @@ def _check_dtype(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.int64, torch.int32 or a boolean mask")
 
 
-def _check_values(patches: Tensor, packed: PackedTokens, num_patches: int) -> None:
+def check_patches(packed: PackedTokens, patches: Tensor, num_patches: int) -> None:
     """Check that each sequence names patches of the grid, and names no patch twice.
 
     Args:
-        patches: (T,), the indices as they were given; int64 ones may not fit into the positions of `packed`.
         packed: says which sequence each index belongs to.
+        patches: (T,), the indices as they were given; int64 ones may not fit into the positions of `packed`.
     """
     owners = packed.owners()
     outside = (patches < 0) | (patches >= num_patches)

@@ -31,7 +31,7 @@ class Attend:
 
     Attributes:
         tokens: where the tokens that are left lie, without values.
-        sizes: (T,) float32, how many patches each token was merged of, or None if none was.
+        sizes: (T,) float32, how many patches were merged into each token, or None if none were.
         found: maps the full name of each recorded feature to its tokens, one for each time that it was recorded.
 
     `enter` sets the following ones for each block:

@@ -3,19 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast.backbones.support import LINEAR, embedding_obstacle, obstacle
+from smi_fast.kernels.gradients import transformed
 from smi_fast.kernels.linear import PackedWeight, can_pack, linear
 
 
-def weights(module: nn.Module) -> tuple[Tensor | PackedWeight, Tensor | None]:
-    """Return the weight and bias of a Linear or a convolution, or the copies of them that `cast_weights` has made."""
-    return getattr(module, "_cast_weights", None) or (module.weight, module.bias)
+class Cast:
+    """Copies of a weight and a bias in the dtype and layout of the matrix products, made again after a change.
+
+    A change is what replaces, moves or writes to them, except through `.data`, of which torch keeps no count. A copied
+    or saved module gets None in the place of its cast.
+
+    Args:
+        pack: whether the weight may be laid out for the products of a CPU.
+    """
+
+    def __init__(self, pack: bool):
+        self.pack = pack
+        self.copies: tuple[Tensor | PackedWeight, Tensor | None] | None = None
+        self._seen: tuple = ()
+
+    def of(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor | PackedWeight, Tensor | None]:
+        """Return the copies of a weight and a bias in this dtype."""
+        seen = (weight, weight._version, weight.data_ptr(), bias, bias is not None and bias._version, dtype)
+        if self.copies is None or not all(map(_same, self._seen, seen)):
+            self.copies = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+            if self.pack and can_pack(dtype, weight.device):
+                self.copies = PackedWeight(self.copies[0]), self.copies[1]
+            self._seen = seen
+        return self.copies
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def _same(old: object, new: object) -> bool:
+    return old is new or (not isinstance(old, Tensor) and old == new)
+
+
+def weights(module: nn.Module, *, packed: bool = True) -> tuple[Tensor | PackedWeight, Tensor | None]:
+    """Return the weight and bias of a Linear or a convolution, or their copies within `cast_weights`. Weights that get
+    gradients are never copied.
+
+    Args:
+        packed: whether the caller takes a `PackedWeight`.
+    """
+    cast, weight, bias = module.__dict__.get("_cast_weights"), module.weight, module.bias
+    if cast is None or weight.is_inference() or transformed():
+        return weight, bias
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return weight, bias
+    if torch.compiler.is_compiling():
+        copies = cast.copies
+    else:
+        device = weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        copies = cast.of(weight, bias, torch.get_autocast_dtype(device) if autocast else weight.dtype)
+    return (weight, bias) if isinstance(copies[0], PackedWeight) and not packed else copies
 
 
 def product(module: nn.Module, x: Tensor) -> Tensor:
@@ -25,64 +77,27 @@ def product(module: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def cast_weights(model: VisionTransformer, dtype: torch.dtype, *, pack: bool = True) -> Iterator[None]:
-    """Return a context in which weights are cast only once. They must not change while it lasts.
+    """Return a context in which weights that get no gradients are cast to this dtype once, not in every forward pass.
 
-    The weights of matrix products are cast to the compute dtype once, not in every forward pass. On a CPU they are
-    also laid out for its products, unless `pack` is False, because torch.compile does not accept that layout. The
-    results are the same, but the copies take memory.
+    On a CPU they are also laid out for its products, unless `pack` is False, because torch.compile does not accept that
+    layout. The results are the same, but the copies take memory. See `Cast` for what happens if weights change.
     """
-    parameter = next(model.parameters())
-    pack = pack and can_pack(dtype, parameter.device)
-    sliced = getattr(getattr(model.blocks[-1], "attn", None), "qkv", None)  # its rows are read in parts
-    parts = [module for module in model.modules() if obstacle(module, LINEAR) is None]
-    if embedding_obstacle(model) is None:
-        parts.append(model.patch_embed.proj)
-    parts = [part for part in parts if not hasattr(part, "_cast_weights")]
-    if dtype == parameter.dtype and not pack:
-        parts = []
+    parts = keep_cast(model, dtype, pack=pack)
     try:
-        for part in parts:
-            weight = part.weight.detach().to(dtype)
-            bias = None if part.bias is None else part.bias.detach().to(dtype)
-            if pack and type(part) is nn.Linear and part is not sliced:
-                weight = PackedWeight(weight)
-            part._cast_weights = weight, bias
         yield
     finally:
         for part in parts:
             part.__dict__.pop("_cast_weights", None)
 
 
-class KeptCast:
-    """Keeps the weights of a model cast, as `cast_weights` does, and casts them again after a change."""
-
-    def __init__(self, model: VisionTransformer, dtype: torch.dtype):
-        self.model, self.dtype = model, dtype
-        self.close()
-
-    def close(self) -> None:
-        if getattr(self, "context", None) is not None:
-            self.context.close()
-        self.context: ExitStack | None = None
-        self.parts: list[nn.Module] = []
-        self.tensors: list[Tensor] = []  # held, so that no other tensor gets the address of one of them
-        self.seen: list[tuple[int, int, int]] = []
-
-    def refresh(self) -> None:
-        """Cast the weights, unless they are cast and were not replaced, moved or written to since."""
-        tensors = self._tensors()
-        if self.context is not None and self.seen == [_state(tensor) for tensor in tensors]:
-            return
-        self.close()
-        self.context = ExitStack()
-        self.context.enter_context(cast_weights(self.model, self.dtype))
-        self.parts = [module for module in self.model.modules() if hasattr(module, "_cast_weights")]
-        self.tensors = self._tensors()
-        self.seen = [_state(tensor) for tensor in self.tensors]
-
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for part in self.parts for tensor in part._parameters.values() if tensor is not None]
-
-
-def _state(tensor: Tensor) -> tuple[int, int, int]:
-    return id(tensor), tensor._version, tensor.data_ptr()
+def keep_cast(model: VisionTransformer, dtype: torch.dtype, *, pack: bool = True) -> list[nn.Module]:
+    """Do what `cast_weights` does, for good. Return the modules whose weights are cast."""
+    sliced = getattr(getattr(model.blocks[-1], "attn", None), "qkv", None)  # its rows are read in parts
+    parts = [module for module in model.modules() if obstacle(module, LINEAR) is None]
+    if embedding_obstacle(model) is None:
+        parts.append(model.patch_embed.proj)
+    parts = [part for part in parts if part.__dict__.get("_cast_weights") is None]
+    for part in parts:
+        part._cast_weights = Cast(pack and type(part) is nn.Linear and part is not sliced)
+        part._cast_weights.of(part.weight, part.bias, dtype)
+    return parts

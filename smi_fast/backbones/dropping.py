@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.backbones.pruning import Drop, Mass, keep_highest
+from smi_fast.kernels.gradients import untransformed
 from smi_fast.kernels.rows import cumulative_lengths, gather_rows, sequence_of_tokens, uniform_lengths
 from smi_fast.packed import PackedTokens
 
@@ -29,7 +30,7 @@ def drop_patches(
         tokens: the sequences, with values (T, C).
         importance: (heads, T) float32, the attention that decides if `drop` has no scores of its own.
         number: the block before which the patches go, for messages.
-        sizes: (T,) float32, how many patches each token was merged of, or None if none was.
+        sizes: (T,) float32, how many patches were merged into each token, or None if none were.
         weights: (T,), the weights a_i of a fused token, with their gradient.
 
     Returns:
@@ -58,8 +59,11 @@ def require(valid: Tensor, tokens: PackedTokens, needed: str) -> None:
     this is a device-side assertion."""
     if valid.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(valid.all(), needed)
-    elif not valid.all():
-        raise ValueError(f"{needed}, which fails in row {int(tokens.owners()[~valid][0])}")
+        return
+    valid = untransformed(valid)
+    if not valid.all():
+        row = f", which fails in row {int(tokens.owners()[~valid][0])}" if valid.ndim == 1 else ""  # else it is vmapped
+        raise ValueError(f"{needed}{row}")
 
 
 def _scores(tokens: PackedTokens, importance: Tensor, drop: Drop, number: int, num_prefix_tokens: int) -> Tensor:

@@ -22,9 +22,9 @@ def parts_of_blocks(features: Sequence[str], depth: int) -> list[frozenset[str]]
         TypeError: `features` is a text.
         ValueError: there is no such name.
     """
-    if isinstance(features, str):
-        raise TypeError(f"features are a sequence of names, got the text {features!r}")
-    if not features:  # every forward pass comes by
+    if isinstance(features, str) or not isinstance(features, Sequence):
+        raise TypeError(f"features must be a sequence of names, got {features!r}")
+    if not features:  # called in every forward pass
         return [frozenset()] * depth
     known = {feature_name(number, part): (number, part) for number in range(depth) for part in PARTS}
     for name in features:

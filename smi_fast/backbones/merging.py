@@ -29,7 +29,7 @@ def merge_patches(
     Args:
         tokens: the sequences, with values (T, C).
         keys: (T, H, D), the keys of the block in which the tokens merge. They get no gradient.
-        sizes: (T,) float32, how many patches each token was merged of, or None if none was.
+        sizes: (T,) float32, how many patches were merged into each token, or None if none were.
         number: the block before which the tokens merge, for messages.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What `accelerate(prune=...)` may be asked for, and the choice of the most important patches, which pruning within a
+"""The values that `accelerate(prune=...)` accepts, and the choice of the most important patches, which pruning within a
 model and the inversion loop share."""
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Mass:
     share: float
 
     def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise ValueError(f"the share of attention to keep must lie in (0, 1], got {self.share}")
+        is_number = isinstance(self.share, (int, float)) and not isinstance(self.share, bool)
+        if not (is_number and 0 < self.share <= 1):
+            raise ValueError(f"the share of attention to keep must lie in (0, 1], got {self.share!r}")
 
     def __str__(self) -> str:
         return f"mass={self.share:g}"
@@ -185,6 +186,8 @@ def keep_highest(
 
 def check_prune(model: VisionTransformer, prune: Prune) -> dict[int, Drop | Merge]:
     """Check `prune` for a supported model, and write it as a dict. `accelerate` lists the errors."""
+    if not isinstance(prune, Mapping):
+        raise TypeError(f"prune must map numbers of blocks to what is pruned before them, got {prune!r}")
     checked, last = {}, len(model.blocks) - 1
     for number, value in prune.items():
         if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= last:
@@ -197,7 +200,7 @@ def check_prune(model: VisionTransformer, prune: Prune) -> dict[int, Drop | Merg
         check_prunes(model.blocks[number - 1], number - 1, how)
         if isinstance(how, Merge):
             for place in range(number, last + 1):
-                check_heeds_sizes(model.blocks[place], place)
+                check_takes_sizes(model.blocks[place], place)
     return checked
 
 
@@ -219,13 +222,13 @@ def check_prunes(block: nn.Module, number: int, how: Drop | Merge) -> None:
         )
 
 
-def check_heeds_sizes(block: nn.Module, number: int) -> None:
-    """Raise UnsupportedModelError if the attention in block `number` cannot heed the sizes of merged patches."""
+def check_takes_sizes(block: nn.Module, number: int) -> None:
+    """Raise UnsupportedModelError if block `number` cannot take the sizes of merged patches into account."""
     kind = _difference(block)
     if kind is not None:
         raise UnsupportedModelError(
-            f"blocks[{number}] holds a {kind}, whose attention is a difference of two and cannot heed the sizes of "
-            "merged patches"
+            f"blocks[{number}] holds a {kind}, whose attention is a difference of two and cannot take the sizes of "
+            "merged patches into account"
         )
     for part in block.modules():
         if getattr(part, "head_dim", 0) + SIZE_CHANNELS > kernels.MAX_HEAD_DIM:

@@ -10,7 +10,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from smi_fast.backbones.casting import KeptCast
+from smi_fast.backbones.casting import keep_cast
 from smi_fast.backbones.support import UnsupportedModelError
 from smi_fast.backbones.vit import AcceleratedViT, accelerate
 from smi_fast.packed import INTEGER_DTYPES
@@ -34,7 +34,8 @@ class SMIAdaptor(nn.Module):
             The weights are shared.
         dtype, backend: arguments for `accelerate`. They cannot be given with a model that is accelerated already.
         freeze: take a copy of the model whose weights need no gradients, as an inversion does not need them. They are
-            cast and laid out for the matrix products once, and again only after they have changed.
+            cast and laid out for the matrix products once, and again after a change (but not one through `.data`, of
+            which torch keeps no count).
 
     Raises:
         UnsupportedModelError: see `accelerate`; also if the convention cannot be applied to the model, because it has
@@ -53,7 +54,16 @@ class SMIAdaptor(nn.Module):
             raise ValueError(f"the model is accelerated already: dtype={dtype} and backend={backend!r} come too late")
         _check_model(model)
         self.fast = copy.deepcopy(model).requires_grad_(False) if freeze else model
-        self._frozen = KeptCast(self.fast, self.fast.compute_dtype) if freeze else None
+        self.freeze = freeze
+        self._keep_cast()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_cast()
+
+    def _keep_cast(self) -> None:
+        if self.freeze:
+            keep_cast(self.fast, self.fast.compute_dtype)
 
     def forward(
         self, images: Tensor, current_abs_index: Tensor | None = None, next_relative_index: Tensor | None = None
@@ -83,18 +93,11 @@ class SMIAdaptor(nn.Module):
                 the row and the value. On a GPU, device-side assertions check values, so that nothing synchronises.
         """
         index = self._tokens_in_use(images, current_abs_index, next_relative_index)
-        if self._frozen is not None:
-            self._frozen.refresh()
         logits, importance = self.fast(images, keep=index[:, 1:] - 1, return_attention=True)
         # A softmax row sums to 1, so the rest is the class token's attention to itself.
         rest = (1 - importance.sum(1, keepdim=True)).clamp(min=0)
         attention = torch.cat((rest, importance), dim=1)[:, None, None]  # [B, 1, 1, Q]
         return logits.to(images.dtype), [None] * (len(self.fast.blocks) - 1) + [attention], index
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._frozen is not None:
-            self._frozen.close()  # a copy casts its own weights
-        return self.__dict__
 
     def _tokens_in_use(self, images: Tensor, current: Tensor | None, following: Tensor | None) -> Tensor:
         """Return the tokens that are in use now, (B, Q) int64."""

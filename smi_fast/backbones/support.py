@@ -147,6 +147,8 @@ def obstacle_within_block(block: nn.Module) -> str | None:
 
 def obstacle_within_pool(pool: nn.Module) -> str | None:
     """Say why an attention pooling, or a module within it, cannot be bypassed; None if it is plain."""
+    if getattr(pool, "pos_embed", None) is not None:
+        return " has a position embedding of its own"
     return obstacle(pool, POOLS) or _children_obstacle(pool)
 
 
@@ -213,8 +215,10 @@ def check_called(model: nn.Module) -> None:
     reason = changed_method(model, "forward", "forward_features")
     if reason is None and any(model.__dict__[kind] for kind in hooks):
         reason = " has hooks"
+    if reason is None and has_random_patches(model):
+        reason = " drops random patches while training (patch_drop)"
     if reason is not None:
-        raise UnsupportedModelError(f"the model{reason}, which only a call with images would obey")
+        raise UnsupportedModelError(f"the model{reason}, which only a call of the model with images obeys")
 
 
 def changed_method(model: nn.Module, *names: str) -> str | None:

@@ -24,7 +24,7 @@ from smi_fast.backbones.attend import Attend
 from smi_fast.backbones.casting import product, weights
 from smi_fast.backbones.features import feature_name
 from smi_fast.backbones.importance import softmax_scale
-from smi_fast.backbones.pruning import Drop, Merge, check_heeds_sizes, check_prunes
+from smi_fast.backbones.pruning import Drop, Merge, check_prunes, check_takes_sizes
 from smi_fast.backbones.stream import Stream, add, normalise
 from smi_fast.backbones.support import (
     LINEAR,
@@ -117,19 +117,22 @@ def any_block(block: nn.Module, stream: Stream, attend: Attend) -> Stream:
 
     Raises:
         UnsupportedModelError: the block, perhaps because it runs by its own forward, cannot measure importance, merge
-            patches or heed merged ones, but has to; or it has no feature, or several, of a name that was asked for.
+            patches or take their sizes into account, but has to; or it has no feature, or several, of a name that was
+            asked for.
     """
     reason, number = block_obstacle(block), attend.number
     if reason is None:
         if attend.prune is not None:
             check_prunes(block, number, attend.prune)
         if attend.sizes is not None:
-            check_heeds_sizes(block, number)
+            check_takes_sizes(block, number)
         stream = BLOCKS[type(block)](block, stream, attend)
     elif attend.measures:
         raise UnsupportedModelError(f"blocks[{number}]{reason}, so the attention within it cannot be measured")
     elif isinstance(attend.prune, Merge) or attend.sizes is not None:
-        raise UnsupportedModelError(f"blocks[{number}]{reason}, so it can neither merge patches nor heed merged ones")
+        raise UnsupportedModelError(
+            f"blocks[{number}]{reason}, so it can neither merge patches nor take the sizes of merged ones into account"
+        )
     else:
         stream = Stream(block(stream.sum()))
     if attend.prune is not None or "block" in attend.wanted:
@@ -176,7 +179,7 @@ def block_of_first_tokens(block: Block, stream: Stream, attend: Attend, count: i
     attn = block.attn
     x, normed = normalise(stream, block.norm1, attend.backend)
     first = attend.first(normed, count)  # [B, count, C]
-    weight, bias = weights(attn.qkv)
+    weight, bias = weights(attn.qkv, packed=False)
     width = attn.attn_dim
     q = linear(first.flatten(0, 1), weight[:width], None if bias is None else bias[:width])
     kv = linear(normed, weight[width:], None if bias is None else bias[width:])

@@ -6,11 +6,11 @@ The result is a timm model with the same modules and weights. Only the forward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from smi_fast.backbones.embedding import embed_images, embed_patches
 from smi_fast.backbones.features import parts_of_blocks
 from smi_fast.backbones.heads import head, pooled_tokens
 from smi_fast.backbones.importance import pooling_attention, pools_by_attention
-from smi_fast.backbones.pruning import Merge, Prune, check_prune
+from smi_fast.backbones.pruning import Drop, Merge, Prune, check_prune
 from smi_fast.backbones.stream import Stream, normalise
 from smi_fast.backbones.support import (
     SEQUENTIAL,
@@ -50,7 +50,7 @@ from smi_fast.backbones.support import (
 from smi_fast.backbones.timm_blocks import any_block, block_of_first_tokens
 from smi_fast.backbones.tracing import leaf_functions, trace_as_timms
 from smi_fast.grid import PatchGrid
-from smi_fast.packed import Keep, PackedTokens, all_patches, pack_keep
+from smi_fast.packed import Keep, PackedTokens, all_patches, check_patches, pack_keep
 
 
 def accelerate(
@@ -64,9 +64,10 @@ def accelerate(
     """Make a timm VisionTransformer or DeiT fast on pruned batches, without changing its numbers.
 
     The result is a timm model: its class derives from the class of `model`, so that it has timm's attributes, methods
-    and state_dict. It has the same modules and parameters, and `model` stays as it was. What replaces one of the
-    result's own attributes, such as `reset_classifier`, does not reach `model`. What changes a module or a parameter,
-    such as training or `train()`, does.
+    and state_dict. It has the same modules and parameters, and `model` stays as it was. The two share what lies in
+    modules and parameters: training one trains the other. They do not share attributes and hooks of the models
+    themselves and of their patch embeddings: after `reset_classifier`, `set_input_size`, `load_state_dict(assign=True)`
+    or a new hook on one of them, the other is as it was.
 
     With `prune` the forward pass itself drops patches, as EViT does (Liang et al., 2022), or merges them, as ToMe does
     (Bolya et al., 2023), without retraining. Before block b it drops the patches to which the class token attends least
@@ -103,14 +104,17 @@ def accelerate(
     if isinstance(model, AcceleratedViT):
         raise UnsupportedModelError("the model is accelerated already: for other settings, pass its .model")
     check_supported(model)
-    settings = {"prune": check_prune(model, prune or {}), "backend": backend, "_dtype": dtype}
     parameter = next(model.parameters())
     kernels.resolve_backend(backend, parameter.device)
     if dtype is not None and dtype != parameter.dtype and parameter.dtype != torch.float32:
         raise ValueError(f"the weights are {parameter.dtype}: dtype must be None or the same, got {dtype}")
     if dtype not in (None, parameter.dtype, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-    fast = model if inplace else _with_same_modules(model)
+    settings = {"_prune": check_prune(model, prune or {}), "_backend": backend, "_dtype": dtype}
+    fast = model
+    if not inplace:
+        fast = _with_same_modules(model)
+        fast.patch_embed = _with_same_modules(model.patch_embed)  # set_input_size changes it
     fast.__class__ = ACCELERATED[type(model)]
     fast.__dict__.update(settings)
     return fast
@@ -126,7 +130,7 @@ def restore(model: AcceleratedViT) -> VisionTransformer:
         kind = type(model)
         raise TypeError(f"the model is a {kind.__module__}.{kind.__qualname__}, not one that accelerate has made")
     model.__class__ = TIMM_CLASSES[type(model)]
-    for setting in ("prune", "backend", "_dtype"):
+    for setting in SETTINGS:
         model.__dict__.pop(setting, None)
     return model
 
@@ -137,6 +141,10 @@ def _with_same_modules(module: nn.Module) -> nn.Module:
     copy.__dict__ = {
         name: value.copy() if isinstance(value, (dict, set)) else value for name, value in module.__dict__.items()
     }
+    for name, value in copy.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module:  # a method that was set on the object
+            copy.__dict__[name] = MethodType(value.__func__, copy)
+    copy._compiled_call_impl = None  # what model.compile() has made of the other one
     return copy
 
 
@@ -161,17 +169,37 @@ class AcceleratedViT(VisionTransformer):
     """
 
     # The settings, which `accelerate` writes into the object and `restore` takes out of it.
-    backend: str = "auto"
-    prune: Prune = MappingProxyType({})
+    _backend: str = "auto"
+    _prune: Mapping[int, Drop | Merge] = MappingProxyType({})
     _dtype: torch.dtype | None = None
 
     @property
     def model(self) -> VisionTransformer:
-        """The same model as an object of timm's own class. Both share all state: what happens to one, happens to the
-        other."""
-        model = object.__new__(next(TIMM_CLASSES[kind] for kind in type(self).__mro__ if kind in TIMM_CLASSES))
-        model.__dict__ = self.__dict__
+        """An object of timm's own class with the same modules, parameters and hooks, and with the attributes of now.
+
+        Raises:
+            UnsupportedModelError: something, such as a parametrisation of the model itself, has changed the class.
+        """
+        if type(self) not in TIMM_CLASSES:
+            raise UnsupportedModelError(f"the model has become a {type(self).__name__}, which is not a class of timm's")
+        model = object.__new__(TIMM_CLASSES[type(self)])
+        model.__dict__ = {name: value for name, value in self.__dict__.items() if name not in SETTINGS}
+        model._compiled_call_impl = None
         return model
+
+    @property
+    def backend(self) -> str:
+        """The backend of the kernels: "auto", "triton" or "torch"."""
+        return self._backend
+
+    @property
+    def prune(self) -> Mapping[int, Drop | Merge]:
+        """What is dropped or merged before which block. A new value is checked as `accelerate` checks it."""
+        return MappingProxyType(self._prune)
+
+    @prune.setter
+    def prune(self, prune: Prune | None) -> None:
+        self._prune = check_prune(self, prune or {})
 
     @property
     def device(self) -> torch.device:
@@ -186,9 +214,11 @@ class AcceleratedViT(VisionTransformer):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the matrix products on the device where the weights are now."""
-        if self._dtype is not None:
-            return self._dtype
         weight = self._parameter
+        if self._dtype is not None:
+            if weight.dtype not in (torch.float32, self._dtype):
+                raise ValueError(f"the weights are {weight.dtype} now, and the model was accelerated for {self._dtype}")
+            return self._dtype
         if (
             weight.dtype == torch.float32
             and weight.is_cuda
@@ -309,7 +339,7 @@ class AcceleratedViT(VisionTransformer):
             ValueError: the images do not fit the model.
             UnsupportedModelError: the model prunes, and maps need all patches.
         """
-        self._check_plain("intermediate features are maps of all patches")
+        self._check_plain("intermediate features are maps of all patches, made by a model")
         if self._needs_timm(x) is not None:
             with self._timms_context(x):
                 return super().forward_intermediates(x, *args, **kwargs)
@@ -338,11 +368,6 @@ class AcceleratedViT(VisionTransformer):
             )
             return VisionTransformer.forward_intermediates(model, x, *args, **kwargs)
 
-    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """timm's method. Modifications: the patch embedding of a model that shares it is left as it was."""
-        self.patch_embed = _with_same_modules(self.patch_embed)
-        super().set_input_size(*args, **kwargs)
-
     def __prepare_scriptable__(self) -> VisionTransformer:
         """Let torch.jit.script compile timm's own model."""
         self._check_plain("torch.jit.script compiles timm's own forward pass")
@@ -353,10 +378,9 @@ class AcceleratedViT(VisionTransformer):
         if isinstance(x, torch.fx.Proxy):
             return "torch.fx traces timm's own forward pass"
         if attn_mask is not None or is_causal:
-            if attn_mask is not None and not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
-                raise ValueError(
-                    f"attn_mask is {attn_mask.dtype}, expected bool or floating point; is it meant as keep=?"
-                )
+            kind = getattr(attn_mask, "dtype", type(attn_mask).__name__)
+            if attn_mask is not None and not (isinstance(kind, torch.dtype) and kind in MASK_DTYPES):
+                raise ValueError(f"attn_mask is {kind}, expected bool or floating point; is it meant as keep=?")
             return "attn_mask and is_causal are left to timm's own forward pass"
         if torch.jit.is_tracing():
             return "torch.jit.trace records timm's own forward pass"
@@ -367,11 +391,11 @@ class AcceleratedViT(VisionTransformer):
 
     def _check_plain(self, reason: str, **options: Any) -> None:
         """Raise UnsupportedModelError if something is asked that timm's own forward pass does not do."""
-        if self.prune:
-            raise UnsupportedModelError(f"{reason}, which does not prune: take its .model to go without")
+        if self._prune:
+            raise UnsupportedModelError(f"{reason}, which does not prune: call its .model to go without")
         for name, value in options.items():
             if not (value is None or value is False or (isinstance(value, Sequence) and len(value) == 0)):
-                raise UnsupportedModelError(f"{reason}, which has no {name}")
+                raise UnsupportedModelError(f"{reason}, which does not take {name}")
 
     def _patches(
         self, images: Tensor, keep: Keep | None = None, view: Tensor | None = None
@@ -407,7 +431,12 @@ class AcceleratedViT(VisionTransformer):
                 positions in the grid.
             grid_size: (rows, columns) of the patch grid. None: the model's own.
             return_attention: see `forward`.
+
+        Raises:
+            ValueError: the patches do not fit the model or the grid, or a patch is named twice.
         """
+        grid_size = tuple(grid_size or self.patch_embed.grid_size)
+        check_patches(patches, patches.positions, grid_size[0] * grid_size[1])
         outputs = self.outputs(patches, grid_size=grid_size, importance=return_attention)
         return _with_attention(outputs, patches) if return_attention else outputs.logits
 
@@ -438,13 +467,14 @@ class AcceleratedViT(VisionTransformer):
         """
         check_bypassed(self)
         check_called(self)
-        grid_size, whole = tuple(grid_size or self.patch_embed.grid_size), None
+        rows, columns = grid_size or self.patch_embed.grid_size
+        ph, pw = self.patch_embed.patch_size
+        grid, whole = self.grid((rows * ph, columns * pw)), None
         if embedding_obstacle(self) is not None:
             check_embeds_patches(self.patch_embed)
-            grid = PatchGrid(*grid_size, tuple(self.patch_embed.patch_size))
             images = patches.values.new_zeros(patches.batch_size, self.num_channels, *grid.image_size)
             whole = grid.scatter(patches.values, patches, images)
-        return self._outputs(patches, grid_size, importance, features, whole=whole)
+        return self._outputs(patches, grid.size, importance, features, whole=whole)
 
     def _outputs(
         self,
@@ -457,7 +487,7 @@ class AcceleratedViT(VisionTransformer):
     ) -> Outputs:
         """Compute `outputs` after the model and the names have been checked. A changed embedding takes the whole images
         (B, C, H, W)."""
-        uniform = patches.is_uniform and all(isinstance(how, Merge) or how.equal_counts for how in self.prune.values())
+        uniform = patches.is_uniform and all(isinstance(how, Merge) or how.equal_counts for how in self._prune.values())
         if not uniform and patches.batch_size > 1 and not self._packs():
             return self._one_by_one(patches, grid_size, importance, features, whole)
         with self._autocast(patches.values.device):
@@ -476,20 +506,22 @@ class AcceleratedViT(VisionTransformer):
         all_tokens: bool = False,
         whole: Tensor | None = None,
     ) -> tuple[Tensor, Attend]:
-        """Run all blocks and the last norm. Return the tokens that the head needs or, with `all_tokens`, all; and what
-        is known of them."""
+        """Run all blocks and the last norm. Return the tokens that the head needs or, with `all_tokens`, all; and the
+        state of the batch."""
+        if any(number >= len(self.blocks) for number in self._prune):
+            raise ValueError(f"prune names block {max(self._prune)}, and the model has {len(self.blocks)} blocks now")
         wanted = parts_of_blocks(features, len(self.blocks))
         tokens = embed_patches(self, patches, grid_size) if whole is None else embed_images(self, whole, patches)
         x = self.norm_pre(tokens.batch_or_values())
         attend = Attend(tokens, self.has_class_token, self.num_prefix_tokens, self.backend)
         reason = obstacle(self.blocks, SEQUENTIAL)
         if reason is not None:
-            if importance or features or self.prune:
+            if importance or features or self._prune:
                 raise UnsupportedModelError(f"blocks{reason}, so it runs as one, and nothing within it can be measured")
             return self.norm(self.blocks(x)), attend
         stream, (*blocks, last) = Stream(x), self.blocks
         for number, block in enumerate(blocks):
-            attend.enter(number, wanted[number], prune=self.prune.get(number + 1))
+            attend.enter(number, wanted[number], prune=self._prune.get(number + 1))
             stream = self._run(any_block, block, stream, attend)
         attend.enter(len(blocks), wanted[-1], measures=importance and not pools_by_attention(self))
         queries = pooled_tokens(self, last) if not all_tokens and wanted[-1] <= {"keys"} else None
@@ -521,7 +553,7 @@ class AcceleratedViT(VisionTransformer):
     ) -> Tensor:
         """Map the importance (T',) of the tokens that are left, prefix tokens included, to the patches given."""
         prefix = self.num_prefix_tokens
-        if tokens.is_uniform and not self.prune:
+        if tokens.is_uniform and not self._prune:
             return importance.view(-1, tokens.max_seqlen)[:, prefix:].flatten()
         # The cells of the grid connect the patches that are left with the patches that were given.
         before = prefix + 1  # prefix tokens and fused tokens lie before the grid
@@ -565,10 +597,12 @@ class AcceleratedViT(VisionTransformer):
         """Return a context in which weights are cast and laid out only once; see `casting.cast_weights`."""
         return cast_weights(self, self.compute_dtype, pack=pack)
 
-    def _autocast(self, device: torch.device):
-        if self.compute_dtype == self._parameter.dtype:
-            return nullcontext()
-        return torch.autocast(device.type, dtype=self.compute_dtype)
+    def _autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        """Return the context that casts to the compute dtype. If no dtype was given, the caller's autocast counts."""
+        dtype = self.compute_dtype
+        if dtype != self._parameter.dtype:
+            return torch.autocast(device.type, dtype=dtype)
+        return nullcontext() if self._dtype is None else torch.autocast(device.type, enabled=False)
 
     def _timms_context(self, x: Tensor | torch.fx.Proxy) -> AbstractContextManager[None]:
         """Return the context in which timm's own forward pass runs."""
@@ -579,6 +613,8 @@ class AcceleratedViT(VisionTransformer):
         return leaf_functions(x.tracer)
 
     def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images are a {type(images).__name__}, expected a tensor (B, C, H, W)")
         channels, device = self.num_channels, self.device
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (B, {channels}, H, W)")
@@ -592,6 +628,8 @@ class AcceleratedDistilledViT(AcceleratedViT, VisionTransformerDistilled):
     """timm's VisionTransformerDistilled, a DeiT with a distillation token, as an `AcceleratedViT`."""
 
 
+SETTINGS = ("_prune", "_backend", "_dtype")
+MASK_DTYPES = (torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACCELERATED = {VisionTransformer: AcceleratedViT, VisionTransformerDistilled: AcceleratedDistilledViT}
 TIMM_CLASSES = {fast: timm for timm, fast in ACCELERATED.items()}
 

@@ -207,6 +207,11 @@ class Inverter:
         self.stages = self._plan()
 
     def _plan(self) -> list[Stage]:
+        if getattr(self.backbone, "prune", None) and self.stopping.stops:
+            raise ValueError(
+                "the model prunes, and the patches that it has pruned have no importance by which to stop them: use "
+                'stopping="dense", or a model that does not prune'
+            )
         late = [iteration for iteration in self.stopping.stops if iteration >= self.iterations]
         if late:
             raise ValueError(

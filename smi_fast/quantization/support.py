@@ -72,4 +72,6 @@ def check_supported(model: nn.Module) -> None:
     for name, module in model.named_modules():
         reason = obstacle(module, PLAIN)
         if reason is not None:
-            raise UnsupportedModelError(f"{name}{reason}, and only the weights of plain modules can be quantised")
+            raise UnsupportedModelError(
+                f"{name or 'the model'}{reason}, and only the weights of plain modules can be quantised"
+            )

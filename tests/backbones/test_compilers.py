@@ -100,7 +100,7 @@ class Keeping(nn.Module):
         return self.vit(x, keep=keep)
 
 
-@tool("`torch.fx` of a call with `keep`", REFUSED, "torch.fx traces timm's own forward pass, which has no keep")
+@tool("`torch.fx` of a call with `keep`", REFUSED, "torch.fx traces timm's own forward pass, which does not take keep")
 def test_fx_of_kept_patches(seed):
     torch.fx.symbolic_trace(Keeping(pair()[0]))
 
@@ -108,7 +108,7 @@ def test_fx_of_kept_patches(seed):
 @tool(
     "`torch.jit.trace` of a call with `keep`",
     REFUSED,
-    "torch.jit.trace records timm's own forward pass, which has no keep",
+    "torch.jit.trace records timm's own forward pass, which does not take keep",
 )
 def test_trace_of_kept_patches(seed):
     torch.jit.trace(Keeping(pair()[0]), (images(), torch.zeros(3, 1, dtype=torch.long)))
@@ -117,7 +117,7 @@ def test_trace_of_kept_patches(seed):
 @tool(
     "`torch.jit.trace` with `prune`",
     REFUSED,
-    "torch.jit.trace records timm's own forward pass, which does not prune: take its .model to go without",
+    "torch.jit.trace records timm's own forward pass, which does not prune: call its .model to go without",
 )
 def test_trace_of_pruning(seed):
     torch.jit.trace(smi_fast.accelerate(pair()[1], prune=PRUNE), images())
@@ -126,7 +126,7 @@ def test_trace_of_pruning(seed):
 @tool(
     "`torch.jit.script` with `prune`",
     REFUSED,
-    "torch.jit.script compiles timm's own forward pass, which does not prune: take its .model to go without",
+    "torch.jit.script compiles timm's own forward pass, which does not prune: call its .model to go without",
 )
 def test_script_of_pruning(seed):
     torch.jit.script(smi_fast.accelerate(pair()[1], prune=PRUNE))
@@ -135,7 +135,7 @@ def test_script_of_pruning(seed):
 @tool(
     "`torch.fx` with `prune`",
     REFUSED,
-    "torch.fx traces timm's own forward pass, which does not prune: take its .model to go without",
+    "torch.fx traces timm's own forward pass, which does not prune: call its .model to go without",
 )
 def test_fx_of_pruning(seed):
     torch.fx.symbolic_trace(smi_fast.accelerate(pair()[1], prune=PRUNE))

@@ -193,7 +193,7 @@ def test_parallel_blocks_give_the_heads_and_keys_of_their_attention(images):
         ),
         (("blocks.1.norm1",), ValueError, "no feature 'blocks.1.norm1'"),
         (("attn", "query"), ValueError, "no feature 'query'"),
-        ("attn", TypeError, "the text 'attn'"),
+        ("attn", TypeError, "a sequence of names, got 'attn'"),
     ],
 )
 def test_unknown_features_are_refused_with_those_that_exist(images, names, error, message):

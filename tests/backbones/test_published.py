@@ -3,6 +3,7 @@
 import copy
 import importlib
 import os
+import pickle
 import random
 import sys
 from collections.abc import Iterator
@@ -158,12 +159,20 @@ def test_a_frozen_adaptor_follows_its_own_weights_only(model, images):
         lambda fast: setattr(fast.blocks[1].attn.qkv, "weight", nn.Parameter(-model.blocks[1].attn.qkv.weight)),
         lambda fast: fast.double().float(),
         lambda fast: fast.head.bias.detach().add_(1),
+        lambda fast: fast.prune_intermediate_layers([0], prune_head=False),
     )
     for change in changes:
+        before = frozen(images)[0]
         change(frozen.fast)
-        torch.testing.assert_close(frozen(images)[0], SMIAdaptor(frozen.fast.model, dtype=torch.bfloat16)(images)[0])
-        expected = frozen(images)[0]
-    torch.testing.assert_close(copy.deepcopy(frozen)(images)[0], expected)
+        expected = SMIAdaptor(copy.deepcopy(frozen.fast.model), dtype=torch.bfloat16)(images)[0]
+        torch.testing.assert_close(frozen.fast(images).float(), expected)
+        torch.testing.assert_close(frozen(images)[0], expected)
+        assert change is changes[2] or not torch.allclose(before, expected)
+    for copied in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        copied.fast.head.bias.data.add_(1)
+        assert copied.fast.head._cast_weights is not frozen.fast.head._cast_weights
+        copied.fast.head.bias.data.sub_(1)
+        torch.testing.assert_close(copied(images)[0], expected)
 
 
 def test_logits_have_the_dtype_of_the_images(model):

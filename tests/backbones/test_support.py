@@ -347,7 +347,7 @@ def test_changed_features_are_called_on_all_patches_only(seed, images, change):
     change(fast)
     torch.testing.assert_close(fast(images), expected)
     for options in ({"keep": KEEP}, {"return_attention": True}):
-        with pytest.raises(smi_fast.UnsupportedModelError, match="forward_features of its own, which has no"):
+        with pytest.raises(smi_fast.UnsupportedModelError, match="forward_features of its own, which does not take"):
             fast(images, **options)
 
 

@@ -75,7 +75,7 @@ def test_fewer_blocks(seed):
 @tool("`reset_classifier`, `num_classes=0`", OURS)
 def test_another_classifier(seed):
     fast, model = pair(num_classes=0)
-    x, original = images(), fast.model
+    x = images()
     assert_same(fast(x), model(x))
     for pool in (None, "avg", ""):
         for m in (fast, model):
@@ -83,7 +83,7 @@ def test_another_classifier(seed):
             m.double()  # timm 1.0.28 makes the classifier in float32
         model.load_state_dict(fast.state_dict())
         assert_same(fast(x), model(x))
-    assert fast.num_classes == original.num_classes == 5
+    assert fast.num_classes == fast.model.num_classes == 5
 
 
 @tool("`reset_classifier` of a model beside the one that was accelerated", NEITHER, "the original stays as it was")
@@ -134,7 +134,7 @@ def test_restricted_attention(seed):
 @tool(
     "`attn_mask` or `is_causal` with `keep`",
     REFUSED,
-    "attn_mask and is_causal are left to timm's own forward pass, which has no keep",
+    "attn_mask and is_causal are left to timm's own forward pass, which does not take keep",
 )
 def test_restricted_attention_of_kept_patches(seed):
     pair()[0](images(), is_causal=True, keep=KEEP)

@@ -1,5 +1,9 @@
 """accelerate(): what keep, view and attention mean, against timm's modules and explicit formulas."""
 
+import copy
+import pickle
+import types
+
 import pytest
 import timm
 import torch
@@ -186,9 +190,106 @@ def test_weights_are_shared_with_the_model(model, images):
     with torch.no_grad():
         model.head.bias += 1
     torch.testing.assert_close(fast(images), before + 1)
+    own = {model, model.patch_embed}
     assert all(
-        ours is theirs for ours, theirs in zip(fast.modules(), model.modules(), strict=True) if theirs is not model
+        ours is theirs for ours, theirs in zip(fast.modules(), model.modules(), strict=True) if theirs not in own
     )
+
+
+def test_the_original_and_the_accelerated_model_change_apart(model, images):
+    """What replaces an attribute of one of them, or compiles it, leaves the other as it was."""
+    other = copy.deepcopy(model)
+    expected = model(images)
+    model.compile(backend="eager")
+    fast = smi_fast.accelerate(model)
+    torch.testing.assert_close(fast(images, keep=torch.arange(64).expand(3, -1)), expected)
+    for change in (
+        lambda m: m.set_input_size((16, 16)),
+        lambda m: m.reset_classifier(3),
+        lambda m: m.load_state_dict({name: -value for name, value in m.state_dict().items()}, assign=True),
+        lambda m: setattr(m, "forward_head", lambda x: x),
+    ):
+        change(model)
+    fast.load_state_dict(other.state_dict())
+    torch.testing.assert_close(fast(images), expected)
+    for change in (lambda m: m.set_input_size((16, 16)), lambda m: m.reset_classifier(3), lambda m: m.compile()):
+        change(fast)
+    assert fast.model(images[..., :16, :16]).shape == (3, 3)
+    torch.testing.assert_close(other(images), expected)
+
+
+def test_a_method_of_the_object_is_that_of_the_new_object(model, images):
+    def doubled(self, x, pre_logits=False):
+        return self.head(2 * x[:, 0])
+
+    model.forward_head = types.MethodType(doubled, model)
+    fast = smi_fast.accelerate(model)
+    torch.testing.assert_close(fast(images), model(images))
+    fast.reset_classifier(3)
+    assert fast(images).shape == (3, 3)
+
+
+def test_prune_can_be_set_and_is_checked(model, images):
+    fast = smi_fast.accelerate(model)
+    fast.prune = {1: 0.3}
+    torch.testing.assert_close(fast(images), smi_fast.accelerate(model, prune={1: 0.3})(images))
+    for wrong, error in ((0.3, TypeError), ({5: 0.3}, ValueError)):
+        with pytest.raises(error, match="prune"):
+            fast.prune = wrong
+    with pytest.raises(smi_fast.UnsupportedModelError, match="already"):
+        smi_fast.accelerate(fast)
+    fast.prune_intermediate_layers([0], prune_head=False)
+    with pytest.raises(ValueError, match="prune names block 1, and the model has 1 blocks now"):
+        fast(images)
+    fast.prune = None
+    torch.testing.assert_close(fast(images), fast.model(images))
+
+
+def test_patches_that_do_not_fit_the_grid_are_refused(model):
+    fast = smi_fast.accelerate(model)
+    for positions, options, message in (
+        ([64, 3], {}, "row 0 holds patch 64"),
+        ([-1, 3], {}, "row 0 holds patch -1"),
+        ([3, 3], {}, "names patch 3 twice"),
+        ([1, 3], {"grid_size": (4, 4)}, "16x16 pixels, the model takes 32x32"),
+    ):
+        patches = smi_fast.PackedTokens.from_batch(torch.zeros(1, 2, 48).double(), torch.tensor(positions))
+        with pytest.raises(ValueError, match=message):
+            fast.forward_patches(patches, **options)
+
+
+def test_random_patches_need_images(seed):
+    fast = smi_fast.accelerate(cifar10_vit(False, depth=1, patch_drop_rate=0.5).train())
+    with pytest.raises(smi_fast.UnsupportedModelError, match="drops random patches while training"):
+        fast.forward_patches(smi_fast.PackedTokens.from_batch(torch.zeros(1, 2, 48), torch.tensor([1, 2])))
+
+
+def test_weights_moved_to_another_dtype_than_that_of_the_products_are_refused(model, images):
+    fast = smi_fast.accelerate(model.float(), dtype=torch.float32)
+    images = images.float()
+    expected = fast(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fast(images), expected)  # a dtype that was asked for is not the caller's autocast's
+    with pytest.raises(ValueError, match=r"the weights are torch.bfloat16 now"):
+        fast.bfloat16()(images.bfloat16())
+
+
+def test_cast_weights_heed_their_module(model, images):
+    """Within the context too, weights that ask for gradients get them, and another dtype has its own copies."""
+    model, images = model.float(), images.float()
+    fast = smi_fast.accelerate(model)
+    loss = fast(images).square().sum()
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    with fast.cast_weights():
+        for ours, theirs in zip(
+            torch.autograd.grad(fast(images).square().sum(), list(model.parameters())), expected, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+        model.requires_grad_(False)
+        other = smi_fast.accelerate(model, dtype=torch.bfloat16)
+        assert (other(images) - fast(images)).abs().max() < 0.1 * loss.sqrt()
+        torch.testing.assert_close(copy.deepcopy(fast)(images), fast(images))
+        pickle.dumps(fast)
 
 
 def test_weights_train_as_through_timms_model(model, images):

@@ -355,3 +355,11 @@ def test_cuda_inverts_as_the_cpu_does(model):
     cuda = quiet(model.cuda(), **options).run([0, 1, 2])
     assert torch.equal(cpu.keep, cuda.keep)
     torch.testing.assert_close(cpu.losses, cuda.losses, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_prunes_stops_nothing(model):
+    """The patches that it has pruned have importance 0, which says nothing about them."""
+    pruning = smi_fast.accelerate(model, prune={1: 0.5})
+    with pytest.raises(ValueError, match="the model prunes"):
+        quiet(pruning, stopping=StoppingSchedule({2: 0.3}), iterations=4)
+    assert quiet(pruning, stopping="dense", iterations=2).run([0]).losses.isfinite().all()
