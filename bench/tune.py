@@ -32,6 +32,8 @@ from smi_fast.kernels.attention import launch_attention, launch_attention_backwa
 from smi_fast.kernels.backend import Launch, recording
 from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
 from smi_fast.kernels.dispatch import choice_of, override
+from smi_fast.kernels.mlp import launch_bias_gelu, launch_bias_gelu_backward
+from smi_fast.kernels.norm import launch_residual_norm, launch_residual_norm_backward
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
 from smi_fast.kernels.pixels import launch_pixel_step, patch_sites
 from smi_fast.kernels.rows import uniform_lengths
@@ -48,6 +50,8 @@ CANDIDATES = {32: 32, 64: 64, 128: 95, 256: 196, 512: 324, 1024: 576, 2048: 1369
 ACCESSES = {2**31 - 1: 48}  # how many accesses of 16 bytes a row of channels takes
 PATCHES = {192: (3, 8, 8), 256: (1, 16, 16), 640: (3, 14, 14), 768: (3, 16, 16), 2**31 - 1: (3, 32, 32)}
 PIXELS = {2**31 - 1: (3, 16, 16)}
+WIDTHS = {256: 192, 512: 384, 1024: 768, 2048: 1408, 4096: 3072}  # channels of the residual stream
+HIDDEN = {2**31 - 1: 1536}  # channels between the products of an MLP
 OPERATIONS = {
     "attention_forward": TOKENS,
     "attention_backward": TOKENS,
@@ -57,6 +61,10 @@ OPERATIONS = {
     "select_tokens_backward": ACCESSES,
     "gather_patches": PATCHES,
     "gather_patches_backward": PATCHES,
+    "residual_norm": WIDTHS,
+    "residual_norm_backward": WIDTHS,
+    "bias_gelu": HIDDEN,
+    "bias_gelu_backward": HIDDEN,
     "prior_sums": PIXELS,
     "pixel_step": PIXELS,
 }
@@ -82,6 +90,13 @@ def candidates(operation: str, purpose: Row) -> Iterator[Row]:
         # No thread idles where a row is a multiple of 128 bytes.
         for BR, BC, num_warps in ((64, 8, 4), (32, 8, 4), (32, 16, 4), (16, 8, 4), (64, 16, 8)):
             yield {"BR": BR, "BC": BC, "num_warps": num_warps}
+        return
+    if operation.startswith("residual_norm"):
+        least = max(1, size // 512)  # 16 channels a thread, so that one warp sums up to 512 without waiting for another
+        yield from ({"BC": size, "num_warps": num_warps} for num_warps in (least, 2 * least, 4 * least))
+        return
+    if operation.startswith("bias_gelu"):
+        yield from ({"BE": BE, "num_warps": num_warps} for BE, num_warps in ((1024, 4), (2048, 4), (2048, 8), (512, 2)))
         return
     if operation.startswith("gather_patches"):
         elements = math.prod(PATCHES[size])
@@ -278,6 +293,10 @@ def call_of(operation: str, row: Row, device: torch.device) -> Callable[[], obje
         return selection_call(operation, representative, device)
     if operation.startswith("gather_patches"):
         return patches_call(operation, representative, device)
+    if operation.startswith("residual_norm"):
+        return norm_call(operation, representative, device)
+    if operation.startswith("bias_gelu"):
+        return gelu_call(operation, representative, device)
     return pixels_call(representative, device)
 
 
@@ -309,6 +328,26 @@ def selection_call(operation: str, size: int, device: torch.device) -> Callable[
         return call
     packed, *_, slots = call()
     return partial(launch_select_backward, torch.randn_like(packed), slots)
+
+
+def norm_call(operation: str, channels: int, device: torch.device) -> Callable[[], object]:
+    """Of the tokens of images that are thinned to 46 patches, with LayerScale."""
+    x, grad = torch.randn(2, BATCH, 47, channels, device=device)
+    update, (gamma, weight, bias) = grad.bfloat16(), torch.randn(3, channels, device=device)
+    if operation == "residual_norm":
+        return partial(launch_residual_norm, x, update, gamma, weight, bias, 1e-6, torch.bfloat16)
+    statistics = torch.ones(BATCH, 47, 2, device=device)
+    return partial(
+        launch_residual_norm_backward, grad, update, x, statistics, gamma, weight, torch.float32, torch.bfloat16
+    )
+
+
+def gelu_call(operation: str, channels: int, device: torch.device) -> Callable[[], object]:
+    x, grad = torch.randn(2, BATCH, 47, channels, device=device).bfloat16()
+    bias = torch.randn(channels, device=device)
+    if operation == "bias_gelu":
+        return partial(launch_bias_gelu, x, bias, "none")
+    return partial(launch_bias_gelu_backward, grad, x, bias, "none")
 
 
 def patches_call(operation: str, patch: tuple[int, int, int], device: torch.device) -> Callable[[], object]:
@@ -357,7 +396,7 @@ def write(table: Table, *paths: Path | None) -> None:
 
 def in_order() -> Iterator[tuple[str, list[str], Row]]:
     """The groups in which rows are tuned, the most used first: a name, the operations, and the dtype and head dim."""
-    yield "selection and patches", [name for name in OPERATIONS if name not in ATTENTION], {}
+    yield "all but attention", [name for name in OPERATIONS if name not in ATTENTION], {}
     for kind in KINDS:
         yield f"attention in {kind['dtype']}, head dim {kind['head_dim']}", ATTENTION, kind
 

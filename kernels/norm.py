@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import FLOATS, check_floats, gives_way, jit, launch, next_power_of_2, tl, traced, wants_gradient
+from .backend import FLOATS, check_floats, gives_way, jit, launch, tl, traced, wants_gradient
 from .dispatch import choose
 from .gradients import any_order, gradients
 from .tiles import load_row, store_row
@@ -216,7 +216,7 @@ def launch_residual_norm(
         launch(
             _residual_norm_kernel, (len(x),), out=None if update is None else stream,
             normed=normed, statistics=statistics, x=x, update=update, gamma=gamma, weight=weight, bias=bias,
-            x_stride=x.stride(0), eps=eps, C=channels, BC=next_power_of_2(channels), **tiles,
+            x_stride=x.stride(0), eps=eps, C=channels, **tiles,
         )  # fmt: skip
     return stream, normed, statistics
 
@@ -260,7 +260,7 @@ def launch_residual_norm_backward(
         launch(
             _residual_norm_backward_kernel, (len(stream),), grad_x=grad_x, grad_update=grad_update,
             grad_stream=grad_stream, grad_normed=grad_normed, x=stream, statistics=statistics, gamma=gamma,
-            weight=weight, x_stride=stream.stride(0), C=channels, BC=next_power_of_2(channels), **tiles,
+            weight=weight, x_stride=stream.stride(0), C=channels, **tiles,
         )  # fmt: skip
     return grads
 

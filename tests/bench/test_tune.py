@@ -121,6 +121,7 @@ def test_without_a_usable_candidate_nothing_is_entered(tune, monkeypatch):
 @pytest.mark.parametrize("operation", [
     "attention_forward", "attention_backward", "class_attention_forward", "class_attention_backward",
     "select_tokens", "select_tokens_backward", "gather_patches", "gather_patches_backward", "pixel_step",
+    "residual_norm", "residual_norm_backward", "bias_gelu", "bias_gelu_backward",
 ])  # fmt: skip
 def test_timed_calls_run_and_give_the_shapes_of_the_operation(operation, tune, monkeypatch, seed):
     for name, value in (("BATCH", 2), ("HEADS", 1), ("CHANNELS", 16)):
@@ -132,6 +133,10 @@ def test_timed_calls_run_and_give_the_shapes_of_the_operation(operation, tune, m
         call = tune.selection_call(operation, 20, CPU)
     elif operation == "pixel_step":
         call = tune.pixels_call((1, 4, 4), CPU)
+    elif operation.startswith("residual_norm"):
+        call = tune.norm_call(operation, 20, CPU)
+    elif operation.startswith("bias_gelu"):
+        call = tune.gelu_call(operation, 20, CPU)
     else:
         call = tune.patches_call(operation, (1, 4, 4), CPU)
     results = call()
@@ -148,6 +153,7 @@ def test_timed_calls_run_and_give_the_shapes_of_the_operation(operation, tune, m
         "gather_patches": (2 * 95, 16),
         "gather_patches_backward": (2, 1, 56, 56),
         "pixel_step": (),
+        **dict.fromkeys(("residual_norm", "residual_norm_backward", "bias_gelu", "bias_gelu_backward"), (2, 47, 20)),
     }
     assert main.shape == expected[operation]
 
@@ -162,6 +168,8 @@ def test_every_candidate_holds_what_its_row_is_for(tune):
                     assert row["BN"] >= purpose["up_to"]
                 if row.get("form") == "rows":
                     assert row["BM"] >= purpose["up_to"]
+                if operation.startswith("residual_norm"):
+                    assert row["BC"] >= purpose["up_to"]
 
 
 @pytest.mark.parametrize(
