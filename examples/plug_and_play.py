@@ -76,9 +76,7 @@ def invert_sparse(model: nn.Module, targets: Tensor, iterations: int, seed: int 
         if iteration in schedule.stops:
             keep = select_patches(attention, keep, fraction=schedule.stops[iteration])
             bounds = torch.where(fast.grid(embed.img_size).mask(keep), bounds, images.detach())
-        logits, attention = fast(
-            images, keep=keep, view=torch.tensor((dy, dx, 0), device=device), return_attention=True
-        )
+        logits, attention = fast(images, keep=keep, view=torch.tensor((dy, dx, 0)).to(device), return_attention=True)
         loss = own_loss(logits, images, targets)
         optimizer.zero_grad()
         loss.backward()

@@ -61,7 +61,7 @@ def records(request, tmp_path_factory) -> list[dict]:
 
 
 def is_bit_for_bit(test: dict) -> bool:
-    """Whether the test is one that until timm 1.0.30 compares the bits of a graph, which is timm's, with our forward."""
+    """Whether the test compares the bits of a graph, which is timm's, with our forward, as timm did until 1.0.30."""
     old = tuple(map(int, version("timm").split("."))) <= (1, 0, 30)
     return old and "::test_model_forward_fx[" in test["test"] and " = torch.all\n" in test["error"]
 
