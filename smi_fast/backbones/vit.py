@@ -98,8 +98,8 @@ def accelerate(
     Raises:
         UnsupportedModelError: the model has a part that is not known, has no class token whose attention could decide
             what is pruned, or cannot fuse or merge in a block. The message names the part.
-        ValueError: the backend is unknown, the weights do not allow the dtype, or what is said of pruning is out of
-            range. The message names the block and the value.
+        ValueError: the backend is unknown, the weights do not allow the dtype, or a value in `prune` is out of range.
+            The message names the block and the value.
     """
     if isinstance(model, AcceleratedViT):
         raise UnsupportedModelError("the model is accelerated already: for other settings, pass its .model")
