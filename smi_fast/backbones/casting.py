@@ -57,12 +57,14 @@ def weights(module: nn.Module, *, packed: bool = True) -> tuple[Tensor | PackedW
         packed: whether the caller takes a `PackedWeight`.
     """
     cast, weight, bias = module.__dict__.get("_cast_weights"), module.weight, module.bias
-    if cast is None or weight.is_inference() or transformed():
+    if cast is None or transformed():
         return weight, bias
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return weight, bias
     if torch.compiler.is_compiling():
         copies = cast.copies
+    elif weight.is_inference():  # torch keeps no count of what is written to it
+        return weight, bias
     else:
         device = weight.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -99,5 +101,6 @@ def keep_cast(model: VisionTransformer, dtype: torch.dtype, *, pack: bool = True
     parts = [part for part in parts if part.__dict__.get("_cast_weights") is None]
     for part in parts:
         part._cast_weights = Cast(pack and type(part) is nn.Linear and part is not sliced)
-        part._cast_weights.of(part.weight, part.bias, dtype)
+        if not part.weight.is_inference():
+            part._cast_weights.of(part.weight, part.bias, dtype)
     return parts
