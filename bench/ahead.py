@@ -17,7 +17,7 @@ from smi_fast.kernels.backend import recording
 
 
 class Ahead:
-    """What smi-fast launches in groups of contestants on this machine's GPU."""
+    """Collects what smi-fast launches in groups of contestants on this machine's GPU."""
 
     def __init__(self):
         self.jobs: list[Job] = []

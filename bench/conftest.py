@@ -198,7 +198,7 @@ def _outcomes(
     torch.manual_seed(0)
     try:
         outcomes = duel(contestants(), device=device, **options)
-    except Exception as error:  # of what all contestants share
+    except Exception as error:  # it comes from what all contestants share
         traceback.print_exc()
         return dict.fromkeys(names, Outcome(wrong=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))
     return {name: outcomes.get(name, Outcome(absent=f"does not run on {device.type}")) for name in names}

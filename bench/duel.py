@@ -43,7 +43,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured of one contestant.
+    """The measurements of one contestant.
 
     `seconds` are those of a call, one for each round. On a GPU the caches hold nothing of the call's inputs before it;
     `warm` are those of calls that follow each other on the same inputs, and empty where that was not measured.
@@ -186,7 +186,7 @@ def _on_gpu(
     Raises:
         AssertionError: a replay computes something else than the reference.
     """
-    pool = torch.cuda.graph_pool_handle()  # of all graphs of the contestant, of which one runs at a time
+    pool = torch.cuda.graph_pool_handle()  # the contestant's graphs share it, because one runs at a time
     with counted() as nodes:
         single = captured([one.call], pool)
     if single is None:

@@ -26,7 +26,7 @@ def _peaks(terabytes: float, bfloat16: float, float32: float) -> Ceilings:
 
 class Gpu(NamedTuple):
     name: str
-    pattern: str  # of the names by which CUDA knows it
+    pattern: str  # matches the names by which CUDA knows the GPU
     peaks: Ceilings
 
 

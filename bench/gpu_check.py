@@ -46,12 +46,12 @@ QUICK = {
 
 class Settings(NamedTuple):
     out: Path
-    name: str  # of the GPU, in names of files
+    name: str  # the GPU's name, as it stands in names of files
     arch: str = "90"  # its compute capability
     limit: float = 540.0
     smi_checkout: Path | None = None
     quick: bool = False
-    end: float = 0.0  # of the step that runs, by the monotonic clock
+    end: float = 0.0  # when the running step has to end, by the monotonic clock
 
     def left(self) -> str:
         """The seconds after which a command that begins now should begin nothing more."""

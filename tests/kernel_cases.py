@@ -30,6 +30,15 @@ def naive_attention(qkv: Tensor, lengths: list[int], scale: float) -> tuple[Tens
     return torch.cat(outs), torch.cat(rows, 1)
 
 
+def twice(run: Callable[[], dict]) -> tuple[dict, dict]:
+    """Run something two times, both from the same state of torch's random generators. Needs a GPU."""
+    state = torch.random.get_rng_state(), torch.cuda.get_rng_state()
+    first = run()
+    torch.random.set_rng_state(state[0])
+    torch.cuda.set_rng_state(state[1])
+    return first, run()
+
+
 def assert_within_twice(kernel: dict, plain: list[dict], exact: dict) -> None:
     """Each of the kernel's results errs at most twice as far from the float64 result as plain torch does.
 

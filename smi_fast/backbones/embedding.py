@@ -16,6 +16,14 @@ from smi_fast.kernels.rows import gather_rows
 from smi_fast.packed import PackedTokens
 
 
+def embed(
+    model: VisionTransformer, patches: PackedTokens, grid_size: tuple[int, int], whole: Tensor | None
+) -> PackedTokens:
+    """Embed kept patches: from the whole images (B, C, H, W) if they are given, because a part of the embedding is
+    changed, and otherwise alone."""
+    return embed_patches(model, patches, grid_size) if whole is None else embed_images(model, whole, patches)
+
+
 def embed_patches(model: VisionTransformer, patches: PackedTokens, grid_size: tuple[int, int]) -> PackedTokens:
     """Embed kept patches, whose values are (T, C * ph * pw) pixels, if no part of the embedding is changed.
 

@@ -24,7 +24,7 @@ from smi_fast import kernels
 from smi_fast.backbones.attend import Attend
 from smi_fast.backbones.base import Backbone, Outputs
 from smi_fast.backbones.casting import cast_weights
-from smi_fast.backbones.embedding import embed_images, embed_patches
+from smi_fast.backbones.embedding import embed
 from smi_fast.backbones.features import parts_of_blocks
 from smi_fast.backbones.heads import head, pooled_tokens
 from smi_fast.backbones.importance import pooling_attention, pools_by_attention
@@ -50,6 +50,7 @@ from smi_fast.backbones.support import (
 from smi_fast.backbones.timm_blocks import any_block, block_of_first_tokens
 from smi_fast.backbones.tracing import leaf_functions, trace_as_timms
 from smi_fast.grid import PatchGrid
+from smi_fast.kernels.backend import FLOATS
 from smi_fast.packed import Keep, PackedTokens, all_patches, check_patches, pack_keep
 
 
@@ -339,25 +340,26 @@ class AcceleratedViT(VisionTransformer):
             ValueError: the images do not fit the model.
             UnsupportedModelError: the model prunes, and maps need all patches.
         """
-        self._check_plain("intermediate features are maps of all patches, made by a model")
+        if self._prune:
+            raise UnsupportedModelError("the model prunes, and maps need all patches: call its .model to go without")
         if self._needs_timm(x) is not None:
             with self._timms_context(x):
                 return super().forward_intermediates(x, *args, **kwargs)
         patches, _, grid, whole = self._patches(x)
         with self._autocast(x.device):
-            tokens = embed_patches(self, patches, grid.size) if whole is None else embed_images(self, whole, patches)
+            tokens = embed(self, patches, grid.size, whole)
             attend = Attend(tokens, self.has_class_token, self.num_prefix_tokens, self.backend)
 
-            def embed(_: Tensor) -> Tensor:
+            def embedded(_: Tensor) -> Tensor:
                 return tokens.batch_or_values()
 
             def run(block: nn.Module, number: int, x: Tensor, **restriction: Any) -> Tensor:
                 attend.enter(number)
                 return block(x, **restriction) if restriction else any_block(block, Stream(x), attend).sum()
 
-            embed.dynamic_feat_size = self.patch_embed.dynamic_feat_size
+            embedded.dynamic_feat_size = self.patch_embed.dynamic_feat_size
             model = SimpleNamespace(
-                patch_embed=embed,
+                patch_embed=embedded,
                 _pos_embed=nn.Identity(),
                 patch_drop=nn.Identity(),
                 norm_pre=self.norm_pre,
@@ -511,7 +513,7 @@ class AcceleratedViT(VisionTransformer):
         if any(number >= len(self.blocks) for number in self._prune):
             raise ValueError(f"prune names block {max(self._prune)}, and the model has {len(self.blocks)} blocks now")
         wanted = parts_of_blocks(features, len(self.blocks))
-        tokens = embed_patches(self, patches, grid_size) if whole is None else embed_images(self, whole, patches)
+        tokens = embed(self, patches, grid_size, whole)
         x = self.norm_pre(tokens.batch_or_values())
         attend = Attend(tokens, self.has_class_token, self.num_prefix_tokens, self.backend)
         reason = obstacle(self.blocks, SEQUENTIAL)
@@ -629,7 +631,7 @@ class AcceleratedDistilledViT(AcceleratedViT, VisionTransformerDistilled):
 
 
 SETTINGS = ("_prune", "_backend", "_dtype")
-MASK_DTYPES = (torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MASK_DTYPES = (torch.bool, *FLOATS)
 ACCELERATED = {VisionTransformer: AcceleratedViT, VisionTransformerDistilled: AcceleratedDistilledViT}
 TIMM_CLASSES = {fast: timm for timm, fast in ACCELERATED.items()}
 

@@ -12,6 +12,7 @@ from kernel_cases import (
     cu_seqlens_of,
     naive_attention,
     poisoned_memory,
+    twice,
     untouched,
     with_errors_elsewhere,
 )
@@ -358,11 +359,7 @@ def test_float64_runs_in_plain_torch_only(device):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("lengths", [[47] * 8, [197] * 3, [577], [1, 63, 64, 65, 0, 300], [4096, 5]], ids=str)
 def test_gpu_obeys_the_2x_rule_and_repeats_bit_for_bit(lengths, head_dim, dtype, device, seed):
-    state = torch.random.get_rng_state(), torch.cuda.get_rng_state()
-    first = check(lengths, 3, head_dim, dtype, device, "triton")
-    torch.random.set_rng_state(state[0])
-    torch.cuda.set_rng_state(state[1])
-    second = check(lengths, 3, head_dim, dtype, device, "triton")
+    first, second = twice(lambda: check(lengths, 3, head_dim, dtype, device, "triton"))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 

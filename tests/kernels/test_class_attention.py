@@ -10,6 +10,7 @@ from kernel_cases import (
     canaries,
     cu_seqlens_of,
     poisoned_memory,
+    twice,
     untouched,
     with_errors_elsewhere,
 )
@@ -218,10 +219,6 @@ def test_bad_arguments_are_named(q, kv, dtype, lengths, max_seqlen, message):
 @pytest.mark.parametrize("head_dim", [8, 48, 64, 72, 128])
 @pytest.mark.parametrize("lengths", [[47] * 8, [197] * 3, [577], [1, 63, 64, 65, 300], [4096, 5]], ids=str)
 def test_gpu_obeys_the_2x_rule_and_repeats_bit_for_bit(lengths, head_dim, dtype, device, seed):
-    state = torch.random.get_rng_state(), torch.cuda.get_rng_state()
-    first = check(lengths, 3, head_dim, dtype, device)
-    torch.random.set_rng_state(state[0])
-    torch.cuda.set_rng_state(state[1])
-    second = check(lengths, 3, head_dim, dtype, device)
+    first, second = twice(lambda: check(lengths, 3, head_dim, dtype, device))
     for name in first:
         assert torch.equal(first[name], second[name]), name

@@ -13,6 +13,7 @@ from kernel_cases import (
     lazily_allocated,
     only_the_last_program,
     poisoned_memory,
+    twice,
     untouched,
     with_errors_elsewhere,
 )
@@ -202,10 +203,6 @@ def test_bad_arguments_are_named(arguments, message):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [*WIDTHS, 3072, 6144])
 def test_gpu_obeys_the_2x_rule_and_repeats_bit_for_bit(channels, dtype, form, device, seed):
-    state = torch.random.get_rng_state(), torch.cuda.get_rng_state()
-    first = check((377, channels), dtype, form, device)
-    torch.random.set_rng_state(state[0])
-    torch.cuda.set_rng_state(state[1])
-    second = check((377, channels), dtype, form, device)
+    first, second = twice(lambda: check((377, channels), dtype, form, device))
     for name in first:
         assert torch.equal(first[name], second[name]), name

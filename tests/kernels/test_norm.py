@@ -12,6 +12,7 @@ from kernel_cases import (
     lazily_allocated,
     only_the_last_program,
     poisoned_memory,
+    twice,
     untouched,
     with_errors_elsewhere,
 )
@@ -277,10 +278,6 @@ def test_bad_arguments_are_named(arguments, message):
 @pytest.mark.parametrize(("stream", "dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [*WIDTHS, 3000, 4096])
 def test_gpu_obeys_the_2x_rule_and_repeats_bit_for_bit(channels, stream, dtype, device, seed):
-    state = torch.random.get_rng_state(), torch.cuda.get_rng_state()
-    first = check((376, channels), stream, dtype, device)
-    torch.random.set_rng_state(state[0])
-    torch.cuda.set_rng_state(state[1])
-    second = check((376, channels), stream, dtype, device)
+    first, second = twice(lambda: check((376, channels), stream, dtype, device))
     for name in first:
         assert torch.equal(first[name], second[name]), name
