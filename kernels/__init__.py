@@ -3,14 +3,19 @@
 Nothing here knows of timm, of inversion or of files.
 """
 
-from .attention import MAX_HEAD_DIM, attention
-from .backend import resolve_backend, triton_status
-from .class_attention import class_attention
-from .mlp import bias_gelu
-from .norm import residual_norm
-from .patches import gather_patches, view_cells
-from .pixels import patch_sites, pixel_step
-from .selection import select_tokens
+# In a checkout this folder is also found as `kernels`, the name of Hugging Face's package, which transformers imports
+# if it finds it. A second copy of the modules would register the operators again, and free those of the first.
+if __name__ == "smi_fast.kernels":
+    from .attention import MAX_HEAD_DIM, attention
+    from .backend import resolve_backend, triton_status
+    from .class_attention import class_attention
+    from .mlp import bias_gelu
+    from .norm import residual_norm
+    from .patches import gather_patches, view_cells
+    from .pixels import patch_sites, pixel_step
+    from .selection import select_tokens
+else:
+    __path__ = []
 
 __all__ = [
     "MAX_HEAD_DIM",

@@ -2,7 +2,10 @@
 
 import ast
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # each folder or file imports only from itself and from the floors below
@@ -82,3 +85,10 @@ def test_the_graph_is_drawn_from_all_of_the_source():
     assert "kernels.rows" in drawn["packed"]
     assert "kernels.rows" in drawn["kernels.attention"]
     assert "inversion.state" in drawn["inversion.inverter"]
+
+
+def test_the_folder_of_kernels_is_imported_under_one_name(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    assert not hasattr(import_module("kernels"), "pixel_step")
+    with pytest.raises(ModuleNotFoundError):
+        import_module("kernels.pixels")
