@@ -74,11 +74,11 @@ def _attention_cases(row: Row) -> Iterator[tuple[torch.Tensor, bool]]:
 
 def _attention_forward(row: Row) -> Cases:
     for qkv, plain in _attention_cases(row):
-        for backward in ("blocks", "tile"):  # which decides whether the forward pass stores its statistics
+        for with_statistics in (True, False):
             for with_class in (True, False):
-                if plain or (with_class and backward == "blocks"):
-                    with override({"attention_backward": (backward, {})}):
-                        yield recorded(launch_attention, qkv, _integers(9), row["up_to"], 0.125, with_class)
+                if plain or (with_class and with_statistics):
+                    outputs = with_class, with_statistics
+                    yield recorded(launch_attention, qkv, _integers(9), row["up_to"], 0.125, *outputs)
 
 
 def _attention_backward(row: Row) -> Cases:

@@ -28,7 +28,7 @@ from journal import DEAD, STOPPED, Journal, source, write_whole
 from launches import launches
 from resources import job, usages
 from smi_fast.kernels import dispatch
-from smi_fast.kernels.attention import launch_attention, launch_attention_backward
+from smi_fast.kernels.attention import launch_attention, launch_attention_backward, needs_statistics
 from smi_fast.kernels.backend import Launch, recording
 from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
 from smi_fast.kernels.dispatch import choice_of, override
@@ -306,9 +306,9 @@ def attention_call(operation: str, row: Row, size: int, device: torch.device) ->
     problem = uniform_lengths(BATCH, size, device), size, head_dim**-0.5
     q, kv = qkv[::size, 0].contiguous(), qkv[:, 1:].contiguous()
     if operation == "attention_forward":
-        return partial(launch_attention, qkv, *problem, True)
+        return partial(launch_attention, qkv, *problem, True, needs_statistics(qkv, size))
     if operation == "attention_backward":
-        out, _, statistics = launch_attention(qkv, *problem, False)
+        out, _, statistics = launch_attention(qkv, *problem, False, True)
         return partial(launch_attention_backward, torch.randn_like(out), qkv, out, statistics, *problem)
     if operation == "class_attention_forward":
         return partial(launch_class_attention, q, kv, *problem)

@@ -120,10 +120,8 @@ def attention_variants(arch: int, options: Options) -> Iterator[Variant]:
             out = empty(8, 3, head_dim, dtype=qkv.dtype)
             for _, up_to, choice in rows_up_to(arch, "attention_forward", options.max_seqlen, **kind):
                 for flags in range(4):
-                    backward = "blocks" if flags & 2 else "tile"  # which decides whether statistics are stored
-                    inputs = qkv, cu_seqlens, up_to, 0.125, bool(flags & 1)
-                    with override({"attention_backward": (backward, {})}):
-                        (launch,) = launched("attention_forward", choice, launch_attention, *inputs)
+                    inputs = qkv, cu_seqlens, up_to, 0.125, bool(flags & 1), bool(flags & 2)
+                    (launch,) = launched("attention_forward", choice, launch_attention, *inputs)
                     block = choice["BM"] if choice["form"] == "blocks" else 0
                     yield Variant("attention_forward", (*key, flags), up_to, (block, 0), launch)
             for _, up_to, choice in rows_up_to(arch, "attention_backward", options.max_seqlen, **kind):

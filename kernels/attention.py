@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from .backend import cdiv, jit, launch, resolve_backend, tl
-from .dispatch import attention_has_form, choose_attention, padded_head_dim
+from .backend import cdiv, contiguous_like, jit, launch, resolve_backend, tl
+from .dispatch import choose_attention, padded_head_dim
 from .gradients import any_order, gradients, transformed
+from .operators import operation, surely, traced, wants_gradient
 from .rows import gather_rows, padding
 from .tiles import dot, load_row, load_rows, locate, scores_of_row, scores_of_tile, store_rows
 
@@ -59,7 +60,9 @@ def attention(
     if transformed():
         out = attention_reference(qkv, cu_seqlens, max_seqlen, scale, softmax_formula)
     elif not plain:
-        out, class_attention, _ = attention_op(qkv, cu_seqlens, max_seqlen, scale, return_class_attention)
+        # A traced graph serves many lengths, for some of which the backward pass may read the statistics.
+        kept = traced(qkv) or (wants_gradient(qkv) and needs_statistics(qkv, max_seqlen))
+        out, class_attention, _ = _attention(qkv, cu_seqlens, max_seqlen, scale, return_class_attention, kept)
         return (out, class_attention) if return_class_attention else out
     elif _suits_kept_softmax(qkv, cu_seqlens.shape[0] - 1, max_seqlen):
         out = _kept_softmax(qkv, cu_seqlens.shape[0] - 1, scale)
@@ -160,7 +163,7 @@ def _suits_kept_softmax(qkv: Tensor, batch: int, max_seqlen: int) -> bool:
         qkv.device.type == "cpu"
         and qkv.dtype in (torch.float32, torch.bfloat16)
         and 0 < qkv.shape[0] == batch * max_seqlen
-        and max_seqlen * qkv.element_size() <= KEPT_ROW_BYTES
+        and surely(max_seqlen * qkv.element_size() <= KEPT_ROW_BYTES)
     )
 
 
@@ -579,16 +582,16 @@ def _blocks_dkv_kernel(
 
 
 def launch_attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, with_class: bool
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, with_class: bool, with_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward pass in Triton.
 
     Returns:
         out (T, H, D); the class attention, (H, T) float32 if `with_class` and (H, 0) otherwise; and the statistics of
-        the softmax, (2, H, T) float32 if the backward pass needs them and (2, H, 0) otherwise.
+        the softmax, (2, H, T) float32 if `with_statistics` and (2, H, 0) otherwise. See `needs_statistics`.
     """
     tokens, _, heads, head_dim = qkv.shape
-    out, row, statistics = _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class)
+    out, row, statistics = _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class, with_statistics)
     if tokens:
         form, tiles = choose_attention("attention_forward", qkv, max_seqlen)
         programs = (cu_seqlens.shape[0] - 1) * heads
@@ -596,10 +599,11 @@ def launch_attention(
             kernel, grid = _tile_forward_kernel, (programs,)
         else:
             kernel, grid = _blocks_forward_kernel, (programs, cdiv(max_seqlen, tiles["BM"]))
+        highests, shares = statistics.unbind() if with_statistics else (statistics, statistics)
         launch(
-            kernel, grid, out=out, class_attention=row, highests=statistics[0], shares=statistics[1],
+            kernel, grid, out=out, class_attention=row, highests=highests, shares=shares,
             qkv=qkv.contiguous(), cu_seqlens=cu_seqlens, scale_log2=scale * LOG2_E, tokens=tokens, heads=heads,
-            D=head_dim, BD=padded_head_dim(head_dim), CLASS=with_class, STATISTICS=statistics.numel() > 0, **tiles,
+            D=head_dim, BD=padded_head_dim(head_dim), CLASS=with_class, STATISTICS=with_statistics, **tiles,
         )  # fmt: skip
     return out, row, statistics
 
@@ -608,16 +612,17 @@ attention_op = torch.library.custom_op("smi_fast::attention", launch_attention, 
 
 
 @attention_op.register_fake
-def _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class):
+def _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class, with_statistics):
     tokens, _, heads, head_dim = qkv.shape
-    kept = tokens if needs_statistics(qkv, max_seqlen) else 0
+    kept = tokens if with_statistics else 0
     row = qkv.new_empty(heads, tokens if with_class else 0, dtype=torch.float32)
     return qkv.new_empty(tokens, heads, head_dim), row, qkv.new_empty(2, heads, kept, dtype=torch.float32)
 
 
 def needs_statistics(qkv: Tensor, max_seqlen: int) -> bool:
     """Return whether the backward pass reads `out` and the softmax's statistics. It does not if one tile is enough."""
-    return not attention_has_form("tile", "attention_backward", qkv, max_seqlen)
+    form, _ = choose_attention("attention_backward", qkv, max_seqlen)
+    return form != "tile"
 
 
 def launch_attention_backward(
@@ -661,17 +666,18 @@ def launch_attention_backward(
 attention_backward_op = torch.library.custom_op(
     "smi_fast::attention_backward", launch_attention_backward, mutates_args=()
 )
+_attention_backward = operation(attention_backward_op, launch_attention_backward)
 
 
 @attention_backward_op.register_fake
 def _fake_attention_backward(grad_out, qkv, out, statistics, cu_seqlens, max_seqlen, scale):
-    return qkv.new_empty(qkv.shape)
+    return contiguous_like(qkv)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, _ = inputs
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, _, with_statistics = inputs
     out, row, statistics = output
-    kept = (out, statistics) if needs_statistics(qkv, ctx.max_seqlen) else (None, None)
+    kept = (out, statistics) if with_statistics else (None, None)
     ctx.save_for_backward(qkv, *kept, cu_seqlens)
     ctx.mark_non_differentiable(row, statistics)
     ctx.set_materialize_grads(False)  # Otherwise zeros would be written for each of them.
@@ -683,12 +689,13 @@ def _derivative(ctx, grad_out, *_):
     def definition(qkv):
         return attention_reference(qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, softmax_formula)
 
-    return *gradients(definition, (qkv,), grad_out), None, None, None, None
+    return *gradients(definition, (qkv,), grad_out), None, None, None, None, None
 
 
 @any_order(_derivative)
 def _backward(ctx, grad_out, *_):
-    return attention_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None, None
+    grad = _attention_backward(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale)
+    return grad, None, None, None, None, None
 
 
-attention_op.register_autograd(_backward, setup_context=_save_for_backward)
+_attention = operation(attention_op, launch_attention, setup_context=_save_for_backward, backward=_backward)

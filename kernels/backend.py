@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .gradients import transformed
+from .operators import wants_gradient
 
 try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
+    jit, knobs = triton.jit, getattr(triton, "knobs", None)
 except ImportError:  # Without Triton the kernels stay plain functions, which nothing launches.
-    triton = tl = None
+    triton = tl = knobs = None
 
     def jit(function=None, **options):
         return jit if function is None else function
 
 
+HOOKS = None  # the hooks of Triton's launches, if it is Triton 3.5 or newer
+if hasattr(knobs, "HookChain"):
+    HOOKS = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Triton decides when a kernel is defined whether it will be compiled or interpreted on the CPU.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -68,17 +73,12 @@ def gives_way(backend: str, inputs: Sequence[Tensor | None], weights: Sequence[T
     Raises:
         ValueError: the backend is "triton", but cannot run there or one of the tensors is float64.
     """
-    double = any(x is not None and x.dtype == torch.float64 for x in (*inputs, *weights))
+    double = torch.float64 in [x.dtype for x in (*inputs, *weights) if x is not None]
     if double and backend == "triton":
         raise ValueError('backend "triton" does not compute torch.float64')
     if (double and backend == "auto") or resolve_backend(backend, inputs[0].device) == "torch" or transformed():
         return True
     return wants_gradient(*weights)
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether autograd records what is computed from these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -93,18 +93,6 @@ def check_floats(name: str, x: Tensor, shape: tuple[int, ...], device: torch.dev
         raise ValueError(f"{name} has dtype {x.dtype}, not float32, bfloat16, float16 or float64")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, x on {device}")
-
-
-def traced(x: Tensor) -> bool:
-    """Return whether an operation on x has to be a torch operator, so that something other than autograd can see it:
-    torch.compile or torch.export while it traces, a mode such as FakeTensorMode, a subclass of Tensor, or the batches
-    of `torch.autograd.grad(is_grads_batched=True)`, which have no storage.
-
-    Everywhere else an operation can be its launcher, or a `torch.autograd.Function`, which cost the host less.
-    """
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 or not torch._C._has_storage(x)
 
 
 def triton_status() -> str:
@@ -139,9 +127,64 @@ def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
     if _recording is not None:
         _recording.append(Launch(kernel, grid, arguments))
         return
-    first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
-    with torch.cuda.device_of(first):
-        kernel.run(grid=grid, warmup=False, **arguments)  # like kernel[grid](**arguments), but copies them once less
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            device = value.get_device()
+            break
+    if device < 0 or device == torch._C._cuda_getDevice():
+        _launch(kernel, grid, device, arguments)
+    else:
+        with torch.cuda.device(device):
+            _launch(kernel, grid, device, arguments)
+
+
+class _Compiled(NamedTuple):
+    """How Triton launches a compiled kernel."""
+
+    run: Callable
+    function: int
+    metadata: tuple
+    ordered: Callable[[dict[str, Any]], tuple]  # puts a kernel's arguments in order
+    kernel: Any
+
+
+_compiled: dict[tuple, _Compiled] = {}
+MAX_COMPILED = 4096  # each number of tokens or rows makes entries of its own
+ONES = (1, 1, 1)
+
+
+def _launch(kernel, grid: tuple[int, ...], device: int, arguments: dict[str, Any]) -> None:
+    """Launch a kernel on the current device. Triton looks for the compiled kernel only if these arguments are new to
+    the process, because its search takes several times as long as a launch.
+
+    Triton compiles for the dtype of a tensor, for whether its address is a multiple of 16, and for constants and
+    properties of numbers. Here a number counts by its value, which decides all of these.
+    """
+    key = (id(kernel), device, *arguments, *[
+        (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments.values()
+    ])  # fmt: skip
+    known = _compiled.get(key)
+    if known is not None and not _hooked():
+        run, function, metadata, ordered, _ = known
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(*grid, *ONES[len(grid) :], stream, function, metadata, None, None, None, *ordered(arguments))
+        return
+    compiled = kernel.run(grid=grid, warmup=False, **arguments)  # kernel[grid](**arguments) would copy them once more
+    if compiled is not None and not _hooked():  # None comes from the interpreter
+        if len(_compiled) >= MAX_COMPILED:
+            _compiled.clear()
+        order = itemgetter(*kernel.arg_names)
+        _compiled[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, order, kernel)
+
+
+def _hooked() -> bool:
+    """Return whether Triton has to make every launch, because a profiler, for example, has hooked onto its launches or
+    its version does it in another way than the one that `_launch` knows."""
+    if HOOKS is None:
+        return True
+    enter, exit_ = HOOKS
+    changed = knobs.runtime.launch_enter_hook is not enter or knobs.runtime.launch_exit_hook is not exit_
+    return changed or bool(enter.calls or exit_.calls)
 
 
 @contextmanager
@@ -156,6 +199,11 @@ def recording() -> Iterator[list[Launch]]:
         yield _recording
     finally:
         _recording = before
+
+
+def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a new contiguous tensor of the shape of x. The host has it sooner than by `x.new_empty(x.shape)`."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def cdiv(a: int, b: int) -> int:

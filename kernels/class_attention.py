@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .attention import LOG2_E, MAX_HEAD_DIM, MAX_SEQLEN
-from .backend import jit, launch, resolve_backend, tl
+from .backend import contiguous_like, jit, launch, resolve_backend, tl
 from .dispatch import choose_attention, padded_head_dim
 from .gradients import any_order, gradients, transformed
+from .operators import operation
 from .rows import gather_rows, padding
 from .tiles import load_row, load_rows, locate, scores_of_row, store_row, store_rows
 
@@ -53,7 +54,7 @@ def class_attention(
     if plain or transformed():
         out, attention = class_attention_reference(q, kv, cu_seqlens, max_seqlen, scale)
     else:
-        out, attention, _ = class_attention_op(q, kv, cu_seqlens, max_seqlen, scale)
+        out, attention, _ = _class_attention(q, kv, cu_seqlens, max_seqlen, scale)
     return (out, attention.detach()) if return_attention else out
 
 
@@ -238,9 +239,9 @@ class_attention_op = torch.library.custom_op("smi_fast::class_attention", launch
 
 @class_attention_op.register_fake
 def _fake_class_attention(q, kv, cu_seqlens, max_seqlen, scale):
-    batch, heads, head_dim = q.shape
+    batch, heads, _ = q.shape
     attention = q.new_empty(heads, kv.shape[0], dtype=torch.float32)  # len() would tie a traced graph to this number
-    return q.new_empty(batch, heads, head_dim), attention, q.new_empty(batch, heads, 2, dtype=torch.float32)
+    return contiguous_like(q), attention, q.new_empty(batch, heads, 2, dtype=torch.float32)
 
 
 def launch_class_attention_backward(
@@ -269,11 +270,12 @@ def launch_class_attention_backward(
 class_attention_backward_op = torch.library.custom_op(
     "smi_fast::class_attention_backward", launch_class_attention_backward, mutates_args=()
 )
+_class_attention_backward = operation(class_attention_backward_op, launch_class_attention_backward)
 
 
 @class_attention_backward_op.register_fake
 def _fake_class_attention_backward(grad_out, q, kv, statistics, cu_seqlens, max_seqlen, scale):
-    return q.new_empty(q.shape), kv.new_empty(kv.shape)
+    return contiguous_like(q), contiguous_like(kv)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -295,8 +297,10 @@ def _derivative(ctx, grad_out, *_):
 
 @any_order(_derivative)
 def _backward(ctx, grad_out, *_):
-    grads = class_attention_backward_op(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale)
+    grads = _class_attention_backward(grad_out, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale)
     return *grads, None, None, None
 
 
-class_attention_op.register_autograd(_backward, setup_context=_save_for_backward)
+_class_attention = operation(
+    class_attention_op, launch_class_attention, setup_context=_save_for_backward, backward=_backward
+)

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,14 @@ def choose(operation: str, device: torch.device, size: int, **kind) -> tuple[str
     Raises:
         ValueError: the table has no row for these arguments.
     """
+    return _find(operation, device, size, tuple(sorted(kind.items())) if kind else ())
+
+
+def _find(operation: str, device: torch.device, size: int, kind: Kind) -> tuple[str, dict[str, Any]]:
     if operation in _overrides:
         form, constants = _overrides[operation]
     else:
-        form, constants = _choose(operation, architecture(device), size, tuple(sorted(kind.items())))
+        form, constants = _choose(operation, architecture(device), size, kind)
     return form, dict(constants)
 
 
@@ -60,27 +63,12 @@ def override(choices: dict[str, tuple[str, dict[str, Any]]]) -> Iterator[None]:
 
 def choose_attention(operation: str, qkv: Tensor, max_seqlen: int) -> tuple[str, dict[str, Any]]:
     """Call `choose` for the dtype and the head dim of a tensor (..., D)."""
-    return choose(operation, qkv.device, max_seqlen, **_attention_kind(qkv))
+    return _find(operation, qkv.device, max_seqlen, _attention_kind(qkv.dtype, qkv.shape[-1]))
 
 
-def attention_has_form(form: str, operation: str, qkv: Tensor, max_seqlen: int) -> bool:
-    """Return whether `choose_attention` chooses this form.
-
-    `max_seqlen` is compared only with the lengths at which the answer changes. It may be a symbol while torch.compile
-    traces, and the graph then serves all lengths that have the same answer.
-    """
-    if operation in _overrides:
-        return _overrides[operation][0] == form
-    kind = tuple(sorted(_attention_kind(qkv).items()))
-    for up_to, same in _runs(form, operation, architecture(qkv.device), kind):
-        if max_seqlen <= up_to:
-            return same
-    raise ValueError(f"no row of {TABLE.name} is for {operation}, size {max_seqlen}, {dict(kind)}")
-
-
-def _attention_kind(qkv: Tensor) -> dict[str, Any]:
-    dtype = "float32" if qkv.dtype == torch.float32 else "half"
-    return {"dtype": dtype, "head_dim": padded_head_dim(qkv.shape[-1])}
+@lru_cache
+def _attention_kind(dtype: torch.dtype, head_dim: int) -> Kind:
+    return ("dtype", "float32" if dtype == torch.float32 else "half"), ("head_dim", padded_head_dim(head_dim))
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -122,13 +110,6 @@ def rows_of(operation: str, arch: str, **kind) -> list[dict[str, Any]]:
     """Return the rows of the table for one kind of an operation on an architecture, sorted by `up_to`."""
     rows = [row for row in table()[arch][operation] if kind.items() <= row.items()]
     return sorted(rows, key=lambda row: row["up_to"])
-
-
-@lru_cache
-def _runs(form: str, operation: str, arch: str, kind: Kind) -> list[tuple[int, bool]]:
-    """Group consecutive rows by whether they have this form. Return each group's largest `up_to`, and whether."""
-    answers = [(row["up_to"], row.get("form", "") == form) for row in rows_of(operation, arch, **dict(kind))]
-    return [list(run)[-1] for _, run in groupby(answers, key=lambda answer: answer[1])]
 
 
 def choice_of(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .gradients import transformed
+from .operators import surely
 
 MIN_ROWS = 256  # with fewer rows of input, laying out the weight for one product costs more time than oneDNN saves
 MANY_ROWS = 1024  # from this many rows on, the time to lay out a float32 weight is not worth the memory of a copy
@@ -148,6 +149,8 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
     Returns:
         (..., N) in the dtype that torch's linear gives, or in the dtype of the packed weight.
     """
+    if x.is_cuda:
+        return F.linear(x, weight, bias)
     if isinstance(weight, PackedWeight):
         return _packed_linear(x, weight.forward, weight.backward, bias)
     if not _suits_onednn(x, weight, bias):
@@ -159,13 +162,17 @@ def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= MIN_ROWS * x.shape[-1]
+        and not surely(_has_few_rows(x))
         and not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
         and USES_ONEDNN
         and not transformed()
     )
+
+
+def _has_few_rows(x: Tensor) -> bool:
+    return x.numel() < MIN_ROWS * x.shape[-1]
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -231,7 +238,7 @@ class _PackedLinear(torch.autograd.Function):
 
 def _compiled_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute the product as our operator. torch's compiler accepts oneDNN's only for weights that it has packed."""
-    return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias) if _has_few_rows(x) else _onednn(x, weight, bias)
 
 
 onednn_op = torch.library.custom_op("smi_fast::onednn_linear", _compiled_onednn, mutates_args=())

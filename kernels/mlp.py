@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import cdiv, check_floats, gives_way, jit, launch, tl, traced, wants_gradient
+from .backend import cdiv, check_floats, contiguous_like, gives_way, jit, launch, tl
 from .dispatch import choose
 from .gradients import any_order, gradients
+from .operators import operation
 
 FORMS = ("none", "tanh", "quick")
 
@@ -38,10 +39,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
     _check_bias_gelu(x, bias, approximate)
     if gives_way(backend, (x,), (bias,)):
         return bias_gelu_reference(x, bias, approximate)
-    if traced(x):
-        return bias_gelu_op(x, bias, approximate)
-    run = _BiasGelu.apply if wants_gradient(x) else launch_bias_gelu
-    return run(x, bias, approximate)
+    return _bias_gelu(x, bias, approximate)
 
 
 def _check_bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> None:
@@ -155,7 +153,7 @@ bias_gelu_op = torch.library.custom_op("smi_fast::bias_gelu", launch_bias_gelu, 
 
 @bias_gelu_op.register_fake
 def _fake_bias_gelu(x, bias, approximate):
-    return x.new_empty(x.shape)
+    return contiguous_like(x)
 
 
 def launch_bias_gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
@@ -169,11 +167,12 @@ def launch_bias_gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor | None, 
 bias_gelu_backward_op = torch.library.custom_op(
     "smi_fast::bias_gelu_backward", launch_bias_gelu_backward, mutates_args=()
 )
+_bias_gelu_backward = operation(bias_gelu_backward_op, launch_bias_gelu_backward)
 
 
 @bias_gelu_backward_op.register_fake
 def _fake_bias_gelu_backward(grad_out, x, bias, approximate):
-    return x.new_empty(x.shape)
+    return contiguous_like(x)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -189,19 +188,7 @@ def _derivative(ctx, grad):
 
 @any_order(_derivative)
 def _backward(ctx, grad):
-    run = bias_gelu_backward_op if traced(grad) else launch_bias_gelu_backward
-    return run(grad, *ctx.saved_tensors, ctx.approximate), None, None
+    return _bias_gelu_backward(grad, *ctx.saved_tensors, ctx.approximate), None, None
 
 
-class _BiasGelu(torch.autograd.Function):
-    """The same rule as that of `bias_gelu_op`, for which the host needs less time."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        _save_for_backward(ctx, inputs, None)
-        return launch_bias_gelu(*inputs)
-
-    backward = staticmethod(_backward)
-
-
-bias_gelu_op.register_autograd(_backward, setup_context=_save_for_backward)
+_bias_gelu = operation(bias_gelu_op, launch_bias_gelu, setup_context=_save_for_backward, backward=_backward)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import FLOATS, check_floats, gives_way, jit, launch, tl, traced, wants_gradient
+from .backend import FLOATS, check_floats, contiguous_like, gives_way, jit, launch, tl
 from .dispatch import choose
 from .gradients import any_order, gradients
+from .operators import apply_of, traced, wants_gradient
 from .tiles import load_row, store_row
 
 MAX_CHANNELS = 4096  # in one tile; wider rows are left to plain torch
@@ -56,7 +57,7 @@ def residual_norm(
         return residual_norm_reference(*arguments)
     tracing = traced(x)
     if not tracing and wants_gradient(x, update):
-        return _ResidualNorm.apply(*arguments)
+        return apply_of(_ResidualNorm)(*arguments)
     stream, normed, _ = (residual_norm_op if tracing else launch_residual_norm)(*arguments)
     return x if update is None else stream, normed
 
@@ -68,20 +69,21 @@ def _check_residual_norm(x, weight, bias, update, gamma, dtype) -> None:
         raise ValueError("gamma is given without an update that it could scale")
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}, not float32, bfloat16, float16 or float64")
+    shape, device = x.shape, x.device
     for name, rows in (("x", x), ("update", update)):
         if rows is not None:
-            check_floats(name, rows, x.shape, x.device)
+            check_floats(name, rows, shape, device)
     for name, row in (("weight", weight), ("bias", bias), ("gamma", gamma)):
         if row is not None:
-            check_floats(name, row, x.shape[-1:], x.device)
+            check_floats(name, row, shape[-1:], device)
 
 
 def _stream_dtype(x: Tensor, update: Tensor | None, gamma: Tensor | None) -> torch.dtype:
     """Return the dtype that torch gives x + gamma * update, without asking it, which would call an operator."""
-    dtypes = {tensor.dtype for tensor in (x, update, gamma) if tensor is not None}
-    if len(dtypes) == 1:
+    others = [tensor.dtype for tensor in (update, gamma) if tensor is not None and tensor.dtype != x.dtype]
+    if not others:
         return x.dtype
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    return torch.float64 if torch.float64 in (x.dtype, *others) else torch.float32
 
 
 def residual_norm_reference(
@@ -191,10 +193,14 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """View (..., C) as rows (T, C) at equal distances, such as those of class tokens. Other layouts are copied."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+def _as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """Return x (..., C) as rows at equal distances, such as those of class tokens, and the distance from one row to the
+    next. Other layouts are copied."""
+    if not x.is_contiguous():
+        x = x.reshape(-1, x.shape[-1])
+        x = x if x.stride(1) == 1 else x.contiguous()
+        return x, x.stride(0)
+    return x, x.shape[-1]  # without a view, which would cost the host time
 
 
 def launch_residual_norm(
@@ -210,13 +216,13 @@ def launch_residual_norm(
     rows (..., C); and the statistics (..., 2) float32 that the backward pass reads."""
     stream, normed, statistics = _fake_residual_norm(x, update, gamma, weight, bias, eps, dtype)
     if x.numel():
-        x, channels = _as_rows(x), x.shape[-1]
+        (x, stride), rows, channels = _as_rows(x), normed.numel() // x.shape[-1], x.shape[-1]
         update, gamma, weight, bias = _contiguous(update, gamma, weight, bias)
         _, tiles = choose("residual_norm", x.device, channels)
         launch(
-            _residual_norm_kernel, (len(x),), out=None if update is None else stream,
+            _residual_norm_kernel, (rows,), out=None if update is None else stream,
             normed=normed, statistics=statistics, x=x, update=update, gamma=gamma, weight=weight, bias=bias,
-            x_stride=x.stride(0), eps=eps, C=channels, **tiles,
+            x_stride=stride, eps=eps, C=channels, **tiles,
         )  # fmt: skip
     return stream, normed, statistics
 
@@ -226,9 +232,9 @@ residual_norm_op = torch.library.custom_op("smi_fast::residual_norm", launch_res
 
 @residual_norm_op.register_fake
 def _fake_residual_norm(x, update, gamma, weight, bias, eps, dtype):
-    stream = x.new_empty(0 if update is None else x.shape, dtype=_stream_dtype(x, update, gamma))
+    stream = x.new_empty(0) if update is None else contiguous_like(x, _stream_dtype(x, update, gamma))
     statistics = x.new_empty(*x.shape[:-1], 2, dtype=torch.float32)
-    return stream, x.new_empty(x.shape, dtype=dtype), statistics
+    return stream, contiguous_like(x, dtype), statistics
 
 
 def launch_residual_norm_backward(
@@ -253,14 +259,14 @@ def launch_residual_norm_backward(
         grad_stream, grad_normed, stream, statistics, gamma, weight, dtype, update_dtype
     )
     if stream.numel():
-        stream, channels = _as_rows(stream), stream.shape[-1]
+        (stream, stride), rows, channels = _as_rows(stream), grad_normed.numel() // stream.shape[-1], stream.shape[-1]
         grad_x, grad_update = (grad if grad.numel() else None for grad in grads)
         grad_stream, grad_normed, gamma, weight = _contiguous(grad_stream, grad_normed, gamma, weight)
         _, tiles = choose("residual_norm_backward", stream.device, channels)
         launch(
-            _residual_norm_backward_kernel, (len(stream),), grad_x=grad_x, grad_update=grad_update,
+            _residual_norm_backward_kernel, (rows,), grad_x=grad_x, grad_update=grad_update,
             grad_stream=grad_stream, grad_normed=grad_normed, x=stream, statistics=statistics, gamma=gamma,
-            weight=weight, x_stride=stream.stride(0), C=channels, **tiles,
+            weight=weight, x_stride=stride, C=channels, **tiles,
         )  # fmt: skip
     return grads
 
@@ -273,8 +279,7 @@ residual_norm_backward_op = torch.library.custom_op(
 @residual_norm_backward_op.register_fake
 def _fake_residual_norm_backward(grad_stream, grad_normed, stream, statistics, gamma, weight, dtype, update_dtype):
     return tuple(
-        stream.new_empty(0) if wanted is None else stream.new_empty(stream.shape, dtype=wanted)
-        for wanted in (dtype, update_dtype)
+        stream.new_empty(0) if wanted is None else contiguous_like(stream, wanted) for wanted in (dtype, update_dtype)
     )
 
 

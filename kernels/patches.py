@@ -10,6 +10,7 @@ from torch import Tensor
 from .backend import cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose
 from .gradients import any_order, transformed
+from .operators import operation
 from .rows import gather_rows, sequence_of_tokens
 
 
@@ -55,9 +56,7 @@ def gather_patches(
         grid_size = images.shape[2] // patch_size[0], images.shape[3] // patch_size[1]
         inverse = inverse_reference(cells, cu_seqlens, grid_size) if return_inverse else None
     else:
-        patches, cells, inverse = gather_patches_op(
-            images, positions, cu_seqlens, view, *patch_size, dtype or images.dtype
-        )
+        patches, cells, inverse = _gather(images, positions, cu_seqlens, view, *patch_size, dtype or images.dtype)
     return (patches, cells, inverse) if return_inverse else (patches, cells)
 
 
@@ -374,6 +373,7 @@ def launch_gather_patches_backward(
 gather_patches_backward_op = torch.library.custom_op(
     "smi_fast::gather_patches_backward", launch_gather_patches_backward, mutates_args=()
 )
+_gather_backward = operation(gather_patches_backward_op, launch_gather_patches_backward)
 
 
 @gather_patches_backward_op.register_fake
@@ -402,8 +402,8 @@ def _derivative(ctx, grad, *_):
 @any_order(_derivative)
 def _backward(ctx, grad, *_):
     inverse, view, *_ = ctx.saved_tensors
-    grad = gather_patches_backward_op(grad, inverse, view, ctx.shape[1], ctx.ph, ctx.pw, ctx.dtype)
+    grad = _gather_backward(grad, inverse, view, ctx.shape[1], ctx.ph, ctx.pw, ctx.dtype)
     return grad, None, None, None, None, None, None
 
 
-gather_patches_op.register_autograd(_backward, setup_context=_save_for_backward)
+_gather = operation(gather_patches_op, launch_gather_patches, setup_context=_save_for_backward, backward=_backward)

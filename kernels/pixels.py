@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .backend import cdiv, jit, launch, next_power_of_2, resolve_backend, tl
 from .dispatch import choose
+from .operators import operation
 from .patches import check_images, check_view, load_view, view_stride, wrap
 from .rows import sequence_of_tokens
 
@@ -133,7 +134,7 @@ def pixel_step(
     if not plain and images.dtype != torch.float32:
         raise ValueError(f'images are {images.dtype}: backend "triton" takes torch.float32')
     numbers = *patch_size, float(lr), *map(float, betas), float(eps), float(tv_l2), float(l2)
-    return (pixel_step_reference if plain else pixel_step_op)(
+    return (pixel_step_reference if plain else _pixel_step)(
         next_images, exp_avg, exp_avg_sq, step, images, grad, sites, lowest, highest, inverse, view, *numbers,
         pixel_grad, norm,
     )  # fmt: skip
@@ -705,6 +706,7 @@ def launch_pixel_step(
 pixel_step_op = torch.library.custom_op(
     "smi_fast::pixel_step", launch_pixel_step, mutates_args=("next_images", "exp_avg", "exp_avg_sq", "step")
 )
+_pixel_step = operation(pixel_step_op, launch_pixel_step, mutated=4)
 
 
 @pixel_step_op.register_fake

@@ -11,6 +11,7 @@ from torch import Tensor
 from .backend import INTERPRETED, cdiv, jit, launch, resolve_backend, tl
 from .dispatch import choose
 from .gradients import any_order, transformed, untransformed
+from .operators import operation
 from .rows import cumulative_lengths, gather_rows, padding, uniform_lengths
 
 MAX_CANDIDATES = 4096
@@ -76,7 +77,7 @@ def select_tokens(
     if plain or INTERPRETED:
         _assert_valid(attention, cu_seqlens, starts, k, mass, num_prefix_tokens, max_seqlen)
     if mass is not None:
-        count = count_mass_reference if plain else count_mass_op
+        count = count_mass_reference if plain else _count_mass
         counts, limits = count(attention, cu_seqlens, mass, num_prefix_tokens, max_seqlen)
         starts, lengths = cumulative_lengths(counts[1:]), counts.tolist()[1:]
     if lengths is None:
@@ -84,7 +85,7 @@ def select_tokens(
         tokens = batch * longest
     else:
         k, tokens, longest = 0, sum(lengths), max(lengths, default=0)
-    select = select_reference if plain else select_op
+    select = select_reference if plain else _select
     packed, positions, starts, *_ = select(
         attention, values, positions, cu_seqlens, starts, limits, k, num_prefix_tokens, max_seqlen, tokens
     )
@@ -483,6 +484,7 @@ def launch_count_mass(
 
 
 count_mass_op = torch.library.custom_op("smi_fast::count_mass", launch_count_mass, mutates_args=())
+_count_mass = operation(count_mass_op, launch_count_mass)
 
 
 @count_mass_op.register_fake
@@ -561,6 +563,7 @@ def launch_select_backward(grad: Tensor, slots: Tensor) -> Tensor:
 
 
 select_backward_op = torch.library.custom_op("smi_fast::select_backward", launch_select_backward, mutates_args=())
+_select_backward = operation(select_backward_op, launch_select_backward)
 
 
 @select_backward_op.register_fake
@@ -582,7 +585,7 @@ def _derivative(ctx, grad, *_):
 
 @any_order(_derivative)
 def _backward(ctx, grad, *_):
-    return None, select_backward_op(grad, *ctx.saved_tensors), *(None for _ in range(8))
+    return None, _select_backward(grad, *ctx.saved_tensors), *(None for _ in range(8))
 
 
-select_op.register_autograd(_backward, setup_context=_save_for_backward)
+_select = operation(select_op, launch_select, setup_context=_save_for_backward, backward=_backward)

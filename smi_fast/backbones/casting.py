@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from smi_fast.backbones.support import LINEAR, embedding_obstacle, obstacle
+from smi_fast.backbones.support import LINEAR, embedding_obstacle, obstacle, weight_and_bias
 from smi_fast.kernels.gradients import transformed
 from smi_fast.kernels.linear import PackedWeight, can_pack, linear
 
@@ -27,26 +27,23 @@ class Cast:
     def __init__(self, pack: bool):
         self.pack = pack
         self.copies: tuple[Tensor | PackedWeight, Tensor | None] | None = None
-        self._seen: tuple = ()
+        self._of: tuple[Tensor | None, Tensor | None] = None, None
+        self._state: tuple = ()
 
     def of(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor | PackedWeight, Tensor | None]:
         """Return the copies of a weight and a bias in this dtype."""
-        seen = (weight, weight._version, weight.data_ptr(), bias, bias is not None and bias._version, dtype)
-        if self.copies is None or not all(map(_same, self._seen, seen)):
+        state = weight._version, weight.data_ptr(), bias is not None and bias._version, dtype
+        if self._of[0] is not weight or self._of[1] is not bias or self._state != state:
             self.copies = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
             if self.pack and can_pack(dtype, weight.device):
                 self.copies = PackedWeight(self.copies[0]), self.copies[1]
-            self._seen = seen
+            self._of, self._state = (weight, bias), state
         return self.copies
 
     def __reduce__(self):
         return type(None), ()
-
-
-def _same(old: object, new: object) -> bool:
-    return old is new or (not isinstance(old, Tensor) and old == new)
 
 
 def weights(module: nn.Module, *, packed: bool = True) -> tuple[Tensor | PackedWeight, Tensor | None]:
@@ -56,7 +53,7 @@ def weights(module: nn.Module, *, packed: bool = True) -> tuple[Tensor | PackedW
     Args:
         packed: whether the caller takes a `PackedWeight`.
     """
-    cast, weight, bias = module.__dict__.get("_cast_weights"), module.weight, module.bias
+    cast, (weight, bias) = module.__dict__.get("_cast_weights"), weight_and_bias(module)
     if cast is None or transformed():
         return weight, bias
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from smi_fast.backbones.casting import weights
-from smi_fast.backbones.support import UnsupportedModelError
+from smi_fast.backbones.support import UnsupportedModelError, call
 from smi_fast.kernels.linear import linear
 from smi_fast.kernels.rows import gather_rows
 from smi_fast.packed import PackedTokens
@@ -33,7 +33,7 @@ def embed_patches(model: VisionTransformer, patches: PackedTokens, grid_size: tu
     weight, bias = weights(embed.proj)
     if patches.values.shape[1] != weight[0].numel():
         raise ValueError(f"patches have {patches.values.shape[1]} values each, the model's have {weight[0].numel()}")
-    embedded = embed.norm(linear(patches.values.to(weight.dtype), weight.flatten(1), bias))
+    embedded = call(embed.norm, linear(patches.values.to(weight.dtype), weight.flatten(1), bias))
     prefix = _prefix_tokens(model, embedded)
     if model.pos_embed is None:
         return replace(patches, values=embedded).prepend(prefix)
@@ -42,7 +42,7 @@ def embed_patches(model: VisionTransformer, patches: PackedTokens, grid_size: tu
         pos_embed = resample_abs_pos_embed(pos_embed, grid_size, embed.grid_size, num_prefix_tokens=count)
     tokens = replace(patches, values=embedded + _rows(pos_embed[0, count:], patches.positions))
     tokens = tokens.prepend(prefix + pos_embed[0, :count] if count else prefix)
-    return replace(tokens, values=model.pos_drop(tokens.values))
+    return replace(tokens, values=call(model.pos_drop, tokens.values))
 
 
 def _prefix_tokens(model: VisionTransformer, embedded: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast.backbones.casting import product
-from smi_fast.backbones.support import block_obstacle, changed_method, obstacle_within, obstacle_within_block
+from smi_fast.backbones.support import block_obstacle, call, changed_method, obstacle_within, obstacle_within_block
 from smi_fast.kernels.rows import gather_rows
 from smi_fast.packed import PackedTokens
 
@@ -42,7 +42,7 @@ def head(model: VisionTransformer, x: Tensor, tokens: PackedTokens) -> Tensor:
             first = gather_rows(x, tokens.cu_seqlens[:-1].long())
         else:
             first = x.squeeze(1) if x.shape[1] == 1 else x[:, 0]
-        return product(model.head, model.head_drop(model.fc_norm(first)))
+        return product(model.head, call(model.head_drop, call(model.fc_norm, first)))
     if x.ndim == 3:
         return model.forward_head(x)
     if model.global_pool == "token":

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from timm.layers import DropPath, LayerNorm, LayerScale
 from torch import Tensor, nn
 
-from smi_fast.backbones.support import obstacle
+from smi_fast.backbones.support import obstacle, weight_and_bias
 from smi_fast.kernels import residual_norm, resolve_backend
 
 LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 SCALES, PATHS = (nn.Identity, LayerScale), (nn.Identity, DropPath)
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """The tokens x + gamma * update, (B, N, C) or packed (T, C).
 
-    Args:
+    Attributes:
         x: the tokens before the last branch.
         update: what that branch adds, or None if x is the sum already.
         gamma: (C,), the factors of the update, or None for 1.
@@ -57,15 +56,14 @@ def normalise(stream: Stream, norm: nn.Module, backend: str) -> tuple[Tensor, Te
     if (
         resolve_backend(backend, device) == "torch"
         or obstacle(norm, LAYER_NORMS) is not None
-        or getattr(norm, "_fast_norm", False)
+        or norm.__dict__.get("_fast_norm")
     ):
         x = stream.sum()
         return x, norm(x)
     autocast = torch.is_autocast_enabled(device.type)
     return residual_norm(
         stream.x,
-        norm.weight,
-        norm.bias,
+        *weight_and_bias(norm),
         norm.eps,
         update=stream.update,
         gamma=stream.gamma,

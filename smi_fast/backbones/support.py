@@ -114,6 +114,22 @@ def obstacle(module: nn.Module, kinds: Collection[type]) -> str | None:
     return None
 
 
+def weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Return `module.weight, module.bias` in less time than nn.Module's own access to attributes takes."""
+    state, parameters = module.__dict__, module._parameters
+    if "weight" in parameters and "bias" in parameters and "weight" not in state and "bias" not in state:
+        return parameters["weight"], parameters["bias"]
+    return module.weight, module.bias  # attributes, as in a replica of nn.DataParallel
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """Return module(x). A plain module that does nothing now, an Identity or a Dropout outside of training, is not
+    called, because a call takes the host as long as a small kernel's launch."""
+    kind = type(module)
+    does_nothing = kind is nn.Identity or (kind is nn.Dropout and not module.training)
+    return x if does_nothing and obstacle(module, DROPS) is None else module(x)
+
+
 def obstacle_within(module: nn.Module, attentions: Collection[nn.Module] = ()) -> str | None:
     """Say why a module, or one within it, may not process each token by itself; None if it does.
 
@@ -121,7 +137,7 @@ def obstacle_within(module: nn.Module, attentions: Collection[nn.Module] = ()) -
     """
     if type(module) is DropPath and module.training and module.drop_prob:
         return " drops whole images while training"
-    kinds = TIMM_ATTENTIONS if any(module is attn for attn in attentions) else TOKENWISE
+    kinds = TIMM_ATTENTIONS if module in attentions else TOKENWISE
     return obstacle(module, kinds) or _children_obstacle(module, attentions)
 
 
@@ -162,7 +178,7 @@ def block_obstacle(block: nn.Module) -> str | None:
         return reason
     kind = type(block)
     if kind is Block or kind is ResPostBlock:
-        return _attention_obstacle(".attn", block.attn, TIMM_ATTENTIONS)
+        return _attention_obstacle(".attn", block._modules["attn"], TIMM_ATTENTIONS)
     if kind is not ParallelThingsBlock:
         return _attention_obstacle("", block, TIMM_BLOCKS)
     for number, branch in enumerate(block.attns):
@@ -187,9 +203,10 @@ def _attention_obstacle(name: str, attn: nn.Module, kinds: Collection[type]) -> 
         if reason is not None:
             return f"{name}.{part}{reason}"
     # The fused attention does not call attn_drop.
-    if not attn.fused_attn and (reason := obstacle(attn.attn_drop, DROPS)) is not None:
+    drop = parts["attn_drop"]
+    if not attn.fused_attn and (reason := obstacle(drop, DROPS)) is not None:
         return f"{name}.attn_drop{reason}"
-    if (attn if attn.fused_attn else attn.attn_drop).training and getattr(attn.attn_drop, "p", 0) > 0:
+    if (attn if attn.fused_attn else drop).training and getattr(drop, "p", 0) > 0:
         return f"{name}.attn_drop drops attention while training"
     return None
 

@@ -2,6 +2,9 @@
 ("Modifications:").
 
 Tokens are (B, N, C) if all sequences are equally long, otherwise packed (T, C).
+
+The parts of a plain module are read from its `_modules`, because nn.Module's own access to attributes takes as long as
+a view of a tensor.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from smi_fast.backbones.support import (
     MLP,
     UnsupportedModelError,
     block_obstacle,
+    call,
     obstacle,
     obstacle_within_block,
 )
@@ -41,12 +45,13 @@ from smi_fast.kernels.linear import linear
 def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
     """timm's Attention. Modifications: x may be packed (T, C); the kernel reads queries, keys and values where the qkv
     projection wrote them."""
-    qkv = product(attn.qkv, x).view(-1, 3, attn.num_heads, attn.head_dim)
+    parts = attn._modules
+    qkv = product(parts["qkv"], x).view(-1, 3, attn.num_heads, attn.head_dim)
     out = attend(_normalise_qk(attn, qkv), softmax_scale(attn))
-    out = attn.norm(out.view(*x.shape[:-1], attn.attn_dim))
+    out = call(parts["norm"], out.view(*x.shape[:-1], attn.attn_dim))
     if attn.gate is not None:
         out = out * product(attn.gate, x).sigmoid()
-    return attn.proj_drop(product(attn.proj, out))
+    return call(parts["proj_drop"], product(parts["proj"], out))
 
 
 def _mlp(mlp: nn.Module, x: Tensor, backend: str) -> Tensor:
@@ -54,13 +59,14 @@ def _mlp(mlp: nn.Module, x: Tensor, backend: str) -> Tensor:
     computes GELU. A module that is not a plain Mlp is called as it is."""
     if obstacle(mlp, MLP) is not None:
         return mlp(x)
-    form = _gelu_form(mlp.act)
-    if form is None or obstacle(mlp.fc1, LINEAR) is not None or resolve_backend(backend, x.device) == "torch":
-        x = mlp.act(product(mlp.fc1, x))
+    parts = mlp._modules
+    form, fc1 = _gelu_form(parts["act"]), parts["fc1"]
+    if form is None or obstacle(fc1, LINEAR) is not None or resolve_backend(backend, x.device) == "torch":
+        x = mlp.act(product(fc1, x))
     else:
-        weight, bias = weights(mlp.fc1)
+        weight, bias = weights(fc1)
         x = bias_gelu(linear(x, weight), bias, approximate=form, backend=backend)
-    return mlp.drop2(product(mlp.fc2, mlp.norm(mlp.drop1(x))))
+    return call(parts["drop2"], product(parts["fc2"], call(parts["norm"], call(parts["drop1"], x))))
 
 
 def _gelu_form(act: nn.Module) -> str | None:
@@ -72,7 +78,8 @@ def _gelu_form(act: nn.Module) -> str | None:
 
 def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
     """Normalise the queries and keys of (T, 3, H, D) where the model does so."""
-    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
+    parts = attn._modules
+    if isinstance(parts["q_norm"], nn.Identity) and isinstance(parts["k_norm"], nn.Identity):
         return qkv
     q, k, v = qkv.unbind(1)
     return torch.stack((attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v), dim=1)
@@ -81,8 +88,8 @@ def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
 def _diff_attention(attn: DiffAttention, x: Tensor, attend: Attend) -> Tensor:
     """timm's DiffAttention. Modifications: `_differential` lists them."""
     q, k, v = product(attn.qkv, x).flatten(0, -2).chunk(3, dim=-1)
-    out = attn.norm(_differential(attn, q, k, v, attend).view_as(x))
-    return attn.proj_drop(product(attn.proj, out))
+    out = call(attn.norm, _differential(attn, q, k, v, attend).view_as(x))
+    return call(attn.proj_drop, product(attn.proj, out))
 
 
 def _differential(
@@ -157,18 +164,21 @@ def _prunes_between_halves(block: Block, attend: Attend) -> bool:
 
 def _block(block: Block, stream: Stream, attend: Attend) -> Stream:
     """timm's Block. Modifications: attention is ours; patches may be dropped or merged between the two halves."""
-    x, normed = normalise(stream, block.norm1, attend.backend)
-    out = ATTENTIONS[type(block.attn)](block.attn, normed, attend)
-    stream = add(x, attend.record("attn", out), block.ls1, block.drop_path1)
+    parts = block._modules
+    attn = parts["attn"]
+    x, normed = normalise(stream, parts["norm1"], attend.backend)
+    out = ATTENTIONS[type(attn)](attn, normed, attend)
+    stream = add(x, attend.record("attn", out), parts["ls1"], parts["drop_path1"])
     if _prunes_between_halves(block, attend):
         stream = Stream(attend.drop_or_merge(stream.sum()))
     return _second_half(block, stream, attend)
 
 
 def _second_half(block: Block, stream: Stream, attend: Attend) -> Stream:
-    x, normed = normalise(stream, block.norm2, attend.backend)
-    out = attend.record("mlp", _mlp(block.mlp, normed, attend.backend))
-    return add(x, out, block.ls2, block.drop_path2)
+    parts = block._modules
+    x, normed = normalise(stream, parts["norm2"], attend.backend)
+    out = attend.record("mlp", _mlp(parts["mlp"], normed, attend.backend))
+    return add(x, out, parts["ls2"], parts["drop_path2"])
 
 
 def block_of_first_tokens(block: Block, stream: Stream, attend: Attend, count: int) -> Stream:
@@ -183,15 +193,15 @@ def block_of_first_tokens(block: Block, stream: Stream, attend: Attend, count: i
     width = attn.attn_dim
     q = linear(first.flatten(0, 1), weight[:width], None if bias is None else bias[:width])
     kv = linear(normed, weight[width:], None if bias is None else bias[width:])
-    q = attn.q_norm(q.view(-1, count, attn.num_heads, attn.head_dim))  # [B, count, H, D]
+    q = call(attn.q_norm, q.view(-1, count, attn.num_heads, attn.head_dim))  # [B, count, H, D]
     kv = kv.flatten(0, -2).unflatten(-1, (2, attn.num_heads, attn.head_dim))  # [T, 2, H, D]
     if not isinstance(attn.k_norm, nn.Identity):
         k, v = kv.unbind(1)
         kv = torch.stack((attn.k_norm(k).to(v.dtype), v), 1)
-    out = attn.norm(attend.of_first(q.to(kv.dtype), kv, softmax_scale(attn)).flatten(2))
+    out = call(attn.norm, attend.of_first(q.to(kv.dtype), kv, softmax_scale(attn)).flatten(2))
     if attn.gate is not None:
         out = out * product(attn.gate, first).sigmoid()
-    out = attn.proj_drop(product(attn.proj, out))
+    out = call(attn.proj_drop, product(attn.proj, out))
     return _second_half(block, add(attend.first(x, count), out, block.ls1, block.drop_path1), attend)
 
 

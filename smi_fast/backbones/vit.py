@@ -34,6 +34,7 @@ from smi_fast.backbones.support import (
     SEQUENTIAL,
     UnsupportedModelError,
     block_obstacle,
+    call,
     changed_method,
     check_bypassed,
     check_called,
@@ -210,6 +211,9 @@ class AcceleratedViT(VisionTransformer):
     @property
     def _parameter(self) -> nn.Parameter:
         """A parameter, which has the model's device and dtype."""
+        for parameter in self._parameters.values():  # without the search through all modules, if possible
+            if parameter is not None:
+                return parameter
         return next(self.parameters())
 
     @property
@@ -514,7 +518,7 @@ class AcceleratedViT(VisionTransformer):
             raise ValueError(f"prune names block {max(self._prune)}, and the model has {len(self.blocks)} blocks now")
         wanted = parts_of_blocks(features, len(self.blocks))
         tokens = embed(self, patches, grid_size, whole)
-        x = self.norm_pre(tokens.batch_or_values())
+        x = call(self.norm_pre, tokens.batch_or_values())
         attend = Attend(tokens, self.has_class_token, self.num_prefix_tokens, self.backend)
         reason = obstacle(self.blocks, SEQUENTIAL)
         if reason is not None:

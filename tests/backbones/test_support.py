@@ -202,6 +202,13 @@ def become(model: nn.Module, path: str, kind: type) -> None:
     model.get_submodule(path).__class__ = kind
 
 
+def weight_as_attribute(linear: nn.Linear) -> None:
+    """As it is done to differentiate through a step of training."""
+    weight = 1.5 * linear.weight.detach()
+    del linear.weight
+    linear.weight = weight
+
+
 def without_fused_attention(model: nn.Module, attn_drop: Callable[[Attention], None]) -> None:
     model.blocks[1].attn.fused_attn = False
     attn_drop(model.blocks[1].attn)
@@ -253,6 +260,7 @@ CHANGES: dict[str, tuple[str, Callable[[VisionTransformer], object]]] = {
     "parametrized_pos_embed": (SAME, lambda m: parametrize(m, "pos_embed")),
     "pruned_linear": (SAME, lambda m: linears(m, lambda linear: prune.l1_unstructured(linear, "weight", 0.5))),
     "pruned_conv": (SAME, lambda m: prune.l1_unstructured(m.patch_embed.proj, "weight", 0.5)),
+    "weight_as_attribute": (SAME, lambda m: linears(m, weight_as_attribute)),
     "weight_subclass": (SAME, lambda m: linears(m, scaled_weight)),
     "linear_class": (SAME, lambda m: become(m, "blocks.1.attn.qkv", OwnLinear)),
     "conv_class": (SAME, lambda m: become(m, "patch_embed.proj", OwnConv2d)),

@@ -458,9 +458,8 @@ def test_attention_is_launched_as_python_launches_it(fake, python, on, arch, dty
         shape["dtype"] = CODES[dtype]
         fake.launches.clear()
         python.clear()
-        for with_class, backward in product((True, False), ("blocks", "tile")):
-            with dispatch.override({"attention_backward": (backward, {})}):  # decides about the statistics
-                out, row, statistics = launch_attention(qkv, *sequences, with_class)
+        for with_class, with_statistics in product((True, False), (True, False)):
+            out, row, statistics = launch_attention(qkv, *sequences, with_class, with_statistics)
             written = dict(out=out, class_attention=row, statistics=statistics)
             assert fake.status("smi_fast_attention", **written, qkv=qkv, **shape) == OK
 

@@ -122,7 +122,7 @@ def test_a_class_row_of_large_scores_sums_to_one(form, device, seed):
     lengths = [min(longest, 97), 5, 17]
     qkv = 16 * torch.randn(sum(lengths), 3, 4, 64, device=device)
     with override({"attention_forward": choice}):
-        _, row, _ = launch_attention(qkv, cu_seqlens_of(lengths, device), max(lengths), 0.125, True)
+        _, row, _ = launch_attention(qkv, cu_seqlens_of(lengths, device), max(lengths), 0.125, True, True)
     for part in row.split(lengths, dim=1):
         torch.testing.assert_close(part.sum(1), torch.ones(4, device=device), rtol=0, atol=2e-6)
 
@@ -249,8 +249,8 @@ def test_operators_pass_opcheck(backward, device, seed):
     qkv = torch.randn(6, 3, 2, 16, device=device, requires_grad=True)
     cu_seqlens = cu_seqlens_of([4, 2], device)
     with override({"attention_backward": BACKWARD[backward][0]}):
-        torch.library.opcheck(attention_op, (qkv, cu_seqlens, 4, 0.25, True))
-        out, _, statistics = (x.detach() for x in attention_op(qkv, cu_seqlens, 4, 0.25, False))
+        torch.library.opcheck(attention_op, (qkv, cu_seqlens, 4, 0.25, True, backward != "tile"))
+        out, _, statistics = (x.detach() for x in attention_op(qkv, cu_seqlens, 4, 0.25, False, True))
         kept = (None, None) if backward == "tile" else (out, statistics)
         grad_out = torch.randn_like(out)
         torch.library.opcheck(attention_backward_op, (grad_out, qkv.detach(), *kept, cu_seqlens, 4, 0.25))
@@ -265,7 +265,7 @@ def test_writes_stay_in_the_outputs_and_repeat_bit_for_bit(forward, backward, de
     with override({"attention_forward": FORWARD[forward][0], "attention_backward": BACKWARD[backward][0]}):
         for _ in range(2):
             with canaries(module, "_fake_attention"):
-                out, row, statistics = launch_attention(qkv, cu_seqlens, 31, 0.2, True)
+                out, row, statistics = launch_attention(qkv, cu_seqlens, 31, 0.2, True, backward != "tile")
             kept = (None, None) if backward == "tile" else (out, statistics)
             with canaries(module, "_fake_attention_backward"):
                 grad = launch_attention_backward(grad_out, qkv, *kept, cu_seqlens, 31, 0.2)
@@ -301,9 +301,9 @@ def test_elements_beyond_two_to_the_31_are_addressed(forward, backward, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         for fake in ("_fake_attention", "_fake_attention_backward"):
             patch.setattr(module, fake, lazily(getattr(module, fake)))
-        patch.setattr(torch, "empty_like", lambda x: untouched(tuple(x.shape), x.dtype, tmp_path))
+        patch.setattr(torch, "empty_like", lambda x, **options: untouched(tuple(x.shape), x.dtype, tmp_path))
         with override({"attention_forward": FORWARD[forward][0], "attention_backward": BACKWARD[backward][0]}):
-            out, row, statistics = launch_attention(qkv, cu_seqlens, 17, 0.25, True)
+            out, row, statistics = launch_attention(qkv, cu_seqlens, 17, 0.25, True, backward != "tile")
             kept = (None, None) if backward == "tile" else (out, statistics)
             grad = launch_attention_backward(grad_out, qkv, *kept, cu_seqlens, 17, 0.25)
     result = {"out": out[before:], "class_attention": row[:, before:], "grad": grad[before:]}

@@ -477,6 +477,18 @@ def arguments(device="cpu"):
     }
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autograd_knows_what_a_step_writes_to(backend, device, seed):
+    """A backward pass that has kept one of these tensors is refused, as after any operation in place."""
+    given = arguments(device)
+    before = {name: x._version for name, x in given.items() if isinstance(x, torch.Tensor)}
+    pixel_step(**given, backend=backend)
+    written = {name for name, version in before.items() if given[name]._version > version}
+    assert written == {"next_images", "exp_avg", "exp_avg_sq", "step"}
+    with torch.inference_mode():  # whose tensors have no such count
+        pixel_step(**arguments(device), backend=backend)
+
+
 @pytest.mark.parametrize("view", [None, (1, -1, 1)], ids=str)
 def test_operator_passes_opcheck(view, device, seed):
     given = arguments(device)
