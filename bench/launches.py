@@ -14,7 +14,9 @@ import torch
 from smi_fast.kernels.attention import MAX_HEAD_DIM, launch_attention, launch_attention_backward
 from smi_fast.kernels.backend import Launch, recording
 from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
+from smi_fast.kernels.cross_entropy import launch_cross_entropy, launch_cross_entropy_backward
 from smi_fast.kernels.dispatch import choice_of, override, padded_head_dim, table
+from smi_fast.kernels.embedding import launch_embed_tokens, launch_embed_tokens_backward
 from smi_fast.kernels.mlp import FORMS, launch_bias_gelu, launch_bias_gelu_backward
 from smi_fast.kernels.norm import launch_residual_norm, launch_residual_norm_backward
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
@@ -178,17 +180,21 @@ def _norm_cases(row: Row) -> Iterator[tuple[torch.Tensor, torch.dtype, torch.Ten
 
 
 def _residual_norm(row: Row) -> Cases:
-    """With an update and without, and for the class tokens' rows, which lie apart."""
+    """With an update and without, and for the class tokens' rows, which lie apart. The tokens' embedding and
+    the cross-entropy choose the same row of the table."""
     for x, dtype, gamma, weight in _norm_cases(row):
         update = torch.empty_like(x, dtype=dtype)
         yield recorded(launch_residual_norm, x, update, gamma, weight, weight, 1e-6, dtype)
         if gamma is None:
             yield recorded(launch_residual_norm, x, None, None, weight, None, 1e-6, dtype)
             yield recorded(launch_residual_norm, x[:, :1], update[:, :1], None, None, None, 1e-6, dtype)
+    yield from _embed_tokens(row)
+    for x, *_ in _norm_cases(row):
+        yield recorded(launch_cross_entropy, x[:, 0], _integers(8, dtype=torch.int64), "mean")
 
 
 def _residual_norm_backward(row: Row) -> Cases:
-    """With the gradients of the stream and of update, and without."""
+    """With the gradients of the stream and of update, and without; and with those of first tokens."""
     for x, dtype, gamma, weight in _norm_cases(row):
         grad, statistics = torch.empty_like(x, dtype=dtype), _empty(8, 47, 2)
         args = grad, x, statistics, gamma, weight
@@ -196,6 +202,28 @@ def _residual_norm_backward(row: Row) -> Cases:
         if gamma is None:
             yield recorded(launch_residual_norm_backward, None, *args, x.dtype, dtype)
             yield recorded(launch_residual_norm_backward, x, *args, x.dtype, None)
+            first = x[:, :1].contiguous(), grad[:, :1].contiguous()
+            yield recorded(launch_residual_norm_backward, first[0], *args, x.dtype, dtype, first[1])
+    yield from _embed_tokens_backward(row)
+    for x, *_ in _norm_cases(row):
+        inputs = x[:, 0], _integers(8, dtype=torch.int64), _empty(8, 2)
+        yield recorded(launch_cross_entropy_backward, _empty(), *inputs, "mean")
+
+
+def _embed_tokens(row: Row) -> Cases:
+    """Without position embeddings, with those of patches, and with those of all tokens."""
+    for x, dtype, gamma, weight in _norm_cases(row):
+        if gamma is None:
+            patches, stored = _empty(376, x.shape[-1], dtype=dtype), _empty(197, x.shape[-1], dtype=weight.dtype)
+            where = _integers(376), _integers(9), 47
+            for pos_embed, embeds_prefix in ((stored, True), (stored, False), (None, False)):
+                yield recorded(launch_embed_tokens, patches, *where, stored[:1], pos_embed, embeds_prefix)
+
+
+def _embed_tokens_backward(row: Row) -> Cases:
+    for x, dtype, gamma, _ in _norm_cases(row):
+        if gamma is None:
+            yield recorded(launch_embed_tokens_backward, x.flatten(0, 1), _integers(9), 46, 368, 1, dtype)
 
 
 def _gelu_cases(row: Row) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, str]]:

@@ -9,8 +9,10 @@ if __name__ == "smi_fast.kernels":
     from .attention import MAX_HEAD_DIM, attention
     from .backend import resolve_backend, triton_status
     from .class_attention import class_attention
+    from .cross_entropy import cross_entropy
+    from .embedding import embed_tokens
     from .mlp import bias_gelu
-    from .norm import residual_norm
+    from .norm import residual_norm, residual_norm_of_first
     from .patches import gather_patches, view_cells
     from .pixels import patch_sites, pixel_step
     from .selection import select_tokens
@@ -22,10 +24,13 @@ __all__ = [
     "attention",
     "bias_gelu",
     "class_attention",
+    "cross_entropy",
+    "embed_tokens",
     "gather_patches",
     "patch_sites",
     "pixel_step",
     "residual_norm",
+    "residual_norm_of_first",
     "resolve_backend",
     "select_tokens",
     "triton_status",

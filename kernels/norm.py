@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,17 +52,59 @@ def residual_norm(
     Raises:
         ValueError: a shape, dtype, device or size is not as described above.
     """
+    return _residual_norm(x, weight, bias, eps, update, gamma, dtype, backend, None)
+
+
+def residual_norm_of_first(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    first: int,
+    update: Tensor | None = None,
+    gamma: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `residual_norm` of x (B, N, C) where only the first tokens of each sequence are used of the stream, and
+    where some of the normalised rows' readers read no other tokens either.
+
+    Slices would give the same numbers. But the backward pass of a slice fills a gradient of all rows with zeros, which
+    is then added to another one. Here the kernel adds the gradients of the first rows.
+
+    Args:
+        first: how many tokens of each sequence are the first ones, from 1 to N.
+
+    Returns:
+        The first rows of the stream (B, first, C), all normalised rows (B, N, C), and the first of them (B, first, C).
+
+    Raises:
+        ValueError: see `residual_norm`, or x is not (B, N, C) with N >= first >= 1.
+    """
+    if x.dim() != 3 or not 1 <= first <= x.shape[1]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, not (batch, tokens, channels) with tokens >= first = {first}")
+    return _residual_norm(x, weight, bias, eps, update, gamma, dtype, backend, first)
+
+
+def _residual_norm(x, weight, bias, eps, update, gamma, dtype, backend, first: int | None) -> tuple[Tensor, ...]:
     _check_residual_norm(x, weight, bias, update, gamma, dtype)
     if backend == "auto" and x.shape[-1] > MAX_CHANNELS:
         backend = "torch"
     arguments = x, update, gamma, weight, bias, eps, dtype or _stream_dtype(x, update, gamma)
     if gives_way(backend, (x, update), (gamma, weight, bias)):
-        return residual_norm_reference(*arguments)
+        return _with_first(*residual_norm_reference(*arguments), first)
     tracing = traced(x)
     if not tracing and wants_gradient(x, update):
-        return apply_of(_ResidualNorm)(*arguments)
+        stream, normed, *of_first = apply_of(_ResidualNorm)(*arguments, first)
+        return (of_first[0], normed, of_first[1]) if of_first else (stream, normed)
     stream, normed, _ = (residual_norm_op if tracing else launch_residual_norm)(*arguments)
-    return x if update is None else stream, normed
+    return _with_first(x if update is None else stream, normed, first)
+
+
+def _with_first(stream: Tensor, normed: Tensor, first: int | None) -> tuple[Tensor, ...]:
+    """Return what `residual_norm` returns if `first` is None, and otherwise what `residual_norm_of_first` does."""
+    return (stream, normed) if first is None else (stream[:, :first], normed, normed[:, :first])
 
 
 def _check_residual_norm(x, weight, bias, update, gamma, dtype) -> None:
@@ -152,22 +197,38 @@ def _residual_norm_kernel(
 
 
 @jit
+def _add_first_row(row, grad, number, tokens, FIRST: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
+    """Add the row of a gradient to row `number`. The gradient has a row for each of the first tokens of a sequence, or
+    for all rows if FIRST is 0."""
+    if FIRST == 0:
+        return row + load_row(grad + number * C, C, BC)
+    token = number % tokens
+    if token < FIRST:
+        row += load_row(grad + (number // tokens * FIRST + token) * C, C, BC)
+    return row
+
+
+@jit(do_not_specialize=["tokens"])
 def _residual_norm_backward_kernel(
     grad_x,
     grad_update,
     grad_stream,
     grad_normed,
+    grad_first,
     x,
     statistics,
     gamma,
     weight,
+    tokens,
     x_stride,
+    FIRST: tl.constexpr,
     C: tl.constexpr,
     BC: tl.constexpr,
 ):
     """dx = ds + rstd (g - mean(g) - n mean(g n)) and d update = gamma dx of one row, where n = (s - mean) rstd, ds is
     the gradient of the stream s, and g = weight times that of the normalised row (the chain rule on Ba et al. 2016,
-    equation 3).
+    equation 3). The first tokens of a sequence may have a second gradient of their normalised rows. If FIRST is not 0,
+    ds and that gradient are given for the FIRST first of every `tokens` rows.
 
     All programs together read s and both gradients and write both results once: for a float32 stream and rows in half
     precision, 16 bytes for each of T C elements, and 14 without an update. They compute about 13 T C operations.
@@ -175,12 +236,14 @@ def _residual_norm_backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     mean, rstd = tl.load(statistics + 2 * row), tl.load(statistics + 2 * row + 1)
     g = load_row(grad_normed + row * C, C, BC)  # [BC]
+    if grad_first is not None:
+        g = _add_first_row(g, grad_first, row, tokens, FIRST, C, BC)
     if weight is not None:
         g *= load_row(weight, C, BC)
     n = tl.where(tl.arange(0, BC) < C, (load_row(x + row * x_stride, C, BC) - mean) * rstd, 0.0)  # [BC]
     grad = (g - tl.sum(g, 0) / C - n * (tl.sum(g * n, 0) / C)) * rstd  # [BC]
     if grad_stream is not None:
-        grad += load_row(grad_stream + row * C, C, BC)
+        grad = _add_first_row(grad, grad_stream, row, tokens, FIRST, C, BC)
     if grad_x is not None:
         store_row(grad_x + row * C, grad, C, BC)
     if grad_update is not None:
@@ -246,27 +309,35 @@ def launch_residual_norm_backward(
     weight: Tensor | None,
     dtype: torch.dtype | None,
     update_dtype: torch.dtype | None,
+    grad_first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients (..., C) of x in `dtype` and of update in `update_dtype` in Triton, writing each element
     once. Where a dtype is None, the gradient is not computed, and an empty tensor is returned for it.
 
     Args:
-        grad_stream, grad_normed: (..., C), the gradients of what `residual_norm` returned.
+        grad_stream, grad_normed: (..., C), the gradients of what `residual_norm` returned. Instead, grad_stream may be
+            (B, first, C), as for `residual_norm_of_first`.
         stream: (..., C), the stream that was normalised.
         statistics: (..., 2), what `launch_residual_norm` returned.
+        grad_first: the gradient of the first normalised rows, of the shape of grad_stream, or None.
     """
     grads = _fake_residual_norm_backward(
         grad_stream, grad_normed, stream, statistics, gamma, weight, dtype, update_dtype
     )
     if stream.numel():
+        of_first = grad_stream if grad_first is None else grad_first
+        whole = of_first is None or of_first.shape == stream.shape
+        tokens, first = (1, 0) if whole else (stream.shape[1], of_first.shape[1])
         (stream, stride), rows, channels = _as_rows(stream), grad_normed.numel() // stream.shape[-1], stream.shape[-1]
         grad_x, grad_update = (grad if grad.numel() else None for grad in grads)
-        grad_stream, grad_normed, gamma, weight = _contiguous(grad_stream, grad_normed, gamma, weight)
+        grad_stream, grad_normed, grad_first, gamma, weight = _contiguous(
+            grad_stream, grad_normed, grad_first, gamma, weight
+        )
         _, tiles = choose("residual_norm_backward", stream.device, channels)
         launch(
             _residual_norm_backward_kernel, (rows,), grad_x=grad_x, grad_update=grad_update,
-            grad_stream=grad_stream, grad_normed=grad_normed, x=stream, statistics=statistics, gamma=gamma,
-            weight=weight, x_stride=stride, C=channels, **tiles,
+            grad_stream=grad_stream, grad_normed=grad_normed, grad_first=grad_first, x=stream, statistics=statistics,
+            gamma=gamma, weight=weight, tokens=tokens, x_stride=stride, FIRST=first, C=channels, **tiles,
         )  # fmt: skip
     return grads
 
@@ -277,7 +348,9 @@ residual_norm_backward_op = torch.library.custom_op(
 
 
 @residual_norm_backward_op.register_fake
-def _fake_residual_norm_backward(grad_stream, grad_normed, stream, statistics, gamma, weight, dtype, update_dtype):
+def _fake_residual_norm_backward(
+    grad_stream, grad_normed, stream, statistics, gamma, weight, dtype, update_dtype, grad_first=None
+):
     return tuple(
         stream.new_empty(0) if wanted is None else contiguous_like(stream, wanted) for wanted in (dtype, update_dtype)
     )
@@ -290,6 +363,11 @@ def _keep(ctx, inputs, stream: Tensor, statistics: Tensor) -> None:
     ctx.set_materialize_grads(False)  # Otherwise zeros would be written where the stream is not used any more.
 
 
+def _of_inputs(ctx, x: Tensor | None, update: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all inputs, given those of x and of update."""
+    return (x, update, *(None for _ in ctx.needs_input_grad[2:]))
+
+
 def _wanted(ctx) -> list[torch.dtype | None]:
     """The dtypes of the gradients of x and of update, None where none is wanted."""
     return [dtype if need else None for dtype, need in zip(ctx.input_dtypes, ctx.needs_input_grad, strict=False)]
@@ -299,40 +377,65 @@ def _of_sum(ctx, grad: Tensor, gamma: Tensor | None) -> tuple[Tensor | None, ...
     """Return the gradients of all inputs, given that of the sum, computed by differentiable operators of torch."""
     x, update = _wanted(ctx)
     scaled = grad if gamma is None or update is None else grad * gamma
-    return (x and grad.to(x), update and scaled.to(update), *(None for _ in range(5)))
+    return _of_inputs(ctx, x and grad.to(x), update and scaled.to(update))
 
 
-def _derivative(ctx, grad_stream, grad_normed, *_):
-    stream, _, gamma, weight, bias = ctx.saved_tensors
-    terms = [] if grad_stream is None else [grad_stream]
-    if grad_normed is not None:
-        terms += gradients(lambda s: _layer_norm(s, weight, bias, ctx.eps, ctx.dtype), (stream,), grad_normed)
+def _total(stream: Tensor, grad: Tensor | None, grad_first: Tensor | None) -> Tensor | None:
+    """Add up the gradient of all tokens and that of the first ones, where they are given."""
+    grads = [] if grad is None else [grad]
+    if grad_first is not None:
+        grads.append(F.pad(grad_first, (0, 0, 0, stream.shape[1] - grad_first.shape[1])))
+    return reduce(torch.add, grads) if grads else None
+
+
+def _of_first(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the first rows of the stream and of the normalised rows. The operator has no such rows,
+    but statistics."""
+    return tuple(grads) if len(grads) == 2 else (None, None)
+
+
+def _derivative(ctx, grad_stream, grad_normed, *others):
+    (stream, _, gamma, weight, bias), (stream_first, grad_first) = ctx.saved_tensors, _of_first(others)
+    total, of_rows = _total(stream, grad_stream, stream_first), _total(stream, grad_normed, grad_first)
+    terms = [] if total is None else [total]
+    if of_rows is not None:
+        terms += gradients(lambda s: _layer_norm(s, weight, bias, ctx.eps, ctx.dtype), (stream,), of_rows)
     return _of_sum(ctx, sum(terms), gamma)
 
 
 @any_order(_derivative)
-def _backward(ctx, grad_stream, grad_normed, *_):
-    stream, statistics, gamma, weight, _ = ctx.saved_tensors
+def _backward(ctx, grad_stream, grad_normed, *others):
+    (stream, statistics, gamma, weight, _), (stream_first, grad_first) = ctx.saved_tensors, _of_first(others)
+    if grad_stream is None and grad_normed is not None:
+        grad_stream = stream_first
+    else:
+        grad_stream = _total(stream, grad_stream, stream_first)
+        grad_normed, grad_first = _total(stream, grad_normed, grad_first), None
     if grad_normed is None:
         return _of_sum(ctx, grad_stream, gamma)
     x, update = _wanted(ctx)
     alike = gamma is None and x == update  # then both gradients are the same tensor
-    tracing = traced(grad_normed) or (grad_stream is not None and traced(grad_stream))
+    tracing = any(traced(grad) for grad in (grad_stream, grad_normed, grad_first) if grad is not None)
     run = residual_norm_backward_op if tracing else launch_residual_norm_backward
-    grad_x, grad_update = run(grad_stream, grad_normed, stream, statistics, gamma, weight, x, None if alike else update)
-    return (x and grad_x, update and (grad_x if alike else grad_update), *(None for _ in range(5)))
+    grad_x, grad_update = run(
+        grad_stream, grad_normed, stream, statistics, gamma, weight, x, None if alike else update, grad_first
+    )
+    return _of_inputs(ctx, x and grad_x, update and (grad_x if alike else grad_update))
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """The same rule as that of `residual_norm_op`, for which the host needs less time."""
+    """The same rule as that of `residual_norm_op`, for which the host needs less time. With `first`, it also returns
+    the first rows of both results. The whole stream stays a result: a saved tensor depends on the inputs, as gradients
+    of gradients need it to, only if it is an input or a result."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        x, update, *_ = inputs
-        stream, normed, statistics = launch_residual_norm(*inputs)
+        *arguments, first = inputs
+        x, update, *_ = arguments
+        stream, normed, statistics = launch_residual_norm(*arguments)
         stream = x if update is None else stream
-        _keep(ctx, inputs, stream, statistics)
-        return stream, normed
+        _keep(ctx, arguments, stream, statistics)
+        return (stream, normed) if first is None else (stream, normed, stream[:, :first], normed[:, :first])
 
     backward = staticmethod(_backward)
 

@@ -78,3 +78,34 @@ def padding(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> tuple[Tensor, T
     slots = torch.arange(tokens, device=cu_seqlens.device) - cu_seqlens[sequence] + sequence * max_seqlen
     taken = torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
     return slots, taken
+
+
+def rows_behind_prefix(cu_seqlens: Tensor, tokens: int, count: int) -> Tensor:
+    """Return where T packed tokens lie, (T,) int64, once `count` prefix tokens stand before each sequence."""
+    return torch.arange(tokens, device=cu_seqlens.device) + count * (sequence_of_tokens(cu_seqlens, tokens) + 1)
+
+
+def prepend(
+    values: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int, prefix: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put P prefix tokens, (P, C) or (B, P, C), before each of the packed sequences (T, C). Return the new values,
+    positions, which are -P to -1 for prefix tokens, and cumulative lengths."""
+    count, batch = prefix.shape[-2], cu_seqlens.shape[0] - 1
+    if count == 0:
+        return values, positions, cu_seqlens
+    before = torch.arange(-count, 0, dtype=torch.int32, device=prefix.device)
+    if positions.shape[0] == batch * max_seqlen:
+        values = values.view(batch, max_seqlen, *values.shape[1:])
+        values = torch.cat((prefix.expand(batch, -1, -1), values), dim=1).flatten(0, 1)
+        positions = torch.cat((before.expand(batch, -1), positions.view(batch, max_seqlen)), dim=1).flatten()
+        return values, positions, uniform_lengths(batch, max_seqlen + count, prefix.device)
+    rows = rows_behind_prefix(cu_seqlens, values.shape[0], count)
+    heads = (cu_seqlens[:-1, None] + count * torch.arange(batch, device=rows.device)[:, None]
+             + torch.arange(count, device=rows.device)).flatten()  # fmt: skip
+    total = values.shape[0] + batch * count
+    dtype = torch.promote_types(values.dtype, prefix.dtype)  # as torch.cat does
+    longer = values.new_zeros(total, values.shape[1], dtype=dtype).index_copy(0, rows, values.to(dtype))
+    longer = longer.index_copy(0, heads, prefix.to(dtype).expand(batch, -1, -1).flatten(0, 1))
+    all_positions = before.new_zeros(total).index_copy(0, rows, positions)
+    all_positions = all_positions.index_copy(0, heads, before.repeat(batch))
+    return longer, all_positions, cu_seqlens + uniform_lengths(batch, count, rows.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from smi_fast.kernels.rows import cumulative_lengths, padding, sequence_of_tokens, uniform_lengths
+from smi_fast.kernels.rows import cumulative_lengths, padding, prepend, sequence_of_tokens, uniform_lengths
 
 INTEGER_DTYPES = (torch.int64, torch.int32)
 
@@ -140,29 +140,8 @@ class PackedTokens:
     def prepend(self, prefix: Tensor) -> PackedTokens:
         """Return the batch with P prefix tokens before each sequence, at positions -P to -1: (P, C), the same for all
         sequences, or (B, P, C)."""
-        count, batch_size = prefix.shape[-2], self.batch_size
-        if count == 0:
-            return self
-        positions = torch.arange(-count, 0, dtype=torch.int32, device=prefix.device)
-        if self.is_uniform:
-            values = self.batch()  # (B, N, C)
-            positions = torch.cat((positions.expand(batch_size, -1), self.positions.view(values.shape[:2])), dim=1)
-            return PackedTokens.from_batch(torch.cat((prefix.expand(batch_size, -1, -1), values), dim=1), positions)
-        rows = self._rows_behind_prefix(count)
-        heads = (self.cu_seqlens[:-1, None] + count * torch.arange(batch_size, device=rows.device)[:, None]
-                 + torch.arange(count, device=rows.device)).flatten()  # fmt: skip
-        total = self.values.shape[0] + batch_size * count
-        values = self.values.new_zeros(total, self.values.shape[1])
-        values = values.index_copy(0, rows, self.values)
-        values = values.index_copy(0, heads, prefix.to(values.dtype).expand(batch_size, -1, -1).flatten(0, 1))
-        all_positions = positions.new_zeros(total).index_copy(0, rows, self.positions)
-        all_positions = all_positions.index_copy(0, heads, positions.repeat(batch_size))
-        cu_seqlens = self.cu_seqlens + uniform_lengths(batch_size, count, rows.device)
-        return PackedTokens(values, all_positions, cu_seqlens, self.max_seqlen + count)
-
-    def _rows_behind_prefix(self, count: int) -> Tensor:
-        """Return where the T tokens lie, (T,) int64, once `count` prefix tokens stand before each sequence."""
-        return torch.arange(len(self.positions), device=self.cu_seqlens.device) + count * (self.owners() + 1)
+        values, positions, cu_seqlens = prepend(self.values, self.positions, self.cu_seqlens, self.max_seqlen, prefix)
+        return PackedTokens(values, positions, cu_seqlens, self.max_seqlen + prefix.shape[-2])
 
 
 Keep = Tensor | Sequence[Tensor] | PackedTokens

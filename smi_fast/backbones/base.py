@@ -24,11 +24,13 @@ class Outputs:
         importance: (T,) float32, the importance of each input patch, packed as the patches are, or None if it was not
             requested. It carries no gradient.
         features: maps the name of each requested place in the model to its tokens, which carry gradients.
+        backend: the backend of the kernels that an objective may use: "auto", "triton" or "torch".
     """
 
     logits: Tensor
     importance: Tensor | None = None
     features: Mapping[str, PackedTokens] = field(default_factory=dict)
+    backend: str = "auto"
 
 
 @runtime_checkable

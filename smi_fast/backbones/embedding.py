@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smi_fast.backbones.casting import weights
 from smi_fast.backbones.support import UnsupportedModelError, call
+from smi_fast.kernels import embed_tokens
 from smi_fast.kernels.linear import linear
 from smi_fast.kernels.rows import gather_rows
 from smi_fast.packed import PackedTokens
@@ -34,15 +35,23 @@ def embed_patches(model: VisionTransformer, patches: PackedTokens, grid_size: tu
     if patches.values.shape[1] != weight[0].numel():
         raise ValueError(f"patches have {patches.values.shape[1]} values each, the model's have {weight[0].numel()}")
     embedded = call(embed.norm, linear(patches.values.to(weight.dtype), weight.flatten(1), bias))
-    prefix = _prefix_tokens(model, embedded)
-    if model.pos_embed is None:
-        return replace(patches, values=embedded).prepend(prefix)
-    count, pos_embed = 0 if model.no_embed_class else model.num_prefix_tokens, model.pos_embed
-    if grid_size != tuple(embed.grid_size):
+    prefix, pos_embed = _prefix_tokens(model, embedded), model.pos_embed
+    if pos_embed is not None and grid_size != tuple(embed.grid_size):
+        count = 0 if model.no_embed_class else model.num_prefix_tokens
         pos_embed = resample_abs_pos_embed(pos_embed, grid_size, embed.grid_size, num_prefix_tokens=count)
-    tokens = replace(patches, values=embedded + _rows(pos_embed[0, count:], patches.positions))
-    tokens = tokens.prepend(prefix + pos_embed[0, :count] if count else prefix)
-    return replace(tokens, values=call(model.pos_drop, tokens.values))
+    tokens, positions, cu_seqlens = embed_tokens(
+        embedded,
+        patches.positions,
+        patches.cu_seqlens,
+        patches.max_seqlen,
+        prefix,
+        None if pos_embed is None else pos_embed[0],
+        embeds_prefix=not model.no_embed_class,
+        backend=model.backend,
+    )
+    if pos_embed is not None:
+        tokens = call(model.pos_drop, tokens)
+    return PackedTokens(tokens, positions, cu_seqlens, patches.max_seqlen + model.num_prefix_tokens)
 
 
 def _prefix_tokens(model: VisionTransformer, embedded: Tensor) -> Tensor:
@@ -50,11 +59,6 @@ def _prefix_tokens(model: VisionTransformer, embedded: Tensor) -> Tensor:
     prefix = (model.cls_token, getattr(model, "dist_token", None), model.reg_token)  # (1, count, C) each, or None
     prefix = [tokens[0] for tokens in prefix if tokens is not None] or [embedded.new_empty(0, embedded.shape[1])]
     return prefix[0] if len(prefix) == 1 else torch.cat(prefix)
-
-
-def _rows(values: Tensor, rows: Tensor) -> Tensor:
-    """Return values[rows]. index_select is one kernel, but its gradient on a GPU is not deterministic."""
-    return values[rows] if values.requires_grad else values.index_select(0, rows)
 
 
 def embed_images(model: VisionTransformer, images: Tensor, kept: PackedTokens) -> PackedTokens:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath, LayerNorm, LayerScale
 from torch import Tensor, nn
 
+from smi_fast.backbones.attend import Attend
 from smi_fast.backbones.support import obstacle, weight_and_bias
-from smi_fast.kernels import residual_norm, resolve_backend
+from smi_fast.kernels import residual_norm, residual_norm_of_first, resolve_backend
 
 LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 SCALES, PATHS = (nn.Identity, LayerScale), (nn.Identity, DropPath)
@@ -52,21 +53,41 @@ def normalise(stream: Stream, norm: nn.Module, backend: str) -> tuple[Tensor, Te
 
     Modifications: the Triton backend computes both, and the cast that autocast asks of the next product, in one kernel.
     """
-    device = stream.x.device
-    if (
-        resolve_backend(backend, device) == "torch"
-        or obstacle(norm, LAYER_NORMS) is not None
-        or norm.__dict__.get("_fast_norm")
-    ):
-        x = stream.sum()
-        return x, norm(x)
-    autocast = torch.is_autocast_enabled(device.type)
-    return residual_norm(
-        stream.x,
-        *weight_and_bias(norm),
-        norm.eps,
-        update=stream.update,
-        gamma=stream.gamma,
-        dtype=torch.get_autocast_dtype(device.type) if autocast else None,
-        backend=backend,
+    if _has_kernel(stream, norm, backend):
+        return residual_norm(**_arguments(stream, norm, backend))
+    x = stream.sum()
+    return x, norm(x)
+
+
+def normalise_of_first(stream: Stream, norm: nn.Module, attend: Attend, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first `count` tokens of each sequence of the stream, norm(tokens) of all tokens, and of the first.
+
+    Modifications: as in `normalise`. If the sequences are equally long, the backward pass fills nothing with zeros.
+    """
+    if stream.x.ndim == 3 and _has_kernel(stream, norm, attend.backend):
+        return residual_norm_of_first(first=count, **_arguments(stream, norm, attend.backend))
+    x, normed = normalise(stream, norm, attend.backend)
+    return attend.first(x, count), normed, attend.first(normed, count)
+
+
+def _has_kernel(stream: Stream, norm: nn.Module, backend: str) -> bool:
+    return (
+        resolve_backend(backend, stream.x.device) == "triton"
+        and obstacle(norm, LAYER_NORMS) is None
+        and not norm.__dict__.get("_fast_norm")
     )
+
+
+def _arguments(stream: Stream, norm: nn.Module, backend: str) -> dict[str, Any]:
+    device = stream.x.device.type
+    weight, bias = weight_and_bias(norm)
+    return {
+        "x": stream.x,
+        "weight": weight,
+        "bias": bias,
+        "eps": norm.eps,
+        "update": stream.update,
+        "gamma": stream.gamma,
+        "dtype": torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        "backend": backend,
+    }

@@ -28,7 +28,7 @@ from smi_fast.backbones.casting import product, weights
 from smi_fast.backbones.features import feature_name
 from smi_fast.backbones.importance import softmax_scale
 from smi_fast.backbones.pruning import Drop, Merge, check_prunes, check_takes_sizes
-from smi_fast.backbones.stream import Stream, add, normalise
+from smi_fast.backbones.stream import Stream, add, normalise, normalise_of_first
 from smi_fast.backbones.support import (
     LINEAR,
     MLP,
@@ -187,8 +187,7 @@ def block_of_first_tokens(block: Block, stream: Stream, attend: Attend, count: i
     Modifications: only keys and values are computed for all tokens, and the rest for the first tokens.
     """
     attn = block.attn
-    x, normed = normalise(stream, block.norm1, attend.backend)
-    first = attend.first(normed, count)  # [B, count, C]
+    x, normed, first = normalise_of_first(stream, block.norm1, attend, count)  # x and first are [B, count, C]
     weight, bias = weights(attn.qkv, packed=False)
     width = attn.attn_dim
     q = linear(first.flatten(0, 1), weight[:width], None if bias is None else bias[:width])
@@ -202,7 +201,7 @@ def block_of_first_tokens(block: Block, stream: Stream, attend: Attend, count: i
     if attn.gate is not None:
         out = out * product(attn.gate, first).sigmoid()
     out = call(attn.proj_drop, product(attn.proj, out))
-    return _second_half(block, add(attend.first(x, count), out, block.ls1, block.drop_path1), attend)
+    return _second_half(block, add(x, out, block.ls1, block.drop_path1), attend)
 
 
 def _res_post_block(block: ResPostBlock, x: Tensor, attend: Attend) -> Tensor:

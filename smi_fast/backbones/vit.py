@@ -500,7 +500,7 @@ class AcceleratedViT(VisionTransformer):
             x, attend = self._features(patches, grid_size, importance, features, whole=whole)
             logits = head(self, x, attend.tokens)
         measured = self._importance(attend.rows().mean(0), patches, attend.tokens, grid_size) if importance else None
-        return Outputs(logits, measured, {name: tokens for name, (tokens,) in attend.found.items()})
+        return Outputs(logits, measured, {name: tokens for name, (tokens,) in attend.found.items()}, self.backend)
 
     def _features(
         self,
@@ -597,6 +597,7 @@ class AcceleratedViT(VisionTransformer):
                 name: PackedTokens.from_sequences([x.values for x in images], [x.positions for x in images])
                 for name, images in found.items()
             },
+            backend=self.backend,
         )
 
     def cast_weights(self, *, pack: bool = True) -> AbstractContextManager[None]:

@@ -365,8 +365,7 @@ class Inverter:
             backend=backbone.backend,
             **self._fused,
         )
-        loss = loss.detach() + value
-        current.losses.index_copy_(0, current.clock - 1, loss.to(current.losses.dtype).view(1))
+        current.record(loss.detach() + value)
         return outputs.importance
 
     @contextmanager
@@ -457,7 +456,9 @@ def _gradients(loss: Tensor, inputs: tuple[Tensor, ...], current: InversionState
         ValueError: the loss reads none of the inputs.
     """
     scale = current.loss_scale
-    grads = torch.autograd.grad(loss if scale is None else loss * scale.value, inputs, allow_unused=True)
+    of_loss = current.one if scale is None else scale.value  # torch would fill a tensor with ones in every iteration
+    of_loss = of_loss.view(loss.shape) if loss.numel() == 1 else None  # torch refuses other losses
+    grads = torch.autograd.grad(loss, inputs, of_loss, allow_unused=True)
     if all(grad is None for grad in grads):
         raise ValueError("the loss has no gradient: it reads neither the model's outputs nor the images")
     return list(grads) if scale is None else scale.unscale(*grads)

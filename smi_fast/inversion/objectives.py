@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from smi_fast.backbones.base import Outputs
 from smi_fast.inversion.priors import ImagePrior
+from smi_fast.kernels import cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # a function of logits, images and targets
 
@@ -64,7 +64,7 @@ class deep_inversion:
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
         """Return the cross-entropy of the targets."""
         reduction = "mean" if self.norm == "batch" else "sum"
-        return F.cross_entropy(outputs.logits.float(), targets, reduction=reduction)
+        return cross_entropy(outputs.logits, targets, reduction=reduction, backend=outputs.backend)
 
 
 def as_loss(objective: Objective | Loss) -> Callable[[Outputs, Tensor, Tensor], Tensor]:

@@ -51,6 +51,7 @@ class InversionState:
         steps: (B,) int64, the number of Adam's steps of each image.
         importance: (T,) float32, the importance of the kept patches if the last iteration measured it, otherwise None.
         losses: (iterations,) float32 on the device.
+        one: () float32, the number 1 on the device.
         history: the stages that have begun.
     """
 
@@ -79,7 +80,9 @@ class InversionState:
         self.exp_avg, self.exp_avg_sq = images.new_zeros(2, *moments)
         self.steps = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.importance: Tensor | None = None
-        self.losses = torch.zeros(iterations, device=device)
+        self._recorded = torch.zeros(1 + iterations, device=device)  # by the clock, which a step sets to 1 or more
+        self.losses = self._recorded[1:]
+        self.one = torch.ones((), device=device)
         self.history: list[Stage] = []
         self.loss_scale = LossScale(device) if scales_loss else None
         self._keep_only(all_patches(batch_size, grid.num_patches, device))
@@ -160,6 +163,10 @@ class InversionState:
         self.begun = self.finite_images()
         self.importance = None
         self._keep_only(replace(kept, positions=self.keep.positions[rows]))
+
+    def record(self, loss: Tensor) -> None:
+        """Keep the scalar loss of the iteration whose step was the last one."""
+        self._recorded.index_copy_(0, self.clock, loss.to(self._recorded.dtype).view(1))
 
     def advance(self) -> None:
         """Count a step as done. The next step reads the images that it has written."""

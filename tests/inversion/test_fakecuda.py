@@ -137,3 +137,15 @@ def test_threads_do_not_record_each_others_work(play):
     nodes = Counter(event.name for event in events if event.kind == "replay")
     assert len(nodes) == 2
     assert len(set(nodes.values())) == 1
+
+
+def test_an_iteration_is_a_few_nodes_and_none_of_them_fills_copies_or_casts(play):
+    """Of a loop in bfloat16. A block is 8 products, and 8 kernels of ours around them."""
+    found, events = play("nodes")
+    for name, counts in found.items():
+        blocks = 12 if "12 blocks" in name else 3
+        assert set(counts) == {35 + 16 * (blocks - 1)}, name
+    captured = [event for event in events if event.capture and event.kind != "wait"]
+    assert captured
+    assert {event.kind for event in captured} == {"kernel"}
+    assert not [event.name for event in captured if "FillFunctor" in event.name or "copy_kernel_cuda" in event.name]

@@ -15,6 +15,17 @@ from smi_fast.kernels.dispatch import choose, padded_head_dim, table
 
 BENCH = Path(__file__).parents[2] / "bench"
 TABLE = Path(__file__).with_name("compiled.txt")
+MODULES = [
+    "attention",
+    "class_attention",
+    "cross_entropy",
+    "embedding",
+    "mlp",
+    "norm",
+    "patches",
+    "pixels",
+    "selection",
+]
 ARCHITECTURES = ("sm_80", "sm_90")  # the others are compiled in samples; bench/compile_report.py compiles all
 SAMPLE = """
 import json, random, sys
@@ -44,7 +55,7 @@ def test_the_table_has_every_kernel_and_configuration(resources):
     assert len({row[:3] for row in rows}) == len(rows)
     kernels = {
         f"{module}.{name[1:].removesuffix('_kernel')}"
-        for module in ("attention", "class_attention", "selection", "patches", "pixels", "norm", "mlp")
+        for module in MODULES
         for name in vars(sys.modules[f"smi_fast.kernels.{module}"])
         if name.endswith("_kernel")
     }

@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import cu_seqlens_of, naive_attention
-from smi_fast.kernels import attention, bias_gelu, class_attention, gather_patches, residual_norm, select_tokens
+from smi_fast.kernels import (
+    attention,
+    bias_gelu,
+    class_attention,
+    cross_entropy,
+    embed_tokens,
+    gather_patches,
+    residual_norm,
+    residual_norm_of_first,
+    select_tokens,
+)
 from smi_fast.kernels.rows import gather_rows
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,6 +64,30 @@ def normalise(x, backend):
     return torch.cat(residual_norm(x, None, None, 0.1, backend=backend))
 
 
+def normalise_of_first(x, backend):
+    """The rows are weighted, so that no two of the three gradients that flow back are alike."""
+    stream, normed, first = residual_norm_of_first(x, None, None, 0.1, first=2, backend=backend)
+    return torch.cat((2 * stream, normed, 3 * first), 1)
+
+
+def add_and_normalise_first(x, backend):
+    weights = torch.linspace(-1, 2, 12, device=x.device).to(x.dtype).view(3, 4)
+    options = {"first": 1, "update": x[1], "gamma": weights[0], "backend": backend}
+    stream, normed, first = residual_norm_of_first(x[0], weights[1], weights[2], 0.1, **options)
+    return torch.cat((2 * stream, normed, 3 * first), 1)
+
+
+def embed(x, backend):
+    embeddings = torch.linspace(-1, 2, 28, device=x.device).to(x.dtype).view(7, 4)
+    positions = torch.tensor([4, 0, 2, 1, 3], dtype=torch.int32, device=x.device)
+    cu_seqlens = cu_seqlens_of([2, 3], x.device)
+    return embed_tokens(x, positions, cu_seqlens, 3, embeddings[:1], embeddings[1:], backend=backend)[0]
+
+
+def classify(x, backend):
+    return cross_entropy(x, torch.tensor([3, 0, 1], device=x.device), backend=backend)[None]
+
+
 def activate(x, backend):
     bias = torch.linspace(-1, 1, x.shape[-1], device=x.device).to(x.dtype)
     return bias_gelu(x, bias, approximate="tanh", backend=backend)
@@ -67,6 +101,10 @@ SHAPES = {
     select: (2, 6, 4),
     add_and_normalise: (2, 3, 4),
     normalise: (3, 4),
+    normalise_of_first: (2, 3, 4),
+    add_and_normalise_first: (2, 2, 3, 4),
+    embed: (5, 4),
+    classify: (3, 4),
     activate: (3, 4),
 }
 
@@ -87,6 +125,18 @@ def naive(operation, x: Tensor) -> Tensor:
         centred = s - s.mean(-1, keepdim=True)
         n = centred / (centred.square().mean(-1, keepdim=True) + 0.1).sqrt()
         return torch.cat((s, n * weight + bias if operation is add_and_normalise else n))
+    if operation is normalise_of_first:
+        n = naive(normalise, x)[x.shape[0] :]
+        return torch.cat((2 * x[:, :2], n, 3 * n[:, :2]), 1)
+    if operation is classify:
+        return (x.exp().sum(1).log() - x[[0, 1, 2], [3, 0, 1]]).mean()[None]
+    if operation is add_and_normalise_first:
+        s, n = naive(add_and_normalise, x).chunk(2)
+        return torch.cat((2 * s[:, :1], n, 3 * n[:, :1]), 1)
+    if operation is embed:
+        prefix, first, *others = torch.linspace(-1, 2, 28, device=x.device).to(x.dtype).view(7, 4)
+        tokens = x + torch.stack([others[cell] for cell in (4, 0, 2, 1, 3)])
+        return torch.cat([(prefix + first)[None], tokens[:2], (prefix + first)[None], tokens[2:]])
     if operation is activate:
         z = x + torch.linspace(-1, 1, x.shape[-1], device=x.device).to(x.dtype)
         return z * torch.sigmoid((8 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))

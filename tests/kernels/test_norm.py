@@ -23,6 +23,7 @@ from smi_fast.kernels.norm import (
     launch_residual_norm_backward,
     residual_norm,
     residual_norm_backward_op,
+    residual_norm_of_first,
     residual_norm_op,
 )
 
@@ -140,6 +141,51 @@ def test_gradients_of_what_is_used_reach_what_asks_for_them(frozen, used, with_u
     wanted = gradients(exact, [t if t is None else t.double() for t in inputs])
     for got, reference in zip(gradients(found, inputs), wanted, strict=True):
         torch.testing.assert_close(got.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 1), (1, 2), (2,), (0,)], ids=str)
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_first_tokens_have_the_numbers_and_gradients_of_slices(first, used, backend, device, seed):
+    """Whichever of the stream's first rows, all normalised rows and the first of them are used."""
+    inputs, _ = draw((2, 3, 24), SINGLE, SINGLE, device)
+    shapes = [(2, first, 24), (2, 3, 24), (2, first, 24)]
+    grads = [torch.randn(shapes[number], device=device) for number in used]
+
+    def computed(inputs, compute):
+        leaves = [t.clone().requires_grad_() for t in inputs[:2]]
+        outputs = compute(*leaves, *inputs[2:])
+        assert [tuple(y.shape) for y in outputs] == shapes
+        used_ = [outputs[number] for number in used]
+        return *outputs, *torch.autograd.grad(used_, leaves, [g.to(y.dtype) for g, y in zip(grads, used_, strict=True)])
+
+    def exact(*inputs):
+        stream, normed = formula(*inputs, torch.float64)
+        return stream[:, :first], normed, normed[:, :first]
+
+    def found(x, update, gamma, weight, bias):
+        options = {"first": first, "update": update, "gamma": gamma, "backend": backend}
+        return residual_norm_of_first(x, weight, bias, EPS, **options)
+
+    wanted = computed([t.double() for t in inputs], exact)
+    with poisoned_memory():
+        eager = computed(inputs, found)
+    with DeviceWork(MODULE):
+        traced = computed(inputs, found)
+    for got in (eager, traced):
+        for t, reference in zip(got, wanted, strict=True):
+            torch.testing.assert_close(t.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_first_tokens_take_no_launch_and_no_operator_more(device, seed):
+    inputs, _ = draw((2, 5, 24), SINGLE, BF16, device)
+    x, update, gamma, weight, bias = inputs
+    x, update = x.requires_grad_(), update.requires_grad_()
+    outputs = residual_norm_of_first(x, weight, bias, EPS, first=1, update=update, gamma=gamma, backend="triton")
+    grads = [torch.randn(y.shape, device=device).to(y.dtype) for y in outputs]
+    with DeviceWork(MODULE) as work:
+        torch.autograd.grad(outputs, (x, update), grads)
+    assert (work.launches, work.operators) == (1, [])
 
 
 @pytest.mark.parametrize("trained", ["gamma", "weight", "bias"])
@@ -272,6 +318,12 @@ def test_wide_rows_are_computed_in_plain_torch_or_refused(device, seed):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         residual_norm(**{"x": torch.zeros(2, 4), "weight": None, "bias": None, "eps": EPS, **arguments})
+
+
+@pytest.mark.parametrize(("shape", "first"), [((4, 8), 1), ((2, 3, 8), 0), ((2, 3, 8), 4)], ids=str)
+def test_a_number_of_first_tokens_that_there_are_not_is_named(shape, first):
+    with pytest.raises(ValueError, match=f"first = {first}"):
+        residual_norm_of_first(torch.zeros(shape), None, None, EPS, first=first)
 
 
 @pytest.mark.cuda

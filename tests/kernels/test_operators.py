@@ -61,7 +61,7 @@ def test_a_mode_sees_the_operators_of_both_passes(device, seed):
     images = torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
     with Seen() as seen:
         fast(images).square().sum().backward()
-    names = {"attention", "class_attention", "gather_patches", "residual_norm", "bias_gelu"}
+    names = {"attention", "class_attention", "gather_patches", "embed_tokens", "residual_norm", "bias_gelu"}
     expected = {f"smi_fast::{name}{way}" for name in names for way in ("", "_backward")}
     assert {name for name in seen.names if name.startswith("smi_fast::")} == expected
 

@@ -11,7 +11,9 @@ import os
 import sys
 import threading
 import warnings
+from pathlib import Path
 
+import timm
 import torch
 from torch import nn
 from triton.runtime.jit import JITFunction
@@ -102,11 +104,26 @@ def threads(device: torch.device) -> dict:
     return {}
 
 
+def nodes(device: torch.device) -> dict:
+    """The nodes of each graph of deit_tiny, and of deit_base with a quarter of its blocks."""
+    sys.path.insert(0, str(Path(__file__).parents[3] / "bench"))
+    from nodes import counted
+
+    found = {}
+    for name, depth in (("deit_tiny", 12), ("deit_base", 3)):
+        model = timm.create_model(f"{name}_patch16_224", depth=depth).to(device)
+        for patches, stops in ((46, {1: 0.763}), (196, {})):
+            with counted() as counts:
+                run(model, range(8), None, stopping=stops, iterations=6, dtype=torch.bfloat16)
+            found[f"{name}, {depth} blocks, {patches} patches"] = counts
+    return found
+
+
 if __name__ == "__main__":
     scenario, log, name = sys.argv[1:]
     warnings.simplefilter("error", UserWarning)  # that iterations run without a graph is one
     runtime.fake_log(log.encode())
-    scenarios = {"stages": stages, "memory": memory, "failed_capture": failed_capture, "threads": threads}
+    scenarios = {function.__name__: function for function in (stages, memory, failed_capture, threads, nodes)}
     found = scenarios[scenario](torch.device(name))
     runtime.fake_log(None)
     print(json.dumps(found), flush=True)
