@@ -242,7 +242,7 @@ def _probabilities(q, k, n, length, highest, share, scale_log2):
     return tl.where(n[None, :] < length, tl.exp2(scores - highest[:, None]) * share[:, None], 0.0)
 
 
-@jit
+@jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["shares"])
 def _tile_forward_kernel(
     out,
     class_attention,
@@ -289,7 +289,7 @@ def _tile_forward_kernel(
         store_rows(out + start * width + head * D, acc, n, length, width, D, BD)
 
 
-@jit
+@jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["shares"])
 def _blocks_forward_kernel(
     out,
     class_attention,
@@ -416,7 +416,7 @@ def _tile_backward_kernel(
         store_rows(grad + width, dot(tl.trans(ds), q), n, length, 3 * width, D, BD)
 
 
-@jit
+@jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["shares"])
 def _rows_backward_kernel(
     grad,
     grad_out,
@@ -476,7 +476,7 @@ def _rows_backward_kernel(
         store_rows(grad, dq, m, length, 3 * width, D, BD)
 
 
-@jit
+@jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["shares"])
 def _blocks_dq_kernel(
     grad,
     delta,
@@ -527,7 +527,7 @@ def _blocks_dq_kernel(
         store_rows(grad + start * 3 * width + head * D, dq * scale, m, length, 3 * width, D, BD)
 
 
-@jit
+@jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["shares"])
 def _blocks_dkv_kernel(
     grad,
     delta,

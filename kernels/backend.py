@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ except ImportError:  # Without Triton the kernels stay plain functions, which no
 HOOKS = None  # the hooks of Triton's launches, if it is Triton 3.5 or newer
 if hasattr(knobs, "HookChain"):
     HOOKS = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+LEAST_CAPABILITY = (8, 0)  # older GPUs have neither bfloat16 nor the shared memory of the kernels' tiles
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Triton decides when a kernel is defined whether it will be compiled or interpreted on the CPU.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,24 +44,46 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     """Return the backend that an operation runs on, "triton" or "torch".
 
     Args:
-        backend: "auto" chooses Triton on a CUDA device if it can be imported, and plain torch otherwise.
+        backend: "auto" chooses Triton on a CUDA device of compute capability 8.0 or later, if it can be imported, and
+            plain torch otherwise.
         device: where the tensors of the operation are.
 
     Raises:
         ValueError: the name is unknown, or it is "triton" and Triton cannot run there.
     """
+    # Each operation asks, so that the answer is kept. torch.compile would trace through the cache with a warning.
+    return _resolve(backend, device) if torch.compiler.is_compiling() else _resolved(backend, device)
+
+
+def _resolve(backend: str, device: torch.device) -> str:
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'backend {backend!r} is none of "auto", "triton" and "torch"')
     if backend == "auto":
-        return "triton" if device.type == "cuda" and triton is not None else "torch"
-    if backend == "triton" and triton is None:
-        raise ValueError('backend "triton" needs the package triton, which cannot be imported here')
-    if backend == "triton" and device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f'backend "triton" needs tensors on a CUDA device, not on {device.type!r}; '
-            "TRITON_INTERPRET=1 in the environment interprets the kernels on the CPU, slowly"
-        )
+        return "triton" if device.type == "cuda" and _missing(device) is None else "torch"
+    if backend == "triton" and (missing := _missing(device)) is not None:
+        raise ValueError(f'backend "triton" needs {missing}')
     return backend
+
+
+_resolved = lru_cache(_resolve)
+
+
+def _missing(device: torch.device) -> str | None:
+    """Return what Triton needs to run on a device and does not have, or None if it can run there."""
+    if triton is None:
+        return "the package triton, which cannot be imported here"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        hint = "TRITON_INTERPRET=1 in the environment interprets the kernels on the CPU, slowly"
+        return f"tensors on a CUDA device, not on {device.type!r}; {hint}"
+    # Fake tensors can be on a GPU that is not there, which counts as a recent one.
+    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else LEAST_CAPABILITY
+    if capability < LEAST_CAPABILITY:
+        return "a GPU of compute capability {}.{} or later, and {} has {}.{}".format(
+            *LEAST_CAPABILITY, device, *capability
+        )
+    return None
 
 
 def gives_way(backend: str, inputs: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> bool:
@@ -102,7 +126,10 @@ def triton_status() -> str:
     if not torch.cuda.is_available():
         how = "interprets its kernels on request (TRITON_INTERPRET=1)" if INTERPRETED else "is not in use"
         return f"Triton {triton.__version__} {how}: torch sees no CUDA device."
-    return f"Triton {triton.__version__} is in use on {torch.cuda.get_device_name()}."
+    name, missing = torch.cuda.get_device_name(), _missing(torch.device("cuda", torch.cuda.current_device()))
+    if missing is not None:
+        return f"Triton {triton.__version__} is not in use on {name}: it needs {missing}."
+    return f"Triton {triton.__version__} is in use on {name}."
 
 
 class Launch(NamedTuple):

@@ -104,7 +104,7 @@ def class_attention_reference(
     return out, gather_rows(attention.T, slots).T if ragged else attention
 
 
-@jit
+@jit(do_not_specialize=["tokens"])
 def _class_forward_kernel(
     out,
     attention,

@@ -419,25 +419,13 @@ def _difference(pixels, source, kept, bit):
     return tl.where(mask, pixels - tl.load(source, mask=mask, other=0.0), 0.0)
 
 
-@jit
-def _power(base: tl.constexpr, n):
-    """Compute base ** n in float64 by repeated squaring."""
-    factor = tl.full([], base, tl.float64)
-    power = tl.full(n.shape, 1.0, tl.float64)
-    for bit in range(31):
-        power = tl.where((n >> bit) & 1 != 0, power * factor, power)
-        factor = factor * factor
-    return power
-
-
-@jit
+@jit(do_not_specialize=["patches", "halvings", "counts"])
 def _prior_sums_kernel(
     sums, corrections, step,
     images, sites,
-    patches, halvings, counts, lr,
+    patches, halvings, counts, lr, log_beta1: tl.float64, log_beta2: tl.float64,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, TV: tl.constexpr, IMAGE_NORM: tl.constexpr,
-    BT: tl.constexpr, BE: tl.constexpr,
+    TV: tl.constexpr, IMAGE_NORM: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """sums = sum over kept p of x[p]^2, and of (x[p] - x[p + d])^2 for each direction d in which p + d is kept as well;
     step = t + 1; corrections = lr / (1 - beta1^(t + 1)) and 1 / sqrt(1 - beta2^(t + 1)), where t is the old step.
@@ -481,16 +469,18 @@ def _prior_sums_kernel(
     tl.store(sums + 4 * programs + program, tl.sum(squares))
     if program == 0:
         # The steps are counted here, because nobody reads them before the next launch.
-        for first in range(0, counts, BT * BE):
-            count = first + tl.arange(0, BT * BE)  # [BT * BE]
-            n = tl.load(step + count, mask=count < counts, other=0) + 1
+        for first in range(0, 2 * counts, BT * BE):
+            each = first + tl.arange(0, BT * BE)  # [BT * BE], two corrections of each count
+            is_second, counted = each % 2 != 0, each < 2 * counts
+            n = tl.load(step + each // 2, mask=counted, other=0) + 1
             tl.debug_barrier()  # all threads have loaded these steps before one stores the next
-            tl.store(step + count, n, mask=count < counts)
-            correction1 = (1.0 - _power(BETA1, n)).to(tl.float32)
-            correction2 = (1.0 - _power(BETA2, n)).to(tl.float32)
-            tl.store(corrections + 2 * count, tl.div_rn(lr, correction1), mask=count < counts)
-            correction2 = tl.div_rn(1.0, tl.sqrt_rn(correction2))
-            tl.store(corrections + 2 * count + 1, correction2, mask=count < counts)
+            tl.store(step + each // 2, n, mask=counted & is_second)
+            # One exponential of float64, whose error is far below the rounding of 1 - beta^n to float32, takes fewer
+            # products than repeated squaring, and no state beside the count.
+            power = tl.exp(n.to(tl.float64) * tl.where(is_second, log_beta2, log_beta1))
+            bias = (1.0 - power).to(tl.float32)
+            correction = tl.div_rn(tl.where(is_second, 1.0, lr), tl.where(is_second, tl.sqrt_rn(bias), bias))
+            tl.store(corrections + each, correction, mask=counted)
 
 
 @jit
@@ -527,7 +517,7 @@ def _seen_cell(row, column, down, right, flip, ROWS: tl.constexpr, COLUMNS: tl.c
     return wrap(row + down, ROWS) * COLUMNS + tl.where(flip, COLUMNS - 1 - column, column)
 
 
-@jit
+@jit(do_not_specialize=["patches", "halvings", "parts", "sums_stride", "corrections_stride"])
 def _pixel_step_kernel(
     prior, next_images, exp_avg, exp_avg_sq,
     images, grad, pixel_grad, sites, lowest, highest, inverse, view, sums, corrections,
@@ -639,10 +629,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _tiles(
-    operation: str, device: torch.device, patches: int, elements: int, groups: int
-) -> tuple[dict[str, int], tuple[int, int, int]]:
-    """Return a kernel's constants, and its grid: groups of patches, blocks of a patch, and programs that share a group.
+def _tiles(operation: str, device: torch.device, elements: int, groups: int) -> tuple[dict[str, int], int, int]:
+    """Return a kernel's constants, the blocks of a patch, and the most programs that share a group of patches.
 
     A program takes BT patches at a time and BE elements of each. Each thread takes one element, because a pixel's
     neighbours to the left and right cannot be read in wider accesses. A multiprocessor runs PER_SM programs at the same
@@ -651,7 +639,7 @@ def _tiles(
     _, tiles = choose(operation, device, elements)
     blocks = cdiv(elements, tiles["BE"])
     resident = tiles.pop("PER_SM") * _multiprocessors(device) // blocks
-    return tiles, (groups, blocks, max(1, min(resident // groups, cdiv(patches, tiles["BT"]))))
+    return tiles, blocks, max(1, resident // groups)
 
 
 def _scratch(images: Tensor, groups: int, parts: int, counts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -675,18 +663,22 @@ def launch_pixel_step(
     groups, halvings = max(1, batch) if image_norm else 1, len(sites).bit_length()
     # Without a prior, the first kernel only counts the steps.
     patches = len(sites) if has_prior else 0
-    tiles, grid = _tiles("prior_sums", images.device, patches, size, groups)
+    tiles, blocks, sharing = _tiles("prior_sums", images.device, size, groups)
     if image_norm:
-        grid = (*grid[:2], 1)  # the order in which an image's squares are added up must not depend on the batch
+        sharing = 1  # the order in which an image's squares are added up must not depend on the batch
+    most_parts = blocks * sharing
+    grid = groups, blocks, max(1, min(sharing, cdiv(patches, tiles["BT"])))
     parts = grid[1] * grid[2]
     prior, sums, corrections = _scratch(images, groups, parts, step.numel())
     launch(
         _prior_sums_kernel, grid,
         sums=sums, corrections=corrections, step=step, images=images, sites=sites,
         patches=patches, halvings=halvings, counts=step.numel(), lr=lr,
-        **shape, BETA1=beta1, BETA2=beta2, TV=has_tv, IMAGE_NORM=image_norm, **tiles,
+        log_beta1=math.log(beta1) if beta1 else -math.inf, log_beta2=math.log(beta2) if beta2 else -math.inf,
+        **shape, TV=has_tv, IMAGE_NORM=image_norm, **tiles,
     )  # fmt: skip
-    tiles, grid = _tiles("pixel_step", images.device, len(sites), size, groups)
+    tiles, blocks, sharing = _tiles("pixel_step", images.device, size, groups)
+    grid = groups, blocks, max(1, min(sharing, cdiv(len(sites), tiles["BT"])))
     view, inverse, pixel_grad = (x if x is None else x.contiguous() for x in (view, inverse, pixel_grad))
     launch(
         _pixel_step_kernel, grid,
@@ -698,7 +690,7 @@ def launch_pixel_step(
         weight1=1 - beta1, beta2=beta2, weight2=1 - beta2, eps=eps, tv_l2=tv_l2, l2=l2,
         **shape, VIEW=view is not None, SHARED_VIEW=view is not None and view.dim() == 1,
         PIXEL_GRAD=pixel_grad is not None, TV=has_tv, L2=l2 != 0, IMAGE_NORM=image_norm,
-        BP=next_power_of_2(parts), **tiles,
+        BP=next_power_of_2(most_parts), **tiles,
     )  # fmt: skip
     return prior.sum() if image_norm else prior.view(())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,20 @@ LEAST_MASS = 2.0**-60  # totals are below 2^52 units, so this share and all smal
 FIXED_POINT_BITS = 40  # bits of an importance: 4096 importances sum to at most 2^52, up to which float64 is exact
 
 
+class Selection(NamedTuple):
+    """The tokens that stay: a packed batch."""
+
+    values: Tensor | None  # (T, C), None if no values were given
+    positions: Tensor  # (T,) int32
+    cu_seqlens: Tensor  # (B + 1,) int32
+    max_seqlen: int  # the length of the longest sequence
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens of each image stay. The host waits for the device."""
+        return self.cu_seqlens.diff().tolist()
+
+
 def select_tokens(
     attention: Tensor,
     values: Tensor | None = None,
@@ -30,7 +45,7 @@ def select_tokens(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     backend: str = "auto",
-) -> tuple[Tensor | None, Tensor, Tensor, int]:
+) -> Selection:
     """Keep the most important candidates of each image, and gather their tokens.
 
     Importance is the mean of `attention` over the heads, in float32. The candidates with the highest importance stay.
@@ -54,8 +69,7 @@ def select_tokens(
         backend: "auto", "triton" or "torch".
 
     Returns:
-        The values (T, C) of the tokens that stay, or None if no values were given; their positions (T,) int32; their
-        cu_seqlens (B + 1,) int32; and the length of the longest sequence.
+        A tuple (values, positions, cu_seqlens, max_seqlen) of the tokens that stay, as a packed batch has them.
 
     Raises:
         ValueError: if an argument has another shape, dtype, device or value. On a CPU, also if an importance is NaN
@@ -89,7 +103,7 @@ def select_tokens(
     packed, positions, starts, *_ = select(
         attention, values, positions, cu_seqlens, starts, limits, k, num_prefix_tokens, max_seqlen, tokens
     )
-    return None if values is None else packed, positions, starts, longest
+    return Selection(None if values is None else packed, positions, starts, longest)
 
 
 def _check_selection(attention, values, positions, k, mass, num_prefix_tokens, cu_seqlens, max_seqlen) -> None:
@@ -289,7 +303,7 @@ def _origin(cu_seqlens, image, rows, PACKED: tl.constexpr):
     return origin, rows
 
 
-@jit
+@jit(do_not_specialize=["rows", "prefix", "stride_image", "stride_head"])
 def _count_kernel(
     counts, limits,
     attention, cu_seqlens,
@@ -330,7 +344,12 @@ def _count_kernel(
     tl.device_assert((valid == 1) & (candidates >= 1), "importance is NaN, negative or infinite, or there is none")
 
 
-@jit
+@jit(
+    do_not_specialize=[
+        "rows", "prefix", "k", "stride_image", "stride_head",
+        "values_stride_image", "positions_stride_image", "slots_stride_image",
+    ]
+)  # fmt: skip
 def _select_kernel(
     packed, packed_positions, packed_starts, slots,
     attention, values, positions, cu_seqlens, starts, limits,
@@ -407,7 +426,7 @@ def _select_kernel(
     tl.device_assert(valid, "importance is NaN, or an image has fewer candidates than are to stay")
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def _select_backward_kernel(
     grad,
     packed_grad, slots,

@@ -1,6 +1,7 @@
 """One optimiser step on kept pixels, compared with torch.optim.Adam and autograd of the prior, on both backends."""
 
 import copy
+import decimal
 import math
 
 import pytest
@@ -303,6 +304,26 @@ def test_adams_bias_is_corrected_exactly_at_any_step(betas, backend, device):
     second = [math.sqrt((1 - beta2) / (1 - beta2**n)) * g for n in counts]
     expected = [-lr / (1 - beta1**n) * (1 - beta1) * g / (v + 1e-8) for n, v in zip(counts, second, strict=True)]
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "betas", [(0.5, 0.99), (0.9, 0.999), (0.0, 1e-3), (0.3, 1 - 1e-6), (1 - 1e-7, 0.9999)], ids=str
+)
+def test_corrections_of_the_bias_err_by_the_roundings_of_float32_only(betas, device, seed, monkeypatch):
+    """Compared with 60 decimal digits, for counts up to a million. The difference, its square root and the
+    quotient are rounded, and a square root halves the error of its argument: at most 2.5 units of 2^-24."""
+    drawn = (10 ** (6 * torch.rand(40, dtype=torch.float64))).long().tolist()
+    counts, kept, allocate = [1, 2, 3, 999, 10**6, *drawn], [], pixels_module._scratch
+    monkeypatch.setattr(pixels_module, "_scratch", lambda *shape: kept.append(allocate(*shape)) or kept[-1])
+    case = Case(1, (1, 1), (1, 1), [1] * len(counts), device, counts=[n - 1 for n in counts])
+    case.run("triton", lr=0.25, betas=betas)
+    ((_, _, corrections),) = kept
+    with decimal.localcontext(decimal.Context(prec=60)):
+        biases = [[1 - decimal.Decimal(beta) ** n for beta in betas] for n in counts]
+        exact = [(decimal.Decimal("0.25") / first, 1 / second.sqrt()) for first, second in biases]
+        for found, wanted in zip(corrections.tolist(), exact, strict=True):
+            errors = [abs(decimal.Decimal(x) / y - 1) * 2**24 for x, y in zip(found, wanted, strict=True)]
+            assert max(errors) <= 2.5, (found, wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

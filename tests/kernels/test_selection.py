@@ -2,7 +2,6 @@
 
 import warnings
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,19 +13,6 @@ from smi_fast.kernels import select_tokens, selection
 from smi_fast.kernels.selection import count_mass_op, select_backward_op, select_op
 
 BACKENDS = ["torch", "triton"]
-
-
-class Selected(NamedTuple):
-    """What `select_tokens` returns, by name."""
-
-    values: torch.Tensor | None
-    positions: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-
-
-def select(*args, **how):
-    return Selected(*select_tokens(*args, **how))
 
 
 def importance_of(attention):
@@ -68,7 +54,7 @@ def fixed_point(row):
 
 def selected(attention, values=None, backend="torch", prefix=0, **how):
     with poisoned_memory():
-        return select(attention, values, num_prefix_tokens=prefix, backend=backend, **how)
+        return select_tokens(attention, values, num_prefix_tokens=prefix, backend=backend, **how)
 
 
 def assert_picks(attention, backend, prefix=0, **how):
@@ -153,6 +139,7 @@ def assert_picks_packed(attention, lengths, backend, prefix, channels=3, grid=No
         grid = torch.cat([torch.arange(length, device=device) - prefix for length in lengths])
     assert torch.equal(result.positions, grid[rows].int())
     assert torch.equal(result.cu_seqlens, cu_seqlens_of(kept_lengths, device))
+    assert result.lengths == kept_lengths
     assert result.max_seqlen == max(kept_lengths)
     assert torch.equal(result.values, values[rows])
     weight = torch.randn_like(result.values)
@@ -231,7 +218,7 @@ def test_known_counts_take_one_launch_and_mass_two(how, launches, packed, device
         layout = {"cu_seqlens": cu_seqlens_of([6, 6], device), "max_seqlen": 6}
     monkeypatch.setattr(selection, "INTERPRETED", False)  # interpreted kernels are checked by further operators
     with DeviceWork(selection) as work:
-        result = select(attention, values, num_prefix_tokens=1, backend="triton", **layout, **how)
+        result = select_tokens(attention, values, num_prefix_tokens=1, backend="triton", **layout, **how)
     assert work.launches == launches
     assert work.operators == [] or "mass" in how
     weight = torch.ones_like(result.values)
@@ -282,7 +269,7 @@ def test_backends_agree_where_rounding_decides(device, seed):
 def test_gradients_equal_those_of_indexing(backend, how, dtype, device, seed):
     attention = torch.rand(3, 2, 20, device=device, requires_grad=True)
     values = torch.randn(3, 21, 40, device=device).to(dtype).requires_grad_()
-    result = select(attention, values, num_prefix_tokens=1, backend=backend, **how)
+    result = select_tokens(attention, values, num_prefix_tokens=1, backend=backend, **how)
     weight = torch.randn(40, len(result.positions), device=device).to(dtype).mT  # its gradient is not contiguous
     with poisoned_memory():
         (grad,) = torch.autograd.grad(result.values, values, weight, retain_graph=True)
@@ -297,13 +284,13 @@ def test_positions_are_kept_for_any_strides(backend, device, seed):
     attention = torch.rand(12, 3, 2, device=device).permute(2, 1, 0)  # (2, 3, 12)
     values = torch.randn(8, 14, 2, device=device).permute(2, 1, 0)  # (2, 14, 8)
     grid = torch.stack([torch.randperm(50, device=device)[:12] for _ in range(2)])
-    result = select(attention, values, grid, k=4, num_prefix_tokens=2, backend=backend)
+    result = select_tokens(attention, values, grid, k=4, num_prefix_tokens=2, backend=backend)
     kept = picks(attention, k=4)
     for b, row in enumerate(kept):
         index = torch.tensor(row, device=device)
         assert result.positions[b * 6 : b * 6 + 6].tolist() == [-2, -1, *grid[b, index].tolist()]
         assert torch.equal(result.values[b * 6 + 2 : b * 6 + 6], values[b, index + 2])
-    alone = select(attention[:, 0], positions=grid, k=4, backend=backend)  # (B, N) is one head
+    alone = select_tokens(attention[:, 0], positions=grid, k=4, backend=backend)  # (B, N) is one head
     kept = picks(attention[:, :1], k=4)
     assert alone.values is None
     assert alone.positions.tolist() == [p for b, row in enumerate(kept) for p in grid[b, row].tolist()]
@@ -313,13 +300,13 @@ def test_positions_are_kept_for_any_strides(backend, device, seed):
 @pytest.mark.parametrize("how", [{"k": 2}, {"mass": 0.5}], ids=str)
 def test_an_empty_batch_gives_empty_results(backend, how, device):
     values = torch.zeros(0, 5, 3, device=device, requires_grad=True)
-    result = select(torch.zeros(0, 2, 4, device=device), values, num_prefix_tokens=1, backend=backend, **how)
+    result = select_tokens(torch.zeros(0, 2, 4, device=device), values, num_prefix_tokens=1, backend=backend, **how)
     assert result.values.shape == (0, 3)
     assert result.positions.shape == (0,)
     assert result.cu_seqlens.tolist() == [0]
     result.values.sum().backward()
     assert values.grad.shape == values.shape
-    packed = select(
+    packed = select_tokens(
         torch.zeros(2, 0, device=device), torch.zeros(0, 3, device=device), num_prefix_tokens=1, backend=backend,
         cu_seqlens=cu_seqlens_of([], device), max_seqlen=0, **({"k": []} if "k" in how else how),
     )  # fmt: skip
