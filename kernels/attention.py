@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from .backend import cdiv, contiguous_like, jit, launch, resolve_backend, tl
+from .cpu import call_cpp, suits_cpp
 from .dispatch import choose_attention, padded_head_dim
 from .gradients import any_order, gradients, transformed
-from .operators import operation, surely, traced, wants_gradient
+from .operators import differentiable, operation, surely, traced, wants_gradient
 from .rows import gather_rows, padding
 from .tiles import dot, load_row, load_rows, locate, scores_of_row, scores_of_tile, store_rows
 
 MAX_HEAD_DIM = 128
 MAX_SEQLEN = 4096
 LOG2_E = math.log2(math.e)
+MAX_CPP_LENGTH, MAX_CPP_LENGTH_BFLOAT16 = 1024, 64  # in C++, attention of longer sequences is left to torch
 KEPT_ROW_BYTES = 512  # On a CPU, softmax rows of up to this many bytes are kept for the backward pass.
 
 
@@ -63,6 +65,9 @@ def attention(
         # A traced graph serves many lengths, for some of which the backward pass may read the statistics.
         kept = traced(qkv) or (wants_gradient(qkv) and needs_statistics(qkv, max_seqlen))
         out, class_attention, _ = _attention(qkv, cu_seqlens, max_seqlen, scale, return_class_attention, kept)
+        return (out, class_attention) if return_class_attention else out
+    elif backend == "auto" and attention_suits_cpp(qkv, max_seqlen):
+        out, class_attention, _ = _attention_in_cpp(qkv, cu_seqlens, max_seqlen, scale, return_class_attention)
         return (out, class_attention) if return_class_attention else out
     elif _suits_kept_softmax(qkv, cu_seqlens.shape[0] - 1, max_seqlen):
         out = _kept_softmax(qkv, cu_seqlens.shape[0] - 1, scale)
@@ -205,6 +210,54 @@ class _KeptSoftmax(torch.autograd.Function):
         ds = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)  # sums in float32
         dq, dk, dv = torch.bmm(ds, k).mul_(ctx.scale), torch.bmm(ds.mT, q).mul_(ctx.scale), torch.bmm(p.mT, grad)
         return torch.stack((dq, dk, dv)), None
+
+
+def attention_suits_cpp(qkv: Tensor, max_seqlen: int) -> bool:
+    """Return whether attention on a CPU is computed in C++. For some lengths torch's bfloat16 products are faster."""
+    if not suits_cpp(qkv):
+        return False
+    return max_seqlen <= (MAX_CPP_LENGTH if qkv.dtype == torch.float32 else MAX_CPP_LENGTH_BFLOAT16)
+
+
+def attention_in_cpp(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, with_class: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the forward pass in C++.
+
+    Returns:
+        out (T, H, D); the class attention, (H, T) float32 if `with_class` and (H, 0) otherwise; and the logarithm of
+        the sum of each row's exponentials, (H, T) float32.
+    """
+    tokens, _, heads, head_dim = qkv.shape
+    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.contiguous()
+    out, logsumexp = qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(heads, tokens, dtype=torch.float32)
+    row = qkv.new_empty(heads, tokens if with_class else 0, dtype=torch.float32)
+    call_cpp(
+        "attention", out, row if with_class else None, logsumexp, qkv, cu_seqlens,
+        cu_seqlens.shape[0] - 1, tokens, heads, head_dim, scale,
+    )  # fmt: skip
+    return out, row, logsumexp
+
+
+def attention_backward_in_cpp(
+    grad_out: Tensor, qkv: Tensor, logsumexp: Tensor, cu_seqlens: Tensor, scale: float
+) -> Tensor:
+    """Compute the gradient (T, 3, H, D) of qkv in C++ from that of out and from what the forward pass returned."""
+    tokens, _, heads, head_dim = qkv.shape
+    qkv, grad = qkv.contiguous(), contiguous_like(qkv)
+    call_cpp(
+        "attention_backward", grad, grad_out.contiguous(), logsumexp, qkv, cu_seqlens.contiguous(),
+        cu_seqlens.shape[0] - 1, tokens, heads, head_dim, scale,
+    )  # fmt: skip
+    return grad
+
+
+def _save_for_backward_in_cpp(ctx, inputs, output) -> None:
+    qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, _ = inputs
+    _, row, logsumexp = output
+    ctx.save_for_backward(qkv, logsumexp, cu_seqlens)
+    ctx.mark_non_differentiable(row, logsumexp)
+    ctx.set_materialize_grads(False)
 
 
 @torch.no_grad()
@@ -698,4 +751,12 @@ def _backward(ctx, grad_out, *_):
     return grad, None, None, None, None, None
 
 
+@any_order(_derivative)
+def _backward_in_cpp(ctx, grad_out, *_):
+    if not suits_cpp(grad_out):
+        return _derivative(ctx, grad_out)
+    return attention_backward_in_cpp(grad_out, *ctx.saved_tensors, ctx.scale), None, None, None, None
+
+
+_attention_in_cpp = differentiable(attention_in_cpp, _save_for_backward_in_cpp, _backward_in_cpp)
 _attention = operation(attention_op, launch_attention, setup_context=_save_for_backward, backward=_backward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import FLOATS, check_floats, contiguous_like, gives_way, jit, launch, tl
+from .cpu import CPP_TYPES, call_cpp, suits_cpp
 from .dispatch import choose
 from .gradients import any_order, gradients
-from .operators import apply_of, traced, wants_gradient
+from .operators import apply_of, differentiable, traced, wants_gradient
 from .tiles import load_row, store_row
 
 MAX_CHANNELS = 4096  # in one tile; wider rows are left to plain torch
@@ -93,7 +94,11 @@ def _residual_norm(x, weight, bias, eps, update, gamma, dtype, backend, first: i
         backend = "torch"
     arguments = x, update, gamma, weight, bias, eps, dtype or _stream_dtype(x, update, gamma)
     if gives_way(backend, (x, update), (gamma, weight, bias)):
-        return _with_first(*residual_norm_reference(*arguments), first)
+        if backend == "auto" and not wants_gradient(gamma, weight, bias) and _suits_cpp(*arguments):
+            stream, normed, _ = _residual_norm_in_cpp(*arguments)
+        else:
+            stream, normed = residual_norm_reference(*arguments)
+        return _with_first(stream, normed, first)
     tracing = traced(x)
     if not tracing and wants_gradient(x, update):
         stream, normed, *of_first = apply_of(_ResidualNorm)(*arguments, first)
@@ -150,6 +155,39 @@ def _layer_norm(s: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     exact = torch.promote_types(s.dtype, torch.float32)
     weight, bias = (None if x is None else x.to(exact) for x in (weight, bias))
     return F.layer_norm(s.to(exact), s.shape[-1:], weight, bias, eps).to(dtype)
+
+
+def _suits_cpp(x, update, gamma, weight, bias, _, dtype) -> bool:
+    if dtype not in CPP_TYPES or not suits_cpp(x, update, gamma, weight, bias):
+        return False
+    return x.numel() > 0 and x.shape[-1] <= MAX_CHANNELS
+
+
+def residual_norm_in_cpp(x, update, gamma, weight, bias, eps, dtype):
+    """Do what `launch_residual_norm` does, in C++. Without an update, the stream is x."""
+    stream, normed, statistics = _fake_residual_norm(x, update, gamma, weight, bias, eps, dtype)
+    (rows, stride), channels = _as_rows(x), x.shape[-1]
+    update, gamma, weight, bias = _contiguous(update, gamma, weight, bias)
+    call_cpp(
+        "residual_norm", None if update is None else stream, normed, statistics, rows, update, gamma, weight, bias,
+        rows.numel() // channels, channels, stride, eps,
+    )  # fmt: skip
+    return x if update is None else stream, normed, statistics
+
+
+def residual_norm_backward_in_cpp(grad_stream, grad_normed, stream, statistics, gamma, weight, dtype, update_dtype):
+    """Do what `launch_residual_norm_backward` does, in C++."""
+    grads = _fake_residual_norm_backward(
+        grad_stream, grad_normed, stream, statistics, gamma, weight, dtype, update_dtype
+    )
+    (rows, stride), channels = _as_rows(stream), stream.shape[-1]
+    grad_x, grad_update = (grad if grad.numel() else None for grad in grads)
+    grad_stream, grad_normed, gamma, weight = _contiguous(grad_stream, grad_normed, gamma, weight)
+    call_cpp(
+        "residual_norm_backward", grad_x, grad_update, grad_stream, grad_normed, rows, statistics, gamma, weight,
+        rows.numel() // channels, channels, stride,
+    )  # fmt: skip
+    return grads
 
 
 @jit
@@ -405,20 +443,33 @@ def _derivative(ctx, grad_stream, grad_normed, *others):
 
 @any_order(_derivative)
 def _backward(ctx, grad_stream, grad_normed, *others):
-    (stream, statistics, gamma, weight, _), (stream_first, grad_first) = ctx.saved_tensors, _of_first(others)
+    (stream, *_), (stream_first, grad_first) = ctx.saved_tensors, _of_first(others)
     if grad_stream is None and grad_normed is not None:
         grad_stream = stream_first
     else:
         grad_stream = _total(stream, grad_stream, stream_first)
         grad_normed, grad_first = _total(stream, grad_normed, grad_first), None
+    tracing = traced(grad_stream, grad_normed, grad_first)
+    run = residual_norm_backward_op if tracing else launch_residual_norm_backward
+    return _gradients(ctx, run, grad_stream, grad_normed, grad_first)
+
+
+@any_order(_derivative)
+def _backward_in_cpp(ctx, grad_stream, grad_normed, _):
+    if not suits_cpp(grad_stream, grad_normed):
+        return _derivative(ctx, grad_stream, grad_normed)
+    return _gradients(ctx, residual_norm_backward_in_cpp, grad_stream, grad_normed)
+
+
+def _gradients(ctx, run: Callable, grad_stream, grad_normed, *grad_first) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all inputs. `run` computes them from those of the outputs."""
+    stream, statistics, gamma, weight, _ = ctx.saved_tensors
     if grad_normed is None:
         return _of_sum(ctx, grad_stream, gamma)
     x, update = _wanted(ctx)
     alike = gamma is None and x == update  # then both gradients are the same tensor
-    tracing = any(traced(grad) for grad in (grad_stream, grad_normed, grad_first) if grad is not None)
-    run = residual_norm_backward_op if tracing else launch_residual_norm_backward
     grad_x, grad_update = run(
-        grad_stream, grad_normed, stream, statistics, gamma, weight, x, None if alike else update, grad_first
+        grad_stream, grad_normed, stream, statistics, gamma, weight, x, None if alike else update, *grad_first
     )
     return _of_inputs(ctx, x and grad_x, update and (grad_x if alike else grad_update))
 
@@ -448,3 +499,12 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 residual_norm_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _save_for_backward_in_cpp(ctx, inputs, output) -> None:
+    stream, _, statistics = output
+    _keep(ctx, inputs, stream, statistics)
+    ctx.mark_non_differentiable(statistics)
+
+
+_residual_norm_in_cpp = differentiable(residual_norm_in_cpp, _save_for_backward_in_cpp, _backward_in_cpp)

@@ -14,14 +14,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 PLAIN = (Tensor, nn.Parameter)  # the classes of tensors that do nothing of their own
 
 
-def traced(*values: object) -> bool:
+def traced(*values: object, modes: int = 0) -> bool:
     """Return whether an operation on these values has to be a torch operator, so that something other than autograd can
     see it: torch.compile, torch.export or torch.jit.trace while it traces, a mode such as FakeTensorMode, a subclass of
     Tensor, tensors without values, or the batches of `torch.autograd.grad(is_grads_batched=True)`.
 
+    `modes` is how many modes of torch's dispatcher may be active, because they see the operation by other means.
+
     Everywhere else an operation can be its launcher, or a `torch.autograd.Function`, which cost the host less.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack() > modes:
         return True
     for x in values:  # a loop, because a generator would take twice as long
         if isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_meta or not torch._C._has_storage(x)):

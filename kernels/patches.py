@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .backend import cdiv, jit, launch, resolve_backend, tl
+from .cpu import CPP_TYPES, call_cpp, suits_cpp
 from .dispatch import choose
 from .gradients import any_order, transformed
-from .operators import operation
+from .operators import operation, wants_gradient
 from .rows import gather_rows, sequence_of_tokens
 
 
@@ -51,12 +52,16 @@ def gather_patches(
     """
     patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     _check_patches(images, positions, cu_seqlens, view, patch_size)
+    dtype = dtype or images.dtype
     if resolve_backend(backend, images.device) == "torch" or transformed():
-        patches, cells = patches_reference(images, positions, cu_seqlens, view, patch_size, dtype or images.dtype)
+        if backend == "auto" and dtype in CPP_TYPES and _suits_cpp(images):
+            patches, cells, inverse = gather_patches_in_cpp(images, positions, cu_seqlens, view, *patch_size, dtype)
+            return (patches, cells, inverse) if return_inverse else (patches, cells)
+        patches, cells = patches_reference(images, positions, cu_seqlens, view, patch_size, dtype)
         grid_size = images.shape[2] // patch_size[0], images.shape[3] // patch_size[1]
         inverse = inverse_reference(cells, cu_seqlens, grid_size) if return_inverse else None
     else:
-        patches, cells, inverse = _gather(images, positions, cu_seqlens, view, *patch_size, dtype or images.dtype)
+        patches, cells, inverse = _gather(images, positions, cu_seqlens, view, *patch_size, dtype)
     return (patches, cells, inverse) if return_inverse else (patches, cells)
 
 
@@ -151,6 +156,37 @@ def patches_reference(
         pixels = rows[..., None] * width + x[:, None, None]  # (T, C, ph, pw)
         patches = gather_rows(images.reshape(-1), pixels.flatten())
     return patches.view(tokens, channels * ph * pw).to(dtype), cells
+
+
+def _suits_cpp(images: Tensor) -> bool:
+    """Return whether patches are cut out in C++, which has no rule for gradients of the images."""
+    return images.dtype == torch.float32 and not wants_gradient(images) and suits_cpp(images)
+
+
+def gather_patches_in_cpp(
+    images: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    view: Tensor | None,
+    ph: int,
+    pw: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut out patches in C++. Returns what `launch_gather_patches` does."""
+    (batch, channels, height, width), tokens = images.shape, positions.shape[0]
+    patches, cells = images.new_empty(tokens, channels * ph * pw, dtype=dtype), torch.empty_like(positions)
+    inverse = positions.new_empty(batch, height // ph, width // pw)
+    call_cpp(
+        "gather_patches", patches, cells, inverse, images.contiguous(), positions.contiguous(), cu_seqlens.contiguous(),
+        *cpu_view(view), batch, channels, height // ph, width // pw, ph, pw,
+    )  # fmt: skip
+    return patches, cells, inverse
+
+
+def cpu_view(view: Tensor | None) -> tuple[Tensor | None, int]:
+    """Return a view as the functions in C++ read it, and how far apart the views of images are."""
+    view = None if view is None else view.to(torch.int64).contiguous()
+    return view, view_stride(view)
 
 
 def inverse_reference(cells: Tensor, cu_seqlens: Tensor, grid_size: tuple[int, int]) -> Tensor:

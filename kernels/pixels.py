@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import cdiv, jit, launch, next_power_of_2, resolve_backend, tl
+from .cpu import call_cpp, suits_cpp
 from .dispatch import choose
 from .operators import operation
-from .patches import check_images, check_view, load_view, view_stride, wrap
+from .patches import check_images, check_view, cpu_view, load_view, view_stride, wrap
 from .rows import sequence_of_tokens
 
 # The neighbours that total variation compares, as (dy, dx) from the upper pixel: right, down, and the two diagonals.
@@ -134,7 +135,10 @@ def pixel_step(
     if not plain and images.dtype != torch.float32:
         raise ValueError(f'images are {images.dtype}: backend "triton" takes torch.float32')
     numbers = *patch_size, float(lr), *map(float, betas), float(eps), float(tv_l2), float(l2)
-    return (pixel_step_reference if plain else _pixel_step)(
+    run = pixel_step_reference if plain else _pixel_step
+    if plain and backend == "auto" and images.dtype == torch.float32 and suits_cpp(images, grad):
+        run = pixel_step_in_cpp
+    return run(
         next_images, exp_avg, exp_avg_sq, step, images, grad, sites, lowest, highest, inverse, view, *numbers,
         pixel_grad, norm,
     )  # fmt: skip
@@ -243,6 +247,46 @@ def pixel_step_reference(
     pixels = (pixels.view_as(update) - update).view(len(sites), channels, ph * pw)
     pixels = torch.minimum(torch.maximum(pixels, lowest[:, None]), highest[:, None])
     next_images.view(-1, pw).index_copy_(0, runs, pixels.view(-1, pw))
+    return prior
+
+
+def pixel_step_in_cpp(
+    next_images: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor,
+    images: Tensor, grad: Tensor, sites: Tensor, lowest: Tensor, highest: Tensor,
+    inverse: Tensor | None, view: Tensor | None,
+    ph: int, pw: int,
+    lr: float, beta1: float, beta2: float, eps: float, tv_l2: float, l2: float,
+    pixel_grad: Tensor | None = None, norm: str = "batch",
+) -> Tensor:  # fmt: skip
+    """Do what `pixel_step_reference` does on a CPU in C++."""
+    batch, channels, height, width = images.shape
+    shape = len(sites), channels, height // ph, width // pw, ph, pw
+    prior, scales = images.new_zeros(()), None
+    if tv_l2 or l2:
+        squares = images.new_empty(len(sites), SUMS, dtype=torch.float64)
+        call_cpp("prior_squares", squares, images, sites, *shape)
+        if norm == "image":
+            image, row, column, _ = sites.long().unbind(1)
+            cells = squares.new_zeros(batch, shape[2] * shape[3], SUMS)  # as in `norm_of_images`
+            sums = cells.index_put_((image, row * shape[3] + column), squares).sum(1)
+        else:
+            sums = squares.sum(0)
+        norms = sums.sqrt_()
+        prior = (tv_l2 * norms[..., :-1].sum() + l2 * norms[..., -1].sum()).to(images.dtype)
+        scales = norms.reciprocal().masked_fill_(norms == 0, 0)
+        scales[..., :-1] *= tv_l2
+        scales[..., -1] *= l2
+        scales = scales.to(images.dtype)
+    step += 1
+    n = step.double().view(-1)
+    corrections = torch.stack((lr / (1 - beta1**n), (1 - beta2**n).rsqrt()), 1).to(images.dtype)  # (B, 2) or (1, 2)
+    call_cpp(
+        "pixel_step", next_images, exp_avg, exp_avg_sq, images, grad.contiguous(),
+        None if pixel_grad is None else pixel_grad.contiguous(), sites, lowest, highest,
+        None if inverse is None else inverse.contiguous(), *cpu_view(view), scales, SUMS if norm == "image" else 0,
+        corrections, 2 if len(corrections) > 1 else 0, 1 - beta1, beta2, 1 - beta2, eps, *shape,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version([x for x in (next_images, exp_avg, exp_avg_sq) if not x.is_inference()])
     return prior
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smi_fast.backbones.attend import Attend
 from smi_fast.backbones.support import obstacle, weight_and_bias
-from smi_fast.kernels import residual_norm, residual_norm_of_first, resolve_backend
+from smi_fast.kernels import residual_norm, residual_norm_of_first
 
 LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 SCALES, PATHS = (nn.Identity, LayerScale), (nn.Identity, DropPath)
@@ -51,9 +51,9 @@ def add(x: Tensor, update: Tensor, scale: nn.Module, drop_path: nn.Module) -> St
 def normalise(stream: Stream, norm: nn.Module, backend: str) -> tuple[Tensor, Tensor]:
     """Return the tokens of the stream and norm(tokens).
 
-    Modifications: the Triton backend computes both, and the cast that autocast asks of the next product, in one kernel.
+    Modifications: one kernel computes both, and the cast that autocast asks of the next product.
     """
-    if _has_kernel(stream, norm, backend):
+    if _is_plain(norm):
         return residual_norm(**_arguments(stream, norm, backend))
     x = stream.sum()
     return x, norm(x)
@@ -64,18 +64,14 @@ def normalise_of_first(stream: Stream, norm: nn.Module, attend: Attend, count: i
 
     Modifications: as in `normalise`. If the sequences are equally long, the backward pass fills nothing with zeros.
     """
-    if stream.x.ndim == 3 and _has_kernel(stream, norm, attend.backend):
+    if stream.x.ndim == 3 and _is_plain(norm):
         return residual_norm_of_first(first=count, **_arguments(stream, norm, attend.backend))
     x, normed = normalise(stream, norm, attend.backend)
     return attend.first(x, count), normed, attend.first(normed, count)
 
 
-def _has_kernel(stream: Stream, norm: nn.Module, backend: str) -> bool:
-    return (
-        resolve_backend(backend, stream.x.device) == "triton"
-        and obstacle(norm, LAYER_NORMS) is None
-        and not norm.__dict__.get("_fast_norm")
-    )
+def _is_plain(norm: nn.Module) -> bool:
+    return obstacle(norm, LAYER_NORMS) is None and not norm.__dict__.get("_fast_norm")
 
 
 def _arguments(stream: Stream, norm: nn.Module, backend: str) -> dict[str, Any]:

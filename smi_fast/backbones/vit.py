@@ -31,6 +31,7 @@ from smi_fast.backbones.importance import pooling_attention, pools_by_attention
 from smi_fast.backbones.pruning import Drop, Merge, Prune, check_prune
 from smi_fast.backbones.stream import Stream, normalise
 from smi_fast.backbones.support import (
+    PLAIN,
     SEQUENTIAL,
     UnsupportedModelError,
     block_obstacle,
@@ -231,6 +232,12 @@ class AcceleratedViT(VisionTransformer):
         ):
             return torch.bfloat16
         return weight.dtype
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all modules are timm's and torch's own, without hooks or methods of others."""
+        model, *parts = self.modules()
+        return obstacle(model, tuple(TIMM_CLASSES)) is None and all(obstacle(part, PLAIN) is None for part in parts)
 
     @property
     def num_channels(self) -> int:

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from smi_fast.backbones.base import Backbone, frozen
 from smi_fast.backbones.pruning import Mass
-from smi_fast.backbones.vit import as_backbone
+from smi_fast.backbones.vit import AcceleratedViT, as_backbone
 from smi_fast.inversion.graphs import Replayed, free_memory, has_graphs, side_stream
 from smi_fast.inversion.objectives import Loss, Objective, as_loss, deep_inversion
 from smi_fast.inversion.priors import ImagePrior, PixelLoss
 from smi_fast.inversion.schedule import StoppingSchedule, as_schedule
 from smi_fast.inversion.selection import Scores, check_strategy, scores
 from smi_fast.inversion.state import InversionState, Stage
+from smi_fast.inversion.tape import Taped
 from smi_fast.inversion.views import random_views
 from smi_fast.seeds import check_seed, seeded_generator
 
@@ -139,9 +140,11 @@ class Inverter:
         dtype, backend: arguments for `accelerate`. They cannot be given with a model that is accelerated already.
         compile: fuse the operations around the matrix products with torch.compile, which takes a minute before the
             first iteration.
-        cuda_graphs: on a GPU, capture an iteration of each stage and replay it. The Python code of your own loss then
-            runs at most six times per stage, so turn this off if, for example, the loss counts its calls. A loss that
-            cannot be captured runs without a graph, and a warning says so.
+        graphs: on a GPU, capture an iteration of each stage as a CUDA graph and replay it. The Python code of your own
+            loss then runs at most six times per stage, so turn this off if, for example, the loss counts its calls. A
+            loss that cannot be captured runs without a graph, and a warning says so. On a CPU, record the operators of
+            an iteration and run them again without the model's Python code. That is only done for `deep_inversion` and
+            for a model that consists of timm's and torch's modules and has no hooks.
         progress: show a progress bar with iteration, tokens per image and loss.
 
     Raises:
@@ -169,7 +172,7 @@ class Inverter:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         compile: bool = False,
-        cuda_graphs: bool = True,
+        graphs: bool = True,
         progress: bool = True,
     ):
         _check_numbers(iterations, lr, betas, jitter, flip)
@@ -190,7 +193,7 @@ class Inverter:
             raise ValueError('select="lowest" cannot keep a mass of attention: the schedule has to hold fractions')
         self.iterations, self.lr, self.betas = iterations, lr, betas
         self.jitter, self.flip, self.view_per_image = jitter, flip, view_per_image
-        self.cuda_graphs, self.progress = cuda_graphs, progress
+        self.graphs, self.progress = graphs, progress
         self._compiled = compile
         self._outputs = torch.compile(self.backbone.outputs) if compile else self.backbone.outputs
         self.mean = tuple(map(float, self.backbone.mean if mean is None else mean))
@@ -262,7 +265,7 @@ class Inverter:
                         if current.iteration == stage.start and stage.start:
                             self._stop(current, stops[stage.start])
                         stage = self._enter(current, stage)
-                        replayed = Replayed(step) if self.cuda_graphs and has_graphs(device) else step
+                        replayed = self._replayed(step)
                         for iteration in range(current.iteration, stage.end):
                             measures = iteration + 1 in stops
                             if measures:  # a stage's last iteration, which frees the memory of its graphs
@@ -367,6 +370,18 @@ class Inverter:
         )
         current.record(loss.detach() + value)
         return outputs.importance
+
+    def _replayed(self, step: Callable[[int], object]) -> Callable[[int], object]:
+        """Return what calls `step` in a stage, which may replay it."""
+        if self.graphs and has_graphs(self.backbone.device):
+            return Replayed(step)
+        return Taped(step) if self.graphs and self._runs_only_known_code() else step
+
+    def _runs_only_known_code(self) -> bool:
+        """Return whether nothing but operators decides what an iteration on a CPU does."""
+        known = type(self.objective) is deep_inversion and (self.prior is None or isinstance(self.prior, ImagePrior))
+        plain = isinstance(self.backbone, AcceleratedViT) and self.backbone.is_plain
+        return known and plain and not self._compiled and self.backbone.device.type == "cpu"
 
     @contextmanager
     def _inverting(self, device: torch.device) -> Iterator[None]:

@@ -183,19 +183,19 @@ def test_cast_weights_give_the_same_numbers_and_are_gone_afterwards(model, pack)
 @pytest.mark.parametrize("objective", [deep_inversion(1e-2, 1e-3), users_loss], ids=["fused", "user"])
 def test_cuda_graphs_give_the_bits_of_the_loop_without(model, objective):
     options = {"stopping": StoppingSchedule(STOPS), "objective": objective, "iterations": 24, "progress": False}
-    with_graphs, without = (Inverter(model.cuda(), cuda_graphs=on, **options).run([0, 3]) for on in (True, False))
+    with_graphs, without = (Inverter(model.cuda(), graphs=on, **options).run([0, 3]) for on in (True, False))
     assert torch.equal(with_graphs.losses, without.losses)
     assert torch.equal(with_graphs.images, without.images)
 
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("error:iterations run without a CUDA graph")
-@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("objective", [deep_inversion(1e-2, 1e-3), users_loss], ids=["fused", "user"])
-def test_no_iteration_waits_for_the_gpu(model, objective, cuda_graphs):
+def test_no_iteration_waits_for_the_gpu(model, objective, graphs):
     """The bar is shown, and the callback runs."""
     inverter = Inverter(model.cuda(), objective=objective, stopping=StoppingSchedule({10: 0.3}), iterations=30,
-                        cuda_graphs=cuda_graphs)  # fmt: skip
+                        graphs=graphs)  # fmt: skip
 
     def forbid(step):
         inside = 3 <= step.iteration < 8 or 14 <= step.iteration < 28  # behind the captures, which wait
@@ -228,4 +228,4 @@ def test_a_loss_that_waits_for_the_gpu_runs_without_graphs(model):
     options = {"stopping": StoppingSchedule(STOPS), "objective": impatient, "iterations": 16, "progress": False}
     with pytest.warns(UserWarning, match="without a CUDA graph"):
         result = Inverter(model.cuda(), **options).run([0, 3])
-    assert torch.equal(result.losses, Inverter(model, cuda_graphs=False, **options).run([0, 3]).losses)
+    assert torch.equal(result.losses, Inverter(model, graphs=False, **options).run([0, 3]).losses)

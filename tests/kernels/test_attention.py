@@ -25,6 +25,7 @@ from smi_fast.kernels.attention import (
     launch_attention,
     launch_attention_backward,
 )
+from smi_fast.kernels.cpu import suits_cpp
 from smi_fast.kernels.dispatch import override
 
 HEAD_DIMS = [8, 16, 24, 32, 48, 64, 72, 80, 88, 96, 104, 112, 120, 128]
@@ -151,6 +152,27 @@ def test_short_sequences_on_a_cpu_obey_the_2x_rule(dtype, batch, length, head_di
     check([length] * batch, 3, head_dim, dtype, "cpu", "torch")
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_cpp_obeys_the_2x_rule(dtype, head_dim, seed, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules[attention.__module__], "attention_suits_cpp", lambda qkv, max_seqlen: suits_cpp(qkv)
+    )
+    magnitude = MAGNITUDES[HEAD_DIMS.index(head_dim) % 4]
+    check([1, 15, 16, 17, 0, 47, 64], 2, head_dim, dtype, "cpu", "auto", magnitude=magnitude)
+    check([197, 197], 3, head_dim, dtype, "cpu", "auto")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_query_that_is_nan_reaches_its_own_row_only(dtype, seed):
+    qkv = torch.randn(20, 3, 2, 16).to(dtype)
+    qkv[3, 0, 1] = torch.nan
+    out = attention(qkv, cu_seqlens_of([12, 8]), 12)
+    assert out[3, 1].isnan().all()
+    out[3, 1] = 0
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("lengths", [(150, 150), (150, 0, 131)], ids=str)
 def test_long_and_ragged_sequences_on_a_cpu_have_the_bits_of_torchs_own_attention(lengths, seed):
     qkv = torch.randn(sum(lengths), 3, 2, 16, requires_grad=True)
@@ -174,13 +196,13 @@ def test_long_sequences_on_a_cpu_keep_no_softmax(seed):
     assert max(kept) < batch * heads * length**2
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
 @pytest.mark.parametrize("lengths", [[5, 5, 5], [7, 1, 3], [4, 0, 6], [0, 1], [9]], ids=str)
 def test_uniform_ragged_and_empty_sequences_follow_the_formula(lengths, backend, device, seed):
     check(lengths, 2, 16, torch.float32, device, backend, scale=0.37)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
 def test_large_scores_neither_overflow_nor_leak_into_masked_keys(backend, device, seed):
     """With scores far below zero, a masked key's score of 0 would take all of the softmax."""
     lengths = [5, 17, 33]
@@ -194,7 +216,7 @@ def test_large_scores_neither_overflow_nor_leak_into_masked_keys(backend, device
         )
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
 def test_class_attention_sums_to_one_and_has_no_gradient(backend, device, seed):
     lengths = [6, 1, 40]
     qkv = torch.randn(sum(lengths), 3, 2, 32, device=device, requires_grad=True)
@@ -205,7 +227,7 @@ def test_class_attention_sums_to_one_and_has_no_gradient(backend, device, seed):
         torch.testing.assert_close(part.sum(1), torch.ones(2, device=device), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
 def test_strides_do_not_matter(backend, device, seed):
     lengths, cu_seqlens = [5, 9], cu_seqlens_of([5, 9], device)
     plain = torch.randn(14, 3, 2, 16, device=device)
@@ -225,7 +247,7 @@ def test_strides_do_not_matter(backend, device, seed):
     torch.testing.assert_close(total, ones["grad"])  # sum() hands back a gradient of stride 0
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
 @pytest.mark.parametrize("batch", [0, 2])
 def test_no_tokens_give_empty_results_and_gradients(batch, backend, device):
     qkv = torch.empty(0, 3, 2, 16, device=device, requires_grad=True)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import smi_fast
 from smi_fast.models import cifar10_vit
 
-BOTH = pytest.mark.parametrize("backend", ["torch", "triton"])
+BOTH = pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
 VIEW = torch.tensor([3, -5, 1])
 
 

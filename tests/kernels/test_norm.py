@@ -27,7 +27,7 @@ from smi_fast.kernels.norm import (
     residual_norm_op,
 )
 
-BOTH = pytest.mark.parametrize("backend", ["torch", "triton"])
+BOTH = pytest.mark.parametrize("backend", ["torch", "triton", "auto"])
 MODULE, EPS = sys.modules[residual_norm.__module__], 1e-6
 SINGLE, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [
@@ -77,7 +77,7 @@ def draw(shape, stream, dtype, device, with_update=True, with_gamma=True, affine
     return (x, update, gamma, weight, bias), (torch.randn(shape, device=device).to(stream), x.new_empty(0))
 
 
-def check(shape, stream, dtype, device, **options):
+def check(shape, stream, dtype, device, backend="triton", **options):
     def case():
         inputs, (grad_stream, _) = draw(shape, stream, dtype, device, **options)
         grads = grad_stream, torch.randn(shape, device=device).to(dtype)
@@ -86,10 +86,18 @@ def check(shape, stream, dtype, device, **options):
 
     inputs, grads, exact, plain = case()
     with poisoned_memory():
-        result = run(inputs, grads, dtype, "triton")
+        result = run(inputs, grads, dtype, backend)
     assert {name: t.dtype for name, t in result.items()} == {name: t.dtype for name, t in plain[1].items()}
     assert_within_twice(result, with_errors_elsewhere(plain, exact, case, 6), exact)
     return result
+
+
+@pytest.mark.parametrize(("stream", "dtype"), [(SINGLE, BF16), (SINGLE, SINGLE), (BF16, BF16)])
+@pytest.mark.parametrize("channels", WIDTHS)
+def test_cpp_obeys_the_2x_rule(channels, stream, dtype, seed):
+    check((5, channels), stream, dtype, "cpu", "auto")
+    check((300, 2, channels), stream, dtype, "cpu", "auto", with_gamma=False, affine=False)
+    check((1, channels), stream, dtype, "cpu", "auto", with_update=False, with_gamma=False)
 
 
 def matrix():

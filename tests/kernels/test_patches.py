@@ -10,7 +10,7 @@ from smi_fast.kernels import gather_patches, view_cells
 from smi_fast.kernels import patches as patches_module
 from smi_fast.kernels.patches import gather_patches_backward_op, gather_patches_op
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "auto"]
 
 
 def nearest_cell(position, dy, dx, flip, grid, patch):

@@ -19,7 +19,7 @@ from smi_fast.kernels.pixels import (
     zero_unless,
 )
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "auto"]
 ADAM = {"lr": 0.25, "betas": (0.5, 0.99)}
 # So small that no gradient comes near zero, where a step of Adam divides rounding errors by rounding errors.
 PRIOR = {"tv_l2": 0.2, "l2": 0.2}
