@@ -20,7 +20,7 @@ from smi_fast.kernels.cpu import recording
 
 UNREPEATABLE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 LIFT_FRESH = torch.ops.aten.lift_fresh.default  # torch.tensor(number)
-AS_STRIDED = torch.ops.aten.as_strided.default
+AS_STRIDED, INDEX = torch.ops.aten.as_strided.default, torch.ops.aten.index.Tensor
 
 
 class Taped:
@@ -53,6 +53,15 @@ class Taped:
             self.function(number)
 
 
+def _is_repeatable(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Return whether an operator neither makes a tensor of a number nor gives values or sizes that values decide."""
+    if func is INDEX:
+        return not any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    if func is torch.ops.aten.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is not None
+    return func is not LIFT_FRESH and UNREPEATABLE.isdisjoint(func.tags)
+
+
 class Tape(TorchDispatchMode):
     """Records the operators that run in its context. Autograd is not on the tape, but what it runs is.
 
@@ -75,8 +84,7 @@ class Tape(TorchDispatchMode):
         found, reads = tree_leaves(result), []
         arguments = [self._write(x, reads) for x in args]
         arguments += [f"{name}={self._write(x, reads)}" for name, x in kwargs.items()]
-        if func is LIFT_FRESH or (not UNREPEATABLE.isdisjoint(func.tags) and kwargs.get("output_size") is None):
-            self.repeatable = False
+        self.repeatable &= _is_repeatable(func, args, kwargs)
         if func._schema.is_mutable or not found or any(isinstance(x, Tensor) and self._is_new(x) for x in found):
             target = self._bind(result, reads)
             self._line(f"{target} = {self._constant(func)}({', '.join(arguments)})", reads)

@@ -86,7 +86,7 @@ def users_loss(logits, images, targets):
 def test_a_replayed_iteration_gives_the_same_bits(model, monkeypatch, options):
     options = {
         "stopping": StoppingSchedule(STOPS), "objective": deep_inversion(1e-2, 1e-3), "iterations": 16, "jitter": 1 / 2,
-        "progress": False, **options,
+        "progress": False, "backend": "torch", **options,
     }  # fmt: skip
     expected = Inverter(model, **options).run([0, 3])
     monkeypatch.setattr(inverter_module, "has_graphs", lambda device: True)
