@@ -9,6 +9,7 @@ if __name__ == "smi_fast.kernels":
     from .attention import MAX_HEAD_DIM, attention
     from .backend import resolve_backend, triton_status
     from .class_attention import class_attention
+    from .cpu import cpu_status
     from .cross_entropy import cross_entropy
     from .embedding import embed_tokens
     from .mlp import bias_gelu
@@ -24,6 +25,7 @@ __all__ = [
     "attention",
     "bias_gelu",
     "class_attention",
+    "cpu_status",
     "cross_entropy",
     "embed_tokens",
     "gather_patches",

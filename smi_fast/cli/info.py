@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
         "device": device_name(device),
         "backend": kernels.resolve_backend("auto", device),
         "triton": kernels.triton_status(),
+        "cpu": kernels.cpu_status(),
         "model": f"{MODEL_INSIDE} comes with smi-fast, with {accuracy:.2%} accuracy on the CIFAR-10 test split",
     }
     for name, value in lines.items():
