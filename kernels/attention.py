@@ -225,28 +225,28 @@ def attention_in_cpp(
     """Run the forward pass in C++.
 
     Returns:
-        out (T, H, D); the class attention, (H, T) float32 if `with_class` and (H, 0) otherwise; and the logarithm of
-        the sum of each row's exponentials, (H, T) float32.
+        out (T, H, D); the class attention, (H, T) float32 if `with_class` and (H, 0) otherwise; and the statistics of
+        the softmax, (2, H, T) float32.
     """
     tokens, _, heads, head_dim = qkv.shape
     qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.contiguous()
-    out, logsumexp = qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(heads, tokens, dtype=torch.float32)
+    out, statistics = qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(2, heads, tokens, dtype=torch.float32)
     row = qkv.new_empty(heads, tokens if with_class else 0, dtype=torch.float32)
     call_cpp(
-        "attention", out, row if with_class else None, logsumexp, qkv, cu_seqlens,
+        "attention", out, row if with_class else None, statistics, qkv, cu_seqlens,
         cu_seqlens.shape[0] - 1, tokens, heads, head_dim, scale,
     )  # fmt: skip
-    return out, row, logsumexp
+    return out, row, statistics
 
 
 def attention_backward_in_cpp(
-    grad_out: Tensor, qkv: Tensor, logsumexp: Tensor, cu_seqlens: Tensor, scale: float
+    grad_out: Tensor, qkv: Tensor, statistics: Tensor, cu_seqlens: Tensor, scale: float
 ) -> Tensor:
     """Compute the gradient (T, 3, H, D) of qkv in C++ from that of out and from what the forward pass returned."""
     tokens, _, heads, head_dim = qkv.shape
     qkv, grad = qkv.contiguous(), contiguous_like(qkv)
     call_cpp(
-        "attention_backward", grad, grad_out.contiguous(), logsumexp, qkv, cu_seqlens.contiguous(),
+        "attention_backward", grad, grad_out.contiguous(), statistics, qkv, cu_seqlens.contiguous(),
         cu_seqlens.shape[0] - 1, tokens, heads, head_dim, scale,
     )  # fmt: skip
     return grad
@@ -254,9 +254,9 @@ def attention_backward_in_cpp(
 
 def _save_for_backward_in_cpp(ctx, inputs, output) -> None:
     qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, _ = inputs
-    _, row, logsumexp = output
-    ctx.save_for_backward(qkv, logsumexp, cu_seqlens)
-    ctx.mark_non_differentiable(row, logsumexp)
+    _, row, statistics = output
+    ctx.save_for_backward(qkv, statistics, cu_seqlens)
+    ctx.mark_non_differentiable(row, statistics)
     ctx.set_materialize_grads(False)
 
 

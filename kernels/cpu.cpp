@@ -260,7 +260,7 @@ void store_head(const Rows& rows, int64_t first, const float* x, const Shape& s)
   }
 }
 
-void attend_head(const Rows& out, float* class_attention, float* logsumexp, const Rows& q, const Rows& k, const Rows& v, int64_t first,
+void attend_head(const Rows& out, float* class_attention, float* highests, float* shares, const Rows& q, const Rows& k, const Rows& v, int64_t first,
                  const Shape& s, float scale) {
   const int64_t n = s.length, area = n * s.width;
   float* memory = scratch(3 * area + s.width * s.columns + n * s.columns);
@@ -280,15 +280,16 @@ void attend_head(const Rows& out, float* class_attention, float* logsumexp, cons
     const float total = sum(n, [&](int64_t j) { return row[j]; });
     const float share = 1 / total;
     for (int64_t j = 0; j < n; ++j) row[j] *= share;
-    logsumexp[first + i] = highest + std::log(total);
+    highests[first + i] = highest;
+    shares[first + i] = share;
   }
   if (class_attention != nullptr && n > 0) std::copy(p, p + n, class_attention + first);
   multiply(n, s.width, n, {p, s.columns, 1}, values, s.width, result, s.width);
   store_head(out, first, result, s);
 }
 
-void attend_head_backward(const Rows& dq, const Rows& dk, const Rows& dv, const Rows& grad, const float* logsumexp,
-                          const Rows& q, const Rows& k, const Rows& v, int64_t first, const Shape& s, float scale) {
+void attend_head_backward(const Rows& dq, const Rows& dk, const Rows& dv, const Rows& grad, const float* highests,
+                          const float* shares, const Rows& q, const Rows& k, const Rows& v, int64_t first, const Shape& s, float scale) {
   const int64_t n = s.length, area = n * s.width;
   float* memory = scratch(4 * area + s.width * s.columns + 2 * n * s.columns);
   float *queries = memory, *keys = memory + area, *grads = memory + 2 * area, *rows = memory + 3 * area;
@@ -303,8 +304,8 @@ void attend_head_backward(const Rows& dq, const Rows& dk, const Rows& dv, const 
   multiply(n, s.columns, s.head_dim, {queries, s.width, 1}, transposed, s.columns, p, s.columns);
   for (int64_t i = 0; i < n; ++i) {
     float *p_row = p + i * s.columns, *ds_row = ds + i * s.columns;
-    const float shift = logsumexp[first + i];
-    for (int64_t j = 0; j < n; ++j) p_row[j] = exponential(p_row[j] * scale - shift);
+    const float highest = highests[first + i], share = shares[first + i];
+    for (int64_t j = 0; j < n; ++j) p_row[j] = exponential(p_row[j] * scale - highest) * share;
     const float delta = sum(n, [&](int64_t j) { return p_row[j] * ds_row[j]; });
     for (int64_t j = 0; j < n; ++j) ds_row[j] = scale * p_row[j] * (ds_row[j] - delta);
   }
@@ -521,23 +522,24 @@ void residual_norm_backward(void* grad_x, int64_t grad_x_type, void* grad_update
     residual_norm_backward_row(dx, du, ds, dn, stream, statistics, scale, factors, row, channels);
 }
 
-// qkv (T, 3, H, D) -> out (T, H, D), logsumexp (H, T), and the class attention (H, T) unless that is null.
-void attention(void* out, int64_t, float* class_attention, float* logsumexp, void* qkv, int64_t type,
+// qkv (T, 3, H, D) -> out (T, H, D), the highest score and 1 / sum of each softmax row (2, H, T), and the class attention
+// (H, T) unless that is null.
+void attention(void* out, int64_t, float* class_attention, float* statistics, void* qkv, int64_t type,
                const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, float scale,
                int64_t threads) {
   const int64_t width = heads * head_dim;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t task = 0; task < batch * heads; ++task) {
-    const int64_t sequence = task / heads, head = task % heads, offset = head * head_dim, statistics = head * tokens;
+    const int64_t sequence = task / heads, head = task % heads, offset = head * head_dim;
     const int64_t first = cu_seqlens[sequence];
     const Shape shape(cu_seqlens[sequence + 1] - first, head_dim);
     auto part = [&](int64_t number) { return rows(qkv, type, 3 * width, number * width + offset); };
-    attend_head(rows(out, type, width, offset), class_attention == nullptr ? nullptr : class_attention + statistics,
-                logsumexp + statistics, part(0), part(1), part(2), first, shape, scale);
+    attend_head(rows(out, type, width, offset), class_attention == nullptr ? nullptr : class_attention + head * tokens,
+                statistics + head * tokens, statistics + (heads + head) * tokens, part(0), part(1), part(2), first, shape, scale);
   }
 }
 
-void attention_backward(void* dqkv, int64_t, void* grad, int64_t, const float* logsumexp, void* qkv, int64_t type,
+void attention_backward(void* dqkv, int64_t, void* grad, int64_t, const float* statistics, void* qkv, int64_t type,
                         const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
                         float scale, int64_t threads) {
   const int64_t width = heads * head_dim;
@@ -548,7 +550,7 @@ void attention_backward(void* dqkv, int64_t, void* grad, int64_t, const float* l
     const Shape shape(cu_seqlens[sequence + 1] - first, head_dim);
     auto part = [&](void* data, int64_t number) { return rows(data, type, 3 * width, number * width + offset); };
     attend_head_backward(part(dqkv, 0), part(dqkv, 1), part(dqkv, 2), rows(grad, type, width, offset),
-                         logsumexp + head * tokens, part(qkv, 0), part(qkv, 1), part(qkv, 2), first, shape, scale);
+                         statistics + head * tokens, statistics + (heads + head) * tokens, part(qkv, 0), part(qkv, 1), part(qkv, 2), first, shape, scale);
   }
 }
 

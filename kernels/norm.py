@@ -443,27 +443,27 @@ def _derivative(ctx, grad_stream, grad_normed, *others):
 
 @any_order(_derivative)
 def _backward(ctx, grad_stream, grad_normed, *others):
-    (stream, *_), (stream_first, grad_first) = ctx.saved_tensors, _of_first(others)
+    saved, (stream_first, grad_first) = ctx.saved_tensors, _of_first(others)  # which torch lets a checkpoint read once
     if grad_stream is None and grad_normed is not None:
         grad_stream = stream_first
     else:
-        grad_stream = _total(stream, grad_stream, stream_first)
-        grad_normed, grad_first = _total(stream, grad_normed, grad_first), None
+        grad_stream = _total(saved[0], grad_stream, stream_first)
+        grad_normed, grad_first = _total(saved[0], grad_normed, grad_first), None
     tracing = traced(grad_stream, grad_normed, grad_first)
     run = residual_norm_backward_op if tracing else launch_residual_norm_backward
-    return _gradients(ctx, run, grad_stream, grad_normed, grad_first)
+    return _gradients(ctx, saved, run, grad_stream, grad_normed, grad_first)
 
 
 @any_order(_derivative)
 def _backward_in_cpp(ctx, grad_stream, grad_normed, _):
     if not suits_cpp(grad_stream, grad_normed):
         return _derivative(ctx, grad_stream, grad_normed)
-    return _gradients(ctx, residual_norm_backward_in_cpp, grad_stream, grad_normed)
+    return _gradients(ctx, ctx.saved_tensors, residual_norm_backward_in_cpp, grad_stream, grad_normed)
 
 
-def _gradients(ctx, run: Callable, grad_stream, grad_normed, *grad_first) -> tuple[Tensor | None, ...]:
+def _gradients(ctx, saved: tuple, run: Callable, grad_stream, grad_normed, *grad_first) -> tuple[Tensor | None, ...]:
     """Return the gradients of all inputs. `run` computes them from those of the outputs."""
-    stream, statistics, gamma, weight, _ = ctx.saved_tensors
+    stream, statistics, gamma, weight, _ = saved
     if grad_normed is None:
         return _of_sum(ctx, grad_stream, gamma)
     x, update = _wanted(ctx)

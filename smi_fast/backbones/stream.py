@@ -77,6 +77,7 @@ def _is_plain(norm: nn.Module) -> bool:
 def _arguments(stream: Stream, norm: nn.Module, backend: str) -> dict[str, Any]:
     device = stream.x.device.type
     weight, bias = weight_and_bias(norm)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return {
         "x": stream.x,
         "weight": weight,
@@ -84,6 +85,6 @@ def _arguments(stream: Stream, norm: nn.Module, backend: str) -> dict[str, Any]:
         "eps": norm.eps,
         "update": stream.update,
         "gamma": stream.gamma,
-        "dtype": torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        "dtype": torch.get_autocast_dtype(device) if autocast else None,
         "backend": backend,
     }
