@@ -81,17 +81,30 @@ constexpr int kLanes = 8, kTileRows = 4, kTileVectors = 3;  // 12 of 16
 #endif
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
-// Sums term(i) for i in 0..n-1, in an order that hangs on n alone.
+// A sum of many terms, in an order that hangs on their number alone.
+struct Sum {
+  float parts[kLanes] = {};
+
+  // Adds term(i) for i in 0..n-1.
+  template <class F>
+  void add(int64_t n, F term) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) parts[lane] += term(i + lane);
+    for (int lane = 0; i < n; ++i, ++lane) parts[lane] += term(i);
+  }
+  float total() {
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
+    return parts[0];
+  }
+};
+
 template <class F>
 float sum(int64_t n, F term) {
-  float parts[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) parts[lane] += term(i + lane);
-  for (int lane = 0; i < n; ++i, ++lane) parts[lane] += term(i);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
-  return parts[0];
+  Sum terms;
+  terms.add(n, term);
+  return terms.total();
 }
 
 // ---- Residual sum and LayerNorm
@@ -392,12 +405,16 @@ void load_tile(const float* plane, const Site& site, const Grid& g, float* tile)
 
 // 1 where a pixel of the tile is kept, 0 elsewhere.
 void load_mask(const Site& site, const Grid& g, float* mask) {
-  for (int64_t y = 0; y < g.ph + 2; ++y)
-    for (int64_t x = 0; x < g.pw + 2; ++x) {
-      const int down = y < 1 ? 0 : y <= g.ph ? 1 : 2, right = x < 1 ? 0 : x <= g.pw ? 1 : 2;
-      mask[y * (g.pw + 2) + x] = float(site.kept >> (3 * down + right) & 1);
-    }
+  for (int64_t y = 0; y < g.ph + 2; ++y) {
+    const int bits = site.kept >> (y < 1 ? 0 : y <= g.ph ? 3 : 6);
+    float* row = mask + y * (g.pw + 2);
+    row[0] = float(bits & 1);
+    std::fill(row + 1, row + 1 + g.pw, float(bits >> 1 & 1));
+    row[1 + g.pw] = float(bits >> 2 & 1);
+  }
 }
+
+constexpr int64_t kMaxSide = 1024;  // of a patch, in pixels
 
 // Neighbours that total variation compares: right, down, and the two diagonals.
 constexpr int kNeighbours = 4, kSums = kNeighbours + 1;
@@ -409,24 +426,25 @@ inline void steps(const Grid& g, int64_t* step) {
 
 // The sums of squared differences to each neighbour, and of squared pixels.
 void squares(const float* image, const Site& site, const Grid& g, double* sums) {
-  const int64_t area = (g.ph + 2) * (g.pw + 2);
+  const int64_t width = g.pw + 2, area = (g.ph + 2) * width;
   float *tile = scratch(2 * area), *mask = tile + area;
   int64_t step[kNeighbours];
   steps(g, step);
   load_mask(site, g, mask);
-  std::fill(sums, sums + kSums, 0.0);
+  Sum parts[kSums];
   for (int64_t channel = 0; channel < g.channels; ++channel) {
     load_tile(image + channel * g.height() * g.width(), site, g, tile);
+    for (int n = 0; n < kNeighbours; ++n)
+      for (int64_t y = 1; y <= g.ph; ++y) {
+        const float *x = tile + y * width + 1, *other = x + step[n], *kept = mask + y * width + 1 + step[n];
+        parts[n].add(g.pw, [&](int64_t i) { return (x[i] - other[i]) * (x[i] - other[i]) * kept[i]; });
+      }
     for (int64_t y = 1; y <= g.ph; ++y) {
-      const float *x = tile + y * (g.pw + 2) + 1, *kept = mask + y * (g.pw + 2) + 1;
-      for (int n = 0; n < kNeighbours; ++n)
-        sums[n] += sum(g.pw, [&](int64_t i) {
-          const float difference = (x[i] - x[i + step[n]]) * kept[i + step[n]];
-          return difference * difference;
-        });
-      sums[kNeighbours] += sum(g.pw, [&](int64_t i) { return x[i] * x[i]; });
+      const float* x = tile + y * width + 1;
+      parts[kNeighbours].add(g.pw, [&](int64_t i) { return x[i] * x[i]; });
     }
   }
+  for (int n = 0; n < kSums; ++n) sums[n] = parts[n].total();
 }
 
 // Adds the gradient of the prior to that of one channel, (ph, pw). `scales` are weight / norm for each sum.
@@ -449,19 +467,29 @@ void add_prior_gradient(const float* tile, const float* mask, const float* scale
 // The gradient of the pixels of a patch, where they were seen through a view; 0 where no kept patch was.
 void seen_gradient(const Rows& grad, const int32_t* inverse, const Site& site, const View& view, const Grid& g,
                    float* out) {
+  const int64_t area = g.ph * g.pw;
+  int64_t cells[kMaxSide], within[kMaxSide], places[kMaxSide];  // of each column, and where its gradient is
+  for (int64_t x = 0; x < g.pw; ++x) {
+    int64_t seen = (site.column * g.pw + x + view.dx) % g.width();
+    if (view.flip) seen = g.width() - 1 - seen;
+    cells[x] = seen / g.pw;
+    within[x] = seen % g.pw;
+  }
   for (int64_t y = 0; y < g.ph; ++y) {
-    const int64_t seen_y = (site.row * g.ph + y + view.dy) % g.height();
+    const int64_t seen = (site.row * g.ph + y + view.dy) % g.height(), row = seen % g.ph * g.pw;
+    const int32_t* tokens = inverse + seen / g.ph * g.columns;
     for (int64_t x = 0; x < g.pw; ++x) {
-      int64_t seen_x = (site.column * g.pw + x + view.dx) % g.width();
-      if (view.flip) seen_x = g.width() - 1 - seen_x;
-      const int32_t token = inverse[seen_y / g.ph * g.columns + seen_x / g.pw];
-      const int64_t within = seen_y % g.ph * g.pw + seen_x % g.pw;
-      for (int64_t channel = 0; channel < g.channels; ++channel) {
-        const int64_t element = channel * g.ph * g.pw + within;
-        float value = 0;
-        if (token >= 0)
-          value = grad.type == kFloat32 ? grad.row<float>(token)[element] : widen(grad.row<uint16_t>(token)[element]);
-        out[channel * g.ph * g.pw + y * g.pw + x] = value;
+      const int64_t token = tokens[cells[x]];
+      places[x] = token < 0 ? -1 : token * grad.stride + row + within[x];
+    }
+    for (int64_t channel = 0; channel < g.channels; ++channel) {
+      float* run = out + channel * area + y * g.pw;
+      if (grad.type == kFloat32) {
+        const float* values = grad.row<float>(0) + channel * area;
+        for (int64_t x = 0; x < g.pw; ++x) run[x] = places[x] < 0 ? 0 : values[places[x]];
+      } else {
+        const uint16_t* values = grad.row<uint16_t>(0) + channel * area;
+        for (int64_t x = 0; x < g.pw; ++x) run[x] = places[x] < 0 ? 0 : widen(values[places[x]]);
       }
     }
   }

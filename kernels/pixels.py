@@ -31,6 +31,7 @@ from .rows import sequence_of_tokens
 # The neighbours that total variation compares, as (dy, dx) from the upper pixel: right, down, and the two diagonals.
 NEIGHBOURS = ((0, 1), (1, 0), (1, -1), (1, 1))
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+MAX_CPP_SIDE = 1024  # of a patch in pixels; C++ leaves larger ones to plain torch
 SUMS = len(NEIGHBOURS) + 1  # sums of squared differences in each direction, and the sum of squared pixels
 
 
@@ -136,7 +137,7 @@ def pixel_step(
         raise ValueError(f'images are {images.dtype}: backend "triton" takes torch.float32')
     numbers = *patch_size, float(lr), *map(float, betas), float(eps), float(tv_l2), float(l2)
     run = pixel_step_reference if plain else _pixel_step
-    if plain and backend == "auto" and images.dtype == torch.float32 and suits_cpp(images, grad):
+    if plain and backend == "auto" and max(patch_size) <= MAX_CPP_SIDE and _suits_cpp(images, grad):
         run = pixel_step_in_cpp
     return run(
         next_images, exp_avg, exp_avg_sq, step, images, grad, sites, lowest, highest, inverse, view, *numbers,
@@ -248,6 +249,10 @@ def pixel_step_reference(
     pixels = torch.minimum(torch.maximum(pixels, lowest[:, None]), highest[:, None])
     next_images.view(-1, pw).index_copy_(0, runs, pixels.view(-1, pw))
     return prior
+
+
+def _suits_cpp(images: Tensor, grad: Tensor) -> bool:
+    return images.dtype == torch.float32 and suits_cpp(images, grad)
 
 
 def pixel_step_in_cpp(
