@@ -21,7 +21,9 @@ from .tiles import dot, load_row, load_rows, locate, scores_of_row, scores_of_ti
 MAX_HEAD_DIM = 128
 MAX_SEQLEN = 4096
 LOG2_E = math.log2(math.e)
-MAX_CPP_LENGTH, MAX_CPP_LENGTH_BFLOAT16 = 1024, 64  # in C++, attention of longer sequences is left to torch
+# C++ leaves longer sequences to torch.
+MAX_CPP_LENGTH, MAX_CPP_LENGTH_BFLOAT16, MAX_CPP_LENGTH_WITH_AMX = 2048, 160, 64
+HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 KEPT_ROW_BYTES = 512  # On a CPU, softmax rows of up to this many bytes are kept for the backward pass.
 
 
@@ -66,7 +68,7 @@ def attention(
         kept = traced(qkv) or (wants_gradient(qkv) and needs_statistics(qkv, max_seqlen))
         out, class_attention, _ = _attention(qkv, cu_seqlens, max_seqlen, scale, return_class_attention, kept)
         return (out, class_attention) if return_class_attention else out
-    elif backend == "auto" and attention_suits_cpp(qkv, max_seqlen):
+    elif backend == "auto" and attention_suits_cpp(qkv, cu_seqlens.shape[0] - 1, max_seqlen):
         out, class_attention, _ = _attention_in_cpp(qkv, cu_seqlens, max_seqlen, scale, return_class_attention)
         return (out, class_attention) if return_class_attention else out
     elif _suits_kept_softmax(qkv, cu_seqlens.shape[0] - 1, max_seqlen):
@@ -212,11 +214,17 @@ class _KeptSoftmax(torch.autograd.Function):
         return torch.stack((dq, dk, dv)), None
 
 
-def attention_suits_cpp(qkv: Tensor, max_seqlen: int) -> bool:
-    """Return whether attention on a CPU is computed in C++. For some lengths torch's bfloat16 products are faster."""
-    if not suits_cpp(qkv):
+def attention_suits_cpp(qkv: Tensor, batch: int, max_seqlen: int) -> bool:
+    """Return whether attention on a CPU is computed in C++, where that was measured to be faster.
+
+    C++ multiplies in float32. In bfloat16, torch's products of some lengths are faster where the softmax is kept. On
+    CPUs with AMX, which have not been measured, all but the shortest are expected to be.
+    """
+    if not suits_cpp(qkv) or max_seqlen > MAX_CPP_LENGTH:
         return False
-    return max_seqlen <= (MAX_CPP_LENGTH if qkv.dtype == torch.float32 else MAX_CPP_LENGTH_BFLOAT16)
+    if qkv.dtype == torch.bfloat16 and (HAS_AMX or _suits_kept_softmax(qkv, batch, max_seqlen)):
+        return max_seqlen <= (MAX_CPP_LENGTH_WITH_AMX if HAS_AMX else MAX_CPP_LENGTH_BFLOAT16)
+    return True
 
 
 def attention_in_cpp(
