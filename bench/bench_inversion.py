@@ -30,8 +30,8 @@ from smi_fast.packed import PackedTokens
 STOPS = {1: 0.3, 3: 0.3, 5: 0.3, 7: 0.3}
 ROUNDS = 5
 TIMED = 4  # figures a round
-# Iterations for one figure, and those that are not timed behind the stoppings: on a GPU the first run without a graph.
-EVERY, LEAD = {"cpu": 1, "cuda": 25}, {"cpu": 2, "cuda": 8}
+# Iterations for one figure, and those that are not timed behind the stoppings: the first run without a graph or a tape.
+EVERY, LEAD = {"cpu": 1, "cuda": 25}, {"cpu": 5, "cuda": 8}
 SIDE = 224
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
