@@ -318,7 +318,8 @@ void attend_head_backward(const Rows& dq, const Rows& dk, const Rows& dv, const 
   for (int64_t i = 0; i < n; ++i) {
     float *p_row = p + i * s.columns, *ds_row = ds + i * s.columns;
     const float highest = highests[first + i], share = shares[first + i];
-    for (int64_t j = 0; j < n; ++j) p_row[j] = exponential(p_row[j] * scale - highest) * share;
+    for (int64_t j = 0; j < n; ++j) p_row[j] *= scale;  // rounded as in the forward pass, whatever their size
+    for (int64_t j = 0; j < n; ++j) p_row[j] = exponential(p_row[j] - highest) * share;
     const float delta = sum(n, [&](int64_t j) { return p_row[j] * ds_row[j]; });
     for (int64_t j = 0; j < n; ++j) ds_row[j] = scale * p_row[j] * (ds_row[j] - delta);
   }
