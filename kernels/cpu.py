@@ -40,9 +40,9 @@ ARGUMENTS = {
     "residual_norm_backward": "rrrrrprriii",
     "attention": "rpprpiiiif",
     "attention_backward": "rrprpiiiif",
-    "gather_patches": "rpppppp" + 7 * "i",
-    "prior_squares": "ppp" + 6 * "i",
-    "pixel_step": "pppprppppppipipi" + "ffff" + 6 * "i",
+    "gather_patches": "rpppppp" + 8 * "i",
+    "prior_squares": "ppp" + 7 * "i",
+    "pixel_step": "pppprppppppipipi" + "ffff" + 7 * "i",
 }
 CTYPES = {
     "r": (ctypes.c_void_p, ctypes.c_int64),
@@ -62,7 +62,11 @@ def suits_cpp(*tensors: Tensor | None) -> bool:
 
 
 def call_cpp(function: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a function of `cpu.cpp`. It reads and writes contiguous memory, unless it takes a stride."""
+    """Call a function of `cpu.cpp`. It reads and writes contiguous memory, unless it takes a stride.
+
+    Raises:
+        ValueError: indices, such as cumulative lengths, lead out of a tensor.
+    """
     if _recorder.record is not None:
         _recorder.record(call_cpp, (function, *arguments))
     values = []
@@ -73,7 +77,9 @@ def call_cpp(function: str, *arguments: Tensor | int | float | None) -> None:
                 values.append(0 if value is None else CPP_TYPES[value.dtype])
         else:
             values.append(value)
-    getattr(library(), function)(*values, torch.get_num_threads())
+    wrong = getattr(library(), function)(*values, torch.get_num_threads())
+    if wrong is not None:
+        raise ValueError(wrong.decode())
 
 
 class _Recorder(threading.local):
@@ -118,7 +124,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for name, kinds in ARGUMENTS.items():
         getattr(functions, name).argtypes = [*(c for kind in kinds for c in CTYPES[kind]), ctypes.c_int64]
-        getattr(functions, name).restype = None
+        getattr(functions, name).restype = ctypes.c_char_p
     return functions
 
 

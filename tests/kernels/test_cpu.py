@@ -119,3 +119,42 @@ def test_only_auto_takes_them(seed):
             residual_norm(x, None, None, 1e-6, backend=backend)
             attention(qkv, cu_seqlens_of([4]), 4, backend=backend)
             assert ran == ([] if backend == "torch" else ["residual_norm", "attention"])
+
+
+@needs_cpp
+def test_indices_that_lead_out_of_a_tensor_are_refused(seed):
+    def int32(*values):
+        return torch.tensor(values, dtype=torch.int32)
+
+    qkv = torch.randn(10, 3, 2, 8, requires_grad=True)
+    for lengths in ((0, 500), (2, 10), (0, 12, 10), (0, 7)):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            attention(qkv, int32(*lengths), 500)
+    images, cu_seqlens, positions = torch.randn(2, 3, 8, 8), int32(0, 2, 3), int32(0, 3, 1)
+    with pytest.raises(ValueError, match="cu_seqlens leads from 0 to 2, not from 0 to 3"):
+        gather_patches(images, positions, int32(0, 2, 2), patch_size=4)
+    for wrong in (-1, 4, 10**6):
+        with pytest.raises(ValueError, match=rf"positions\[1\] is {wrong}, not in a grid of 2 x 2"):
+            gather_patches(images, int32(0, wrong, 1), cu_seqlens, patch_size=4)
+
+    moments, limits, sites = (
+        [torch.zeros(3, 48) for _ in range(2)],
+        torch.ones(3),
+        patch_sites(positions, cu_seqlens, (2, 2)),
+    )
+
+    def step(sites, inverse=None, **prior):
+        return pixel_step(
+            images.clone(), *moments, torch.zeros(2, dtype=torch.int64), images, torch.ones(3, 48), sites, -limits,
+            limits, inverse, None if inverse is None else torch.zeros(3).long(), patch_size=4, lr=0.1, **prior,
+        )  # fmt: skip
+
+    for column, wrong in ((0, 2), (1, -1), (2, 2)):
+        outside = sites.clone()
+        outside[1, column] = wrong
+        for prior in ({}, {"tv_l2": 1.0}):
+            with pytest.raises(ValueError, match=rf"sites\[1, {column}\] is {wrong}, not below 2"):
+                step(outside, **prior)
+    with pytest.raises(ValueError, match="inverse holds 3, and there are 3 patches"):
+        step(sites, torch.full((2, 2, 2), 3, dtype=torch.int32))
+    assert not any(moment.any() for moment in moments)
