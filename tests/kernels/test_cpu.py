@@ -1,8 +1,10 @@
 """The operations in C++: how they are compiled, when they run, and that no number hangs on the threads."""
 
 import os
+import pwd
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -37,9 +39,22 @@ def test_a_library_is_compiled_once_and_found_again(tmp_path):
         made.append([(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "smi-fast").iterdir()])
     assert len(made[0]) == 1
     assert made[0] == made[1]
-    read_only = tmp_path / "file"
-    read_only.touch()  # no folder can be made in it
-    assert python(code, XDG_CACHE_HOME=str(read_only)).stdout == "True\n"
+
+
+@needs_cpp
+def test_without_a_cache_a_library_is_compiled_and_leaves_no_file(tmp_path, monkeypatch):
+    no_folder, temporary = tmp_path / "file", tmp_path / "temporary"
+    no_folder.touch()  # no folder can be made in it
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_folder))
+    assert cpu.library.__wrapped__() is not None
+    # A user whose id has no name and who has no HOME, as in some containers.
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert cpu.library.__wrapped__() is not None
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_compiler_that_fails_is_reported(tmp_path):
