@@ -55,7 +55,7 @@ def attention(
         ValueError: a shape, dtype, device or size is not as described above.
     """
     _check_attention(qkv, cu_seqlens, max_seqlen)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     if qkv.dtype == torch.float64 and backend == "auto":
         backend = "torch"
     plain = resolve_backend(backend, qkv.device) == "torch"

@@ -45,7 +45,7 @@ def class_attention(
         ValueError: a shape, dtype, device or size is not as described above.
     """
     _check_class_attention(q, kv, cu_seqlens, max_seqlen)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if q.dtype == torch.float64 and backend == "auto":
         backend = "torch"
     plain = resolve_backend(backend, q.device) == "torch"

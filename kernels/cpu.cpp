@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <vector>
 
@@ -318,7 +319,8 @@ void attend_head_backward(const Rows& dq, const Rows& dk, const Rows& dv, const 
   for (int64_t i = 0; i < n; ++i) {
     float *p_row = p + i * s.columns, *ds_row = ds + i * s.columns;
     const float highest = highests[first + i], share = shares[first + i];
-    for (int64_t j = 0; j < n; ++j) p_row[j] = exponential(p_row[j] * scale - highest) * share;
+    for (int64_t j = 0; j < n; ++j) p_row[j] *= scale;  // rounded as in the forward pass, whatever their size
+    for (int64_t j = 0; j < n; ++j) p_row[j] = exponential(p_row[j] - highest) * share;
     const float delta = sum(n, [&](int64_t j) { return p_row[j] * ds_row[j]; });
     for (int64_t j = 0; j < n; ++j) ds_row[j] = scale * p_row[j] * (ds_row[j] - delta);
   }
@@ -513,13 +515,53 @@ void adam(float* __restrict exp_avg, float* __restrict exp_avg_sq, const float* 
   }
 }
 
+// What is wrong with indices that would lead out of a tensor, for the caller to raise. It holds until the next call.
+template <class... Values>
+const char* refuse(const char* format, Values... values) {
+  thread_local char message[128];
+  std::snprintf(message, sizeof message, format, static_cast<long long>(values)...);
+  return message;
+}
+
+// Cumulative lengths lead from 0 to the number of tokens.
+const char* check_lengths(const int32_t* cu_seqlens, int64_t batch, int64_t tokens) {
+  if (cu_seqlens[0] != 0 || cu_seqlens[batch] != tokens)
+    return refuse("cu_seqlens leads from %lld to %lld, not from 0 to %lld", cu_seqlens[0], cu_seqlens[batch], tokens);
+  for (int64_t b = 0; b < batch; ++b)
+    if (cu_seqlens[b + 1] < cu_seqlens[b])
+      return refuse("cu_seqlens[%lld] is %lld and the next one is %lld", b, cu_seqlens[b], cu_seqlens[b + 1]);
+  return nullptr;
+}
+
+const char* check_positions(const int32_t* positions, int64_t count, const Grid& g) {
+  for (int64_t t = 0; t < count; ++t)
+    if (positions[t] < 0 || positions[t] >= g.rows * g.columns)
+      return refuse("positions[%lld] is %lld, not in a grid of %lld x %lld", t, positions[t], g.rows, g.columns);
+  return nullptr;
+}
+
+const char* check_sites(const int32_t* sites, int64_t count, int64_t batch, const Grid& g) {
+  const int64_t bounds[] = {batch, g.rows, g.columns};
+  for (int64_t i = 0; i < 4 * count; ++i)
+    if (i % 4 < 3 && (sites[i] < 0 || sites[i] >= bounds[i % 4]))
+      return refuse("sites[%lld, %lld] is %lld, not below %lld", i / 4, i % 4, sites[i], bounds[i % 4]);
+  return nullptr;
+}
+
+const char* check_inverse(const int32_t* inverse, int64_t cells, int64_t count) {
+  for (int64_t i = 0; i < cells; ++i)
+    if (inverse[i] >= count) return refuse("inverse holds %lld, and there are %lld patches", inverse[i], count);
+  return nullptr;
+}
+
 }  // namespace
 
+// Each function returns null, or what is wrong with its indices, and then it has written nothing.
 extern "C" {
 
 // A tensor of rows is an address, null where the operator's argument is None, and a `Type`.
 
-void residual_norm(void* out, int64_t out_type, void* normed, int64_t normed_type, float* statistics, void* x,
+const char* residual_norm(void* out, int64_t out_type, void* normed, int64_t normed_type, float* statistics, void* x,
                    int64_t x_type, void* update, int64_t update_type, void* gamma, int64_t gamma_type, void* weight,
                    int64_t weight_type, void* bias, int64_t bias_type, int64_t count, int64_t channels,
                    int64_t x_stride, float eps, int64_t threads) {
@@ -532,9 +574,10 @@ void residual_norm(void* out, int64_t out_type, void* normed, int64_t normed_typ
 #pragma omp parallel for num_threads(threads) if (count * channels > kWorth)
   for (int64_t row = 0; row < count; ++row)
     residual_norm_row(stream, result, statistics, before, added, scale, factors, shifts, eps, row, channels);
+  return nullptr;
 }
 
-void residual_norm_backward(void* grad_x, int64_t grad_x_type, void* grad_update, int64_t grad_update_type,
+const char* residual_norm_backward(void* grad_x, int64_t grad_x_type, void* grad_update, int64_t grad_update_type,
                             void* grad_stream, int64_t grad_stream_type, void* grad_normed, int64_t grad_normed_type,
                             void* x, int64_t x_type, const float* statistics, void* gamma, int64_t gamma_type,
                             void* weight, int64_t weight_type, int64_t count, int64_t channels, int64_t x_stride,
@@ -548,13 +591,15 @@ void residual_norm_backward(void* grad_x, int64_t grad_x_type, void* grad_update
 #pragma omp parallel for num_threads(threads) if (count * channels > kWorth)
   for (int64_t row = 0; row < count; ++row)
     residual_norm_backward_row(dx, du, ds, dn, stream, statistics, scale, factors, row, channels);
+  return nullptr;
 }
 
 // qkv (T, 3, H, D) -> out (T, H, D), the highest score and 1 / sum of each softmax row (2, H, T), and the class attention
 // (H, T) unless that is null.
-void attention(void* out, int64_t, float* class_attention, float* statistics, void* qkv, int64_t type,
+const char* attention(void* out, int64_t, float* class_attention, float* statistics, void* qkv, int64_t type,
                const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, float scale,
                int64_t threads) {
+  if (const char* wrong = check_lengths(cu_seqlens, batch, tokens)) return wrong;
   const int64_t width = heads * head_dim;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t task = 0; task < batch * heads; ++task) {
@@ -565,11 +610,13 @@ void attention(void* out, int64_t, float* class_attention, float* statistics, vo
     attend_head(rows(out, type, width, offset), class_attention == nullptr ? nullptr : class_attention + head * tokens,
                 statistics + head * tokens, statistics + (heads + head) * tokens, part(0), part(1), part(2), first, shape, scale);
   }
+  return nullptr;
 }
 
-void attention_backward(void* dqkv, int64_t, void* grad, int64_t, const float* statistics, void* qkv, int64_t type,
+const char* attention_backward(void* dqkv, int64_t, void* grad, int64_t, const float* statistics, void* qkv, int64_t type,
                         const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
                         float scale, int64_t threads) {
+  if (const char* wrong = check_lengths(cu_seqlens, batch, tokens)) return wrong;
   const int64_t width = heads * head_dim;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t task = 0; task < batch * heads; ++task) {
@@ -580,14 +627,17 @@ void attention_backward(void* dqkv, int64_t, void* grad, int64_t, const float* s
     attend_head_backward(part(dqkv, 0), part(dqkv, 1), part(dqkv, 2), rows(grad, type, width, offset),
                          statistics + head * tokens, statistics + (heads + head) * tokens, part(qkv, 0), part(qkv, 1), part(qkv, 2), first, shape, scale);
   }
+  return nullptr;
 }
 
 // Images (B, C, H, W) float32 -> patches (T, C ph pw), their cells (T,), and the inverse of these (B, rows, columns).
-void gather_patches(void* patches, int64_t type, int32_t* cells, int32_t* inverse, const float* images,
+const char* gather_patches(void* patches, int64_t type, int32_t* cells, int32_t* inverse, const float* images,
                     const int32_t* positions, const int32_t* cu_seqlens, const int64_t* views, int64_t view_stride,
-                    int64_t batch, int64_t channels, int64_t rows, int64_t columns, int64_t ph, int64_t pw,
+                    int64_t count, int64_t batch, int64_t channels, int64_t rows, int64_t columns, int64_t ph, int64_t pw,
                     int64_t threads) {
   const Grid g{channels, rows, columns, ph, pw};
+  if (const char* wrong = check_lengths(cu_seqlens, batch, count)) return wrong;
+  if (const char* wrong = check_positions(positions, count, g)) return wrong;
   const Rows out{static_cast<char*>(patches), Type(type), g.elements()};
   std::fill(inverse, inverse + batch * rows * columns, -1);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -599,29 +649,35 @@ void gather_patches(void* patches, int64_t type, int32_t* cells, int32_t* invers
       gather_patch(out, t, images + image * g.channels * g.height() * g.width(), cells[t], view, g);
     }
   }
+  return nullptr;
 }
 
 // The squares (T, 5) of each patch, which the priors' norms add up.
-void prior_squares(double* sums, const float* images, const int32_t* sites, int64_t count, int64_t channels,
-                   int64_t rows, int64_t columns, int64_t ph, int64_t pw, int64_t threads) {
+const char* prior_squares(double* sums, const float* images, const int32_t* sites, int64_t count, int64_t batch,
+                          int64_t channels, int64_t rows, int64_t columns, int64_t ph, int64_t pw, int64_t threads) {
   const Grid g{channels, rows, columns, ph, pw};
+  if (const char* wrong = check_sites(sites, count, batch, g)) return wrong;
 #pragma omp parallel for num_threads(threads)
   for (int64_t t = 0; t < count; ++t) {
     Site site;
     std::memcpy(&site, sites + 4 * t, sizeof site);
     squares(images + site.image * g.channels * g.height() * g.width(), site, g, sums + kSums * t);
   }
+  return nullptr;
 }
 
 // `scales` (5,) or (B, 5) are weight / norm of each sum, `corrections` (2,) or (B, 2) the step size and the factor of
 // sqrt(v) in Adam; strides of 0 share them. `scales` is null without a prior.
-void pixel_step(float* next_images, float* exp_avg, float* exp_avg_sq, const float* images, void* grad, int64_t type,
+const char* pixel_step(float* next_images, float* exp_avg, float* exp_avg_sq, const float* images, void* grad, int64_t type,
                 const float* pixel_grad, const int32_t* sites, const float* lowest, const float* highest,
                 const int32_t* inverse, const int64_t* views, int64_t view_stride, const float* scales,
                 int64_t scales_stride, const float* corrections, int64_t corrections_stride, float weight1,
-                float beta2, float weight2, float eps, int64_t count, int64_t channels, int64_t rows, int64_t columns,
-                int64_t ph, int64_t pw, int64_t threads) {
+                float beta2, float weight2, float eps, int64_t count, int64_t batch, int64_t channels, int64_t rows,
+                int64_t columns, int64_t ph, int64_t pw, int64_t threads) {
   const Grid g{channels, rows, columns, ph, pw};
+  if (const char* wrong = check_sites(sites, count, batch, g)) return wrong;
+  if (views != nullptr)
+    if (const char* wrong = check_inverse(inverse, batch * rows * columns, count)) return wrong;
   const Rows grads{static_cast<char*>(grad), Type(type), g.elements()};
   const int64_t plane = g.height() * g.width(), area = ph * pw, bordered = (ph + 2) * (pw + 2);
 #pragma omp parallel for num_threads(threads)
@@ -656,6 +712,7 @@ void pixel_step(float* next_images, float* exp_avg, float* exp_avg_sq, const flo
         std::memcpy(next_images + offset + y * g.width(), pixels + y * pw, pw * sizeof(float));
     }
   }
+  return nullptr;
 }
 
 }  // extern "C"

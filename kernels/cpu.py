@@ -40,9 +40,9 @@ ARGUMENTS = {
     "residual_norm_backward": "rrrrrprriii",
     "attention": "rpprpiiiif",
     "attention_backward": "rrprpiiiif",
-    "gather_patches": "rpppppp" + 7 * "i",
-    "prior_squares": "ppp" + 6 * "i",
-    "pixel_step": "pppprppppppipipi" + "ffff" + 6 * "i",
+    "gather_patches": "rpppppp" + 8 * "i",
+    "prior_squares": "ppp" + 7 * "i",
+    "pixel_step": "pppprppppppipipi" + "ffff" + 7 * "i",
 }
 CTYPES = {
     "r": (ctypes.c_void_p, ctypes.c_int64),
@@ -62,7 +62,11 @@ def suits_cpp(*tensors: Tensor | None) -> bool:
 
 
 def call_cpp(function: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a function of `cpu.cpp`. It reads and writes contiguous memory, unless it takes a stride."""
+    """Call a function of `cpu.cpp`. It reads and writes contiguous memory, unless it takes a stride.
+
+    Raises:
+        ValueError: indices, such as cumulative lengths, lead out of a tensor.
+    """
     if _recorder.record is not None:
         _recorder.record(call_cpp, (function, *arguments))
     values = []
@@ -73,7 +77,9 @@ def call_cpp(function: str, *arguments: Tensor | int | float | None) -> None:
                 values.append(0 if value is None else CPP_TYPES[value.dtype])
         else:
             values.append(value)
-    getattr(library(), function)(*values, torch.get_num_threads())
+    wrong = getattr(library(), function)(*values, torch.get_num_threads())
+    if wrong is not None:
+        raise ValueError(wrong.decode())
 
 
 class _Recorder(threading.local):
@@ -108,7 +114,7 @@ def library() -> ctypes.CDLL | None:
     if setting == "0":
         return None
     try:
-        functions = _load(_compiled())
+        functions = _load()
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         if setting == "1":
@@ -118,31 +124,32 @@ def library() -> ctypes.CDLL | None:
         return None
     for name, kinds in ARGUMENTS.items():
         getattr(functions, name).argtypes = [*(c for kind in kinds for c in CTYPES[kind]), ctypes.c_int64]
-        getattr(functions, name).restype = None
+        getattr(functions, name).restype = ctypes.c_char_p
     return functions
 
 
-def _load(path: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(path))
-
-
-def _compiled() -> Path:
-    """Compile the functions, if the user's cache does not hold them, and return the library's path."""
+def _load() -> ctypes.CDLL:
+    """Load the functions from the user's cache, after compiling them into it if it does not hold them. Where there is
+    no such folder, or none that can be written to, they are compiled for this process alone."""
     if not _has_compiler():
         raise FileNotFoundError(f"there is no {COMPILER} for Linux")
     version = subprocess.run([COMPILER, "--version"], check=True, capture_output=True, text=True).stdout
     key = hashlib.sha256("\n".join((SOURCE.read_text(), *FLAGS, version, _processor())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smi-fast"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smi-fast"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="smi-fast-"))
-    path = folder / f"cpu-{key}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as build:  # another process may compile at the same time
-            made = Path(build) / path.name
-            subprocess.run([COMPILER, *FLAGS, SOURCE, "-o", made], check=True, capture_output=True, text=True)
-            made.replace(path)
+        path = folder / f"cpu-{key}.so"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as build:  # another process may compile at the same time
+                _compile(Path(build) / path.name).replace(path)
+        return ctypes.CDLL(str(path))
+    except (OSError, RuntimeError):  # a RuntimeError says that the user has no home
+        with tempfile.TemporaryDirectory(prefix="smi-fast-") as build:  # the library stays loaded without its file
+            return ctypes.CDLL(str(_compile(Path(build) / "cpu.so")))
+
+
+def _compile(path: Path) -> Path:
+    subprocess.run([COMPILER, *FLAGS, SOURCE, "-o", path], check=True, capture_output=True, text=True)
     return path
 
 

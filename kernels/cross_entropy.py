@@ -21,7 +21,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", b
         logits: (B, C), float32, bfloat16 or float16, and in plain torch also float64. The kernels compute up to 4096
             classes.
         targets: (B,) int64, classes in [0, C). The Triton kernels make the loss and the gradient NaN where a target is
-            no class.
+            no class, and torch raises an IndexError on a CPU. No class is ignored, -100 neither.
         reduction: "mean" or "sum".
         backend: "auto", "triton" or "torch".
 
@@ -51,7 +51,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", b
 def cross_entropy_reference(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """Define `cross_entropy` in plain torch."""
     exact = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(exact), targets, reduction=reduction)
+    return F.cross_entropy(logits.to(exact), targets, reduction=reduction, ignore_index=torch.iinfo(torch.int64).min)
 
 
 @jit

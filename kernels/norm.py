@@ -92,7 +92,7 @@ def _residual_norm(x, weight, bias, eps, update, gamma, dtype, backend, first: i
     _check_residual_norm(x, weight, bias, update, gamma, dtype)
     if backend == "auto" and x.shape[-1] > MAX_CHANNELS:
         backend = "torch"
-    arguments = x, update, gamma, weight, bias, eps, dtype or _stream_dtype(x, update, gamma)
+    arguments = x, update, gamma, weight, bias, float(eps), dtype or _stream_dtype(x, update, gamma)
     if gives_way(backend, (x, update), (gamma, weight, bias)):
         if backend == "auto" and not wants_gradient(gamma, weight, bias) and _suits_cpp(*arguments):
             stream, normed, _ = _residual_norm_in_cpp(*arguments)

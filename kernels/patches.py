@@ -178,7 +178,7 @@ def gather_patches_in_cpp(
     inverse = positions.new_empty(batch, height // ph, width // pw)
     call_cpp(
         "gather_patches", patches, cells, inverse, images.contiguous(), positions.contiguous(), cu_seqlens.contiguous(),
-        *cpu_view(view), batch, channels, height // ph, width // pw, ph, pw,
+        *cpu_view(view), tokens, batch, channels, height // ph, width // pw, ph, pw,
     )  # fmt: skip
     return patches, cells, inverse
 

@@ -265,15 +265,16 @@ def pixel_step_in_cpp(
 ) -> Tensor:  # fmt: skip
     """Do what `pixel_step_reference` does on a CPU in C++."""
     batch, channels, height, width = images.shape
-    shape = len(sites), channels, height // ph, width // pw, ph, pw
+    rows, columns = height // ph, width // pw
+    shape = len(sites), batch, channels, rows, columns, ph, pw
     prior, scales = images.new_zeros(()), None
     if tv_l2 or l2:
         squares = images.new_empty(len(sites), SUMS, dtype=torch.float64)
         call_cpp("prior_squares", squares, images, sites, *shape)
         if norm == "image":
             image, row, column, _ = sites.long().unbind(1)
-            cells = squares.new_zeros(batch, shape[2] * shape[3], SUMS)  # as in `norm_of_images`
-            sums = cells.index_put_((image, row * shape[3] + column), squares).sum(1)
+            cells = squares.new_zeros(batch, rows * columns, SUMS)  # as in `norm_of_images`
+            sums = cells.index_put_((image, row * columns + column), squares).sum(1)
         else:
             sums = squares.sum(0)
         norms = sums.sqrt_()

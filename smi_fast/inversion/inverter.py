@@ -240,7 +240,8 @@ class Inverter:
             targets: (B,) class indices.
             seed: decides the initial noise, the views and random choices. The same seed, device, dtype and backend give
                 the same bits.
-            callback: called with a `Step` after every iteration.
+            callback: called with a `Step` after every iteration. If it changes weights, modules or hooks of the model,
+                the next iteration uses the changed model.
             state: what `Step.state_dict()` returned in a run with the same arguments. This run goes on from there, in
                 this process or another, and gives the same bits as a run that was not interrupted.
 
@@ -265,7 +266,7 @@ class Inverter:
                         if current.iteration == stage.start and stage.start:
                             self._stop(current, stops[stage.start])
                         stage = self._enter(current, stage)
-                        replayed = self._replayed(step)
+                        replayed, seen = self._replayed(step), self._seen_of_model()
                         for iteration in range(current.iteration, stage.end):
                             measures = iteration + 1 in stops
                             if measures:  # a stage's last iteration, which frees the memory of its graphs
@@ -278,6 +279,8 @@ class Inverter:
                             current.advance()
                             if callback is not None:
                                 callback(Step(iteration, stage, current.losses[iteration], current, started))
+                                if replayed is not None and seen != (seen := self._seen_of_model()):
+                                    replayed = self._replayed(step)
                             bar.advance(stage, current.losses[iteration])
                 except KeyboardInterrupt:
                     interrupted = True
@@ -376,6 +379,18 @@ class Inverter:
         if self.graphs and has_graphs(self.backbone.device):
             return Replayed(step)
         return Taped(step) if self.graphs and self._runs_only_known_code() else step
+
+    def _seen_of_model(self) -> list:
+        """Return what is compared to see whether a callback has changed the model, so that no iteration of another
+        model is replayed: its modules, their modes and hooks, and its weights."""
+        found: list = []
+        for module in self.backbone.modules():
+            found += (id(module), module.training, *module._forward_hooks, *module._forward_pre_hooks)
+            for weight in module._parameters.values():
+                if weight is not None:
+                    memory = weight.data_ptr() if torch._C._has_storage(weight) else 0
+                    found += (id(weight), memory, 0 if weight.is_inference() else weight._version)
+        return found
 
     def _runs_only_known_code(self) -> bool:
         """Return whether nothing but operators decides what an iteration on a CPU does."""

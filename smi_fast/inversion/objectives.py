@@ -11,6 +11,7 @@ from torch import Tensor
 from smi_fast.backbones.base import Outputs
 from smi_fast.inversion.priors import ImagePrior
 from smi_fast.kernels import cross_entropy
+from smi_fast.kernels.norm import MAX_CHANNELS
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # a function of logits, images and targets
 
@@ -64,7 +65,8 @@ class deep_inversion:
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
         """Return the cross-entropy of the targets."""
         reduction = "mean" if self.norm == "batch" else "sum"
-        return cross_entropy(outputs.logits, targets, reduction=reduction, backend=outputs.backend)
+        backend = outputs.backend if outputs.logits.shape[1] <= MAX_CHANNELS else "auto"  # which has no limit
+        return cross_entropy(outputs.logits, targets, reduction=reduction, backend=backend)
 
 
 def as_loss(objective: Objective | Loss) -> Callable[[Outputs, Tensor, Tensor], Tensor]:

@@ -105,7 +105,8 @@ class Tape(TorchDispatchMode):
             body += [line] + ([f"del {', '.join(done)}"] if done else [])
         scope = dict(self.constants)
         exec("\n    ".join(["def program():", *body, "return"]), scope)
-        return torch.no_grad()(scope["program"])
+        program = torch.no_grad()(scope["program"])
+        return torch.autocast("cpu", enabled=False)(program)  # what autocast did is on the tape
 
     def _line(self, line: str, names: list[str]) -> None:
         self.lines.append((line, names))

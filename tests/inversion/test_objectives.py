@@ -9,6 +9,7 @@ from inversion_cases import small_model
 from torch import nn
 
 from smi_fast import Inverter, deep_inversion
+from smi_fast.backbones.base import Outputs
 from smi_fast.inversion.priors import ImagePrior, l2_norm, total_variation
 
 OPTIONS = {"stopping": {3: 0.3}, "iterations": 6, "lr": 0.05, "progress": False, "dtype": torch.float32}
@@ -119,6 +120,12 @@ def test_each_images_own_loss_does_not_depend_on_its_batch(model, seed):
         difference = (alone - result.images[image]).abs()
         assert difference.mean() < 1e-4
         assert difference.median() < 1e-6
+
+
+def test_more_classes_than_the_kernels_compute_have_a_loss_too(seed):
+    logits, targets = torch.randn(2, 21841), torch.tensor([3, 21840])
+    loss = deep_inversion().loss(Outputs(logits, backend="triton"), targets)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets))
 
 
 def test_what_is_no_objective_or_prior_is_refused(model):

@@ -1,5 +1,7 @@
 """The tape of a CPU: an iteration from it is the same, and what it could not repeat is not recorded."""
 
+import copy
+
 import pytest
 import torch
 from smi_fast.kernels.cpu import call_cpp, library, recording
@@ -65,6 +67,44 @@ def test_an_iteration_from_the_tape_gives_the_same_bits(model, options, counted)
     assert torch.equal(taped.images, expected.images)
     resumed = Inverter(model, **options).run([0, 3, 1], state=states[17])
     assert torch.equal(resumed.images, expected.images)
+
+
+def write(model):
+    model.blocks[1].attn.qkv.weight.detach().mul_(2)
+
+
+def replace(model):
+    model.head.weight = nn.Parameter(2 * model.head.weight.detach())
+
+
+def hook(model):
+    model.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def swap(model):
+    model.blocks[1].mlp.act = nn.ReLU()
+
+
+@pytest.mark.parametrize("change", [write, replace, hook, swap], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_callback_may_change_the_model(model, change, dtype):
+    found = []
+    for graphs in (True, False):
+        used = copy.deepcopy(model)
+        inverter = Inverter(used, stopping="dense", iterations=10, dtype=dtype, progress=False, graphs=graphs)
+        found.append(inverter.run([0, 3], callback=lambda step, used=used: step.iteration == 5 and change(used)))
+    assert torch.equal(*(result.losses for result in found))
+    assert torch.equal(*(result.images for result in found))
+    unchanged = Inverter(model, stopping="dense", iterations=10, dtype=dtype, progress=False).run([0, 3])
+    assert not torch.equal(unchanged.losses[6:], found[0].losses[6:])
+
+
+def test_autocast_around_a_run_does_not_reach_into_the_tape(model):
+    """A model with a dtype of its own computes in it, within autocast too."""
+    options = {"stopping": "dense", "iterations": 8, "dtype": torch.float32, "progress": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        taped, expected = (Inverter(model, graphs=graphs, **options).run([0, 3]) for graphs in (True, False))
+    assert torch.equal(taped.images, expected.images)
 
 
 def test_code_of_others_is_never_taped(model, counted):

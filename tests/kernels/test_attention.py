@@ -161,6 +161,15 @@ def test_cpp_obeys_the_2x_rule(dtype, head_dim, seed, monkeypatch):
     check([197, 197], 3, head_dim, dtype, "cpu", "auto", draws=8)
 
 
+def test_gradients_on_a_cpu_are_right_for_scores_of_any_size(seed):
+    """The scores are tens of thousands and differ by 0 or by 1000 and more, so that float32 gives the exact softmax."""
+    qkv, grad_out = torch.randn(47, 3, 2, 16), torch.randn(47, 2, 16)
+    qkv[:, :2] = 64 * torch.randint(-3, 4, (47, 2, 2, 16))
+    exact = run(qkv.double(), [17, 30], grad_out, 0.3)["grad"]
+    error = (run(qkv, [17, 30], grad_out, 0.3, "auto")["grad"] - exact).abs().max()
+    assert error <= 1e-5 * qkv.abs().max()
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_query_that_is_nan_reaches_its_own_row_only(dtype, seed):
     qkv = torch.randn(20, 3, 2, 16).to(dtype)

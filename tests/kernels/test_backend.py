@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from smi_fast.kernels import backend, resolve_backend, triton_status
+from smi_fast.kernels import attention, backend, class_attention, residual_norm, resolve_backend, triton_status
 
 pytest.importorskip("triton")
 
@@ -66,3 +66,17 @@ def test_on_a_cpu_triton_needs_its_interpreter(gpus):
     assert resolve_backend("auto", torch.device("cpu")) == "torch"
     with pytest.raises(ValueError, match="needs tensors on a CUDA device, not on 'cpu'; TRITON_INTERPRET=1"):
         resolve_backend("triton", torch.device("cpu"))
+
+
+def test_a_whole_number_and_its_float_are_the_same_launch():
+    """Triton compiles for the type of a number, and the search for a compiled kernel takes 1 and 1.0 for equal."""
+    qkv, cu_seqlens = torch.zeros(2, 3, 1, 16, requires_grad=True), torch.tensor([0, 2], dtype=torch.int32)
+    with backend.recording() as launches:
+        attention(qkv, cu_seqlens, 2, scale=1, backend="triton").sum().backward()
+        q, kv = torch.zeros(1, 1, 16, requires_grad=True), torch.zeros(2, 2, 1, 16)
+        class_attention(q, kv, cu_seqlens, 2, scale=1, backend="triton").sum().backward()
+        residual_norm(qkv.detach(), None, None, 1, backend="triton")
+    names = "scale", "scale_log2", "eps"
+    numbers = [launch.arguments[name] for launch in launches for name in names if name in launch.arguments]
+    assert len(numbers) >= 5
+    assert {type(number) for number in numbers} == {float}

@@ -1,8 +1,10 @@
 """The operations in C++: how they are compiled, when they run, and that no number hangs on the threads."""
 
 import os
+import pwd
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -37,9 +39,22 @@ def test_a_library_is_compiled_once_and_found_again(tmp_path):
         made.append([(path.name, path.stat().st_mtime_ns) for path in (tmp_path / "smi-fast").iterdir()])
     assert len(made[0]) == 1
     assert made[0] == made[1]
-    read_only = tmp_path / "file"
-    read_only.touch()  # no folder can be made in it
-    assert python(code, XDG_CACHE_HOME=str(read_only)).stdout == "True\n"
+
+
+@needs_cpp
+def test_without_a_cache_a_library_is_compiled_and_leaves_no_file(tmp_path, monkeypatch):
+    no_folder, temporary = tmp_path / "file", tmp_path / "temporary"
+    no_folder.touch()  # no folder can be made in it
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_folder))
+    assert cpu.library.__wrapped__() is not None
+    # A user whose id has no name and who has no HOME, as in some containers.
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert cpu.library.__wrapped__() is not None
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_compiler_that_fails_is_reported(tmp_path):
@@ -119,3 +134,42 @@ def test_only_auto_takes_them(seed):
             residual_norm(x, None, None, 1e-6, backend=backend)
             attention(qkv, cu_seqlens_of([4]), 4, backend=backend)
             assert ran == ([] if backend == "torch" else ["residual_norm", "attention"])
+
+
+@needs_cpp
+def test_indices_that_lead_out_of_a_tensor_are_refused(seed):
+    def int32(*values):
+        return torch.tensor(values, dtype=torch.int32)
+
+    qkv = torch.randn(10, 3, 2, 8, requires_grad=True)
+    for lengths in ((0, 500), (2, 10), (0, 12, 10), (0, 7)):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            attention(qkv, int32(*lengths), 500)
+    images, cu_seqlens, positions = torch.randn(2, 3, 8, 8), int32(0, 2, 3), int32(0, 3, 1)
+    with pytest.raises(ValueError, match="cu_seqlens leads from 0 to 2, not from 0 to 3"):
+        gather_patches(images, positions, int32(0, 2, 2), patch_size=4)
+    for wrong in (-1, 4, 10**6):
+        with pytest.raises(ValueError, match=rf"positions\[1\] is {wrong}, not in a grid of 2 x 2"):
+            gather_patches(images, int32(0, wrong, 1), cu_seqlens, patch_size=4)
+
+    moments, limits, sites = (
+        [torch.zeros(3, 48) for _ in range(2)],
+        torch.ones(3),
+        patch_sites(positions, cu_seqlens, (2, 2)),
+    )
+
+    def step(sites, inverse=None, **prior):
+        return pixel_step(
+            images.clone(), *moments, torch.zeros(2, dtype=torch.int64), images, torch.ones(3, 48), sites, -limits,
+            limits, inverse, None if inverse is None else torch.zeros(3).long(), patch_size=4, lr=0.1, **prior,
+        )  # fmt: skip
+
+    for column, wrong in ((0, 2), (1, -1), (2, 2)):
+        outside = sites.clone()
+        outside[1, column] = wrong
+        for prior in ({}, {"tv_l2": 1.0}):
+            with pytest.raises(ValueError, match=rf"sites\[1, {column}\] is {wrong}, not below 2"):
+                step(outside, **prior)
+    with pytest.raises(ValueError, match="inverse holds 3, and there are 3 patches"):
+        step(sites, torch.full((2, 2, 2), 3, dtype=torch.int32))
+    assert not any(moment.any() for moment in moments)

@@ -130,3 +130,9 @@ def test_many_classes_are_computed_in_plain_torch_or_refused(device, seed):
 def test_bad_arguments_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         cross_entropy(**{"logits": torch.zeros(3, 4), "targets": torch.zeros(3).long(), **changed})
+
+
+@pytest.mark.parametrize("target", [-100, -1, 3])
+def test_no_target_is_ignored(target):
+    with pytest.raises(IndexError, match=str(target)):
+        cross_entropy(torch.zeros(2, 3), torch.tensor([1, target]), backend="torch")
