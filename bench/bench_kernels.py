@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from duel import OURS, Round
+from smi_fast.kernels.pixels import patch_sites, pixel_step_reference
 from smi_fast.kernels.rows import padding, sequence_of_tokens
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from smi_fast import kernels
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-GPU_ONLY = "compared on a GPU only"
+GPU_ONLY, CPU_ONLY = "compared on a GPU only", "compared on a CPU only"
+PLAIN = f"{OURS}, plain torch"  # what smi-fast runs with backend "torch", beside its C++ on a CPU
 SHORTEST, LONGEST = 24, 197  # tokens in the sequences of a ragged mix
 torch._dynamo.config.recompile_limit = 64
 pytestmark = pytest.mark.rotate
@@ -175,6 +177,12 @@ def attention_forms(case: Tokens, sequences: Sequences) -> dict[str, Form | str]
     return forms
 
 
+def attention_contest(case: Tokens, sequences: Sequences, _) -> dict[str, Form | str]:
+    plain = partial(kernels.attention, cu_seqlens=sequences.cu_seqlens, max_seqlen=sequences.longest, backend="torch")
+    on_cpu = sequences.cu_seqlens.device.type == "cpu"
+    return attention_forms(case, sequences) | {PLAIN: Form(plain) if on_cpu else CPU_ONLY}
+
+
 def flex_form(sequences: Sequences) -> Form:
     """Equal lengths as a batch, others packed into one sequence under a document mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -245,13 +253,13 @@ def attention_rounds(
     return rounds
 
 
-@pytest.mark.contest(contestants=ATTENTION, cpu=CPU_TOKENS, cuda=CUDA_TOKENS)
+@pytest.mark.contest(contestants=[*ATTENTION, PLAIN], cpu=CPU_TOKENS, cuda=CUDA_TOKENS)
 def test_attention_forward_backward(case, device, enter):
     """Forward: qkv is read and the output written, in two products. Backward: qkv and the gradient of the output are
     read and that of qkv is written, in four products; the scores, which could be kept, are not counted again."""
     enter(
         "attention, forward and backward",
-        partial(attention_rounds, case, device, lambda case, sequences, _: attention_forms(case, sequences), True),
+        partial(attention_rounds, case, device, attention_contest, True),
         facts=case.facts(rows=4 + 7, products=2 + 4),
         tolerance=TOLERANCE[case.dtype],
     )
@@ -501,15 +509,24 @@ class Kept:
     def counts(self) -> list[int]:
         return [n - 1 for n in drawn_lengths(self.batch)] if self.kept is None else [self.kept] * self.batch
 
+    def positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Random positions (T,) of the kept patches, and their cumulative numbers (B + 1,), both int32."""
+        positions = [torch.randperm(196)[:count].sort().values for count in self.counts]
+        cu_seqlens = torch.tensor([0, *self.counts]).cumsum(0)
+        return torch.cat(positions).to(device, torch.int32), cu_seqlens.to(device, torch.int32)
+
     def facts(self, backward: bool) -> dict[str, float]:
         """Kept pixels are read and written; backward their gradients are read and those of all pixels written."""
         kept, all_pixels = 768 * sum(self.counts), 3 * 224 * 224 * self.batch
-        return {
-            "length": sum(self.counts) / self.batch,
-            "ragged": self.kept is None,
-            "floor_bytes": 4 * (2 * kept + backward * (kept + all_pixels)),
-            "floor_flops": 0,
-        }
+        return self._facts(4 * (2 * kept + backward * (kept + all_pixels)))
+
+    def facts_of_step(self) -> dict[str, float]:
+        """Kept pixels and their two moments are read and written, and their bfloat16 gradient is read."""
+        return self._facts((6 * 4 + 2) * 768 * sum(self.counts))
+
+    def _facts(self, moved: int) -> dict[str, float]:
+        length, ragged = sum(self.counts) / self.batch, self.kept is None
+        return {"length": length, "ragged": ragged, "floor_bytes": moved, "floor_flops": 0}
 
 
 VIEW = (-21, 10, 1)  # dy, dx, flip
@@ -518,7 +535,7 @@ KEPT = {
     "cpu": [Kept(8, 196), Kept(8, 46), Kept(8, None)],
     "cuda": [Kept(batch, kept) for kept in COUNTS for batch in BATCHES],
 }
-PATCHES = [OURS, "torch", "torch, reshaped", "torch.compile"]
+PATCHES = [OURS, PLAIN, "torch", "torch, reshaped", "torch.compile"]
 
 
 def viewed_patches(images: Tensor, positions: Tensor, image: Tensor, view: Tensor, reshape: bool = False) -> Tensor:
@@ -536,22 +553,22 @@ def viewed_patches(images: Tensor, positions: Tensor, image: Tensor, view: Tenso
 
 def patches_contest(case: Kept, device: torch.device, backward: bool) -> dict[str, Callable | str]:
     view = torch.tensor(VIEW, dtype=torch.int32, device=device)
-    positions = [torch.randperm(196)[:count].sort().values for count in case.counts]
-    positions = torch.cat(positions).to(device, torch.int32)
-    cu_seqlens = torch.tensor([0, *case.counts]).cumsum(0).to(device, torch.int32)
+    positions, cu_seqlens = case.positions(device)
     image = sequence_of_tokens(cu_seqlens, len(positions))
     images = torch.randn(case.batch, 3, 224, 224, device=device)
     grad = torch.randn(len(positions), 768, device=device) if backward else None
 
-    def ours(images: Tensor) -> Tensor:
-        return kernels.gather_patches(images, positions, cu_seqlens, view, patch_size=16)[0]
+    def ours(images: Tensor, backend: str = "auto") -> Tensor:
+        return kernels.gather_patches(images, positions, cu_seqlens, view, patch_size=16, backend=backend)[0]
 
     def plain(images: Tensor, form: Callable = viewed_patches, **options) -> Tensor:
         return form(images, positions, image, view, **options)
 
-    forms = {OURS: ours, "torch": plain, "torch, reshaped": partial(plain, reshape=True), "torch.compile": GPU_ONLY}
+    forms = {OURS: ours, "torch": plain, "torch, reshaped": partial(plain, reshape=True)}
     if device.type == "cuda":
-        forms["torch.compile"] = partial(plain, form=compiled(viewed_patches, dynamic=True))
+        forms |= {PLAIN: CPU_ONLY, "torch.compile": partial(plain, form=compiled(viewed_patches, dynamic=True))}
+    else:
+        forms |= {PLAIN: partial(ours, backend="torch"), "torch.compile": GPU_ONLY}
     return {name: form if isinstance(form, str) else pass_of(form, (images,), grad) for name, form in forms.items()}
 
 
@@ -565,6 +582,48 @@ def test_patches_forward(case, device, enter):
 def test_patches_forward_backward(case, device, enter):
     rounds = partial(patches_contest, case, device, backward=True)
     enter("patches through a view, forward and backward", rounds, facts=case.facts(backward=True), tolerance=0)
+
+
+STEP = {"lr": 0.25, "eps": 1e-3, "tv_l2": 1e-4}  # with this eps, a tiny gradient's sign moves no pixel by a whole lr
+
+
+def step_contest(case: Kept, device: torch.device) -> dict[str, Callable | str]:
+    """Steps of equal images by equal gradients, which leave the same pixels however many were taken before."""
+    view = torch.tensor(VIEW, dtype=torch.int32, device=device)
+    positions, cu_seqlens = case.positions(device)
+    images, bounds = torch.randn(case.batch, 3, 224, 224, device=device), torch.tensor([[-2.5] * 3, [2.5] * 3])
+    lowest, highest = bounds.to(device)
+    seen, _, inverse = kernels.gather_patches(images, positions, cu_seqlens, view, patch_size=16, return_inverse=True)
+    grad, sites = torch.randn_like(seen, dtype=torch.bfloat16), patch_sites(positions, cu_seqlens, (14, 14))
+
+    def round_of(step: Callable, **settings) -> Callable:
+        pixels, moments = images.clone(), images.new_zeros(2, *grad.shape)
+        count = torch.zeros(case.batch, dtype=torch.int64, device=device)
+
+        def call() -> tuple[Tensor, Tensor]:
+            prior = step(
+                pixels, *moments, count, images, grad, sites, lowest, highest, inverse, view, **settings, **STEP
+            )
+            return pixels, prior
+
+        return call
+
+    ours = partial(round_of, kernels.pixel_step, patch_size=16, betas=(0.5, 0.99))
+    rounds = {OURS: ours(), "torch": ours(backend="torch"), "torch.compile": GPU_ONLY}
+    if device.type == "cuda":
+        step = compiled(pixel_step_reference, dynamic=True)
+        rounds["torch.compile"] = round_of(step, ph=16, pw=16, beta1=0.5, beta2=0.99, l2=0.0)
+    return rounds
+
+
+@pytest.mark.contest(
+    contestants=[OURS, "torch", "torch.compile"],
+    cpu=KEPT["cpu"],
+    cuda=[Kept(batch, kept) for kept in (196, 46, None) for batch in BATCHES],
+)
+def test_pixel_step(case, device, enter):
+    """A step of Adam with the gradient of total variation, and the clamp."""
+    enter("step of the pixels", partial(step_contest, case, device), facts=case.facts_of_step(), tolerance=1e-3)
 
 
 def query_rounds(case: Tokens, device: torch.device, backward: bool) -> dict[str, Round | str]:
@@ -626,11 +685,11 @@ def test_class_query_forward_backward(case, device, enter):
     )
 
 
-@pytest.mark.contest(contestants=ATTENTION, cpu=CPU_TOKENS, cuda=CUDA_TOKENS)
+@pytest.mark.contest(contestants=[*ATTENTION, PLAIN], cpu=CPU_TOKENS, cuda=CUDA_TOKENS)
 def test_attention_forward(case, device, enter):
     enter(
         "attention, forward",
-        partial(attention_rounds, case, device, lambda case, sequences, _: attention_forms(case, sequences), False),
+        partial(attention_rounds, case, device, attention_contest, False),
         facts=case.facts(rows=4, products=2),
         tolerance=TOLERANCE[case.dtype],
     )
@@ -654,9 +713,19 @@ class Rows:
     def facts(self, halves: int, stream: int, operations: int) -> dict[str, float]:
         """The numbers of the group, and its floor: how many elements of `dtype` and of the float32 stream have to move
         for each channel of a token, and how many operations are computed."""
-        elements = self.batch * self.tokens * self.width
-        moved = halves * self.dtype.itemsize + 4 * stream
-        facts = {"floor_bytes": elements * moved, "floor_flops": elements * operations}
+        return self._facts(self.tokens * (halves * self.dtype.itemsize + 4 * stream), self.tokens * operations)
+
+    def facts_of_embedding(self, backward: bool) -> dict[str, float]:
+        """Patches are read in `dtype`, and tokens are written in float32. Backward: the gradient of the patches' tokens
+        is read, and that of the patches is written. Position embeddings, which all images share, are not counted."""
+        patches = (self.tokens - 1) * self.dtype.itemsize
+        moved = patches + 4 * self.tokens + backward * (4 * (self.tokens - 1) + patches)
+        return self._facts(moved, self.tokens)
+
+    def _facts(self, moved: int, operations: int) -> dict[str, float]:
+        """Facts of bytes and operations for each channel of an image."""
+        channels = self.batch * self.width
+        facts = {"floor_bytes": channels * moved, "floor_flops": channels * operations}
         return {"length": self.tokens, "ragged": False, **facts}
 
 
@@ -750,3 +819,83 @@ def test_bias_gelu_forward_backward(case, device, enter):
     rounds = partial(gelu_rounds, case, device, backward=True)
     facts = case.facts(halves=2 + 3, stream=0, operations=20 + 30)
     enter("bias and GELU, forward and backward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])
+
+
+def embedding_rounds(case: Rows, device: torch.device, backward: bool) -> dict[str, Callable | str]:
+    """Patches (T, C) -> tokens (T + B, C), each sequence behind its class token."""
+    positions, cu_seqlens = Kept(case.batch, case.tokens - 1).positions(device)
+    class_token, pos_embed = torch.randn(1, case.width, device=device), torch.randn(197, case.width, device=device)
+    inputs = (torch.randn(len(positions), case.width, device=device).to(case.dtype),)
+    grads = (case.randn(device).flatten(0, 1),) if backward else None
+
+    def ours(x: Tensor) -> Tensor:
+        return kernels.embed_tokens(x, positions, cu_seqlens, case.tokens - 1, class_token, pos_embed)[0]
+
+    def plain(x: Tensor) -> Tensor:
+        x = (x + pos_embed[1:].index_select(0, positions)).unflatten(0, (len(cu_seqlens) - 1, -1))
+        return torch.cat(((class_token + pos_embed[:1]).expand(len(x), 1, -1), x), 1).flatten(0, 1)
+
+    return elementwise_rounds(ours, plain, inputs, grads)
+
+
+@pytest.mark.contest(contestants=ELEMENTWISE, **row_cases((192, 384, 768)))
+def test_embed_tokens_forward(case, device, enter):
+    rounds, facts = partial(embedding_rounds, case, device, backward=False), case.facts_of_embedding(backward=False)
+    enter("embedding of tokens, forward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])
+
+
+@pytest.mark.contest(contestants=ELEMENTWISE, **row_cases((192, 384, 768)))
+def test_embed_tokens_forward_backward(case, device, enter):
+    rounds, facts = partial(embedding_rounds, case, device, backward=True), case.facts_of_embedding(backward=True)
+    enter("embedding of tokens, forward and backward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The logits of a batch of images."""
+
+    batch: int
+    classes: int = 1000
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.classes} classes, {str(self.dtype).removeprefix('torch.')}"
+
+    def facts(self, backward: bool) -> dict[str, float]:
+        """Logits and int64 targets are read, and backward read again; the gradient of the logits is written."""
+        elements, reads = self.batch * self.classes, 1 + backward
+        moved = (reads + backward) * elements * self.dtype.itemsize + 8 * reads * self.batch
+        facts = {"floor_bytes": moved, "floor_flops": (4 + 4 * backward) * elements}
+        return {"length": self.classes, "ragged": False, **facts}
+
+
+def entropy_rounds(case: Logits, device: torch.device, backward: bool) -> dict[str, Callable | str]:
+    targets = torch.randint(case.classes, (case.batch,), device=device)
+    inputs = (torch.randn(case.batch, case.classes, device=device).to(case.dtype),)
+    grads = (torch.ones((), device=device),) if backward else None
+
+    def ours(x: Tensor) -> Tensor:
+        return kernels.cross_entropy(x, targets)
+
+    def plain(x: Tensor) -> Tensor:
+        return F.cross_entropy(x.float(), targets)
+
+    return elementwise_rounds(ours, plain, inputs, grads)
+
+
+LOGITS = {
+    "cpu": [Logits(8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)],
+    "cuda": [Logits(batch) for batch in (8, 128, 512)],
+}
+
+
+@pytest.mark.contest(contestants=ELEMENTWISE, **LOGITS)
+def test_cross_entropy_forward(case, device, enter):
+    rounds, facts = partial(entropy_rounds, case, device, backward=False), case.facts(backward=False)
+    enter("cross-entropy, forward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])
+
+
+@pytest.mark.contest(contestants=ELEMENTWISE, **LOGITS)
+def test_cross_entropy_forward_backward(case, device, enter):
+    rounds, facts = partial(entropy_rounds, case, device, backward=True), case.facts(backward=True)
+    enter("cross-entropy, forward and backward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])

@@ -39,7 +39,11 @@ MARGIN = 60  # seconds before the end of a step from which its commands begin no
 QUICK = {
     "tests": ["tests/bench/test_bench.py", "-k", "gpu_rounds"],
     "tune": ["--only", "select_tokens_backward", "--processes", "2", "--keep"],
-    "kernels": ["-k", "test_patches_forward and not backward and 137 and not 128 and not 512"],
+    "kernels": [
+        "-k",
+        "not 128 and not 512 and not 384 and not 768 and ((test_patches_forward and not backward and 137)"
+        " or (test_embed_tokens and 47) or test_cross_entropy or (test_pixel_step and 46))",
+    ],
     "loop": ["-k", "test_iteration and deit_tiny and not 46"],
 }
 

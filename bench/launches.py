@@ -180,17 +180,13 @@ def _norm_cases(row: Row) -> Iterator[tuple[torch.Tensor, torch.dtype, torch.Ten
 
 
 def _residual_norm(row: Row) -> Cases:
-    """With an update and without, and for the class tokens' rows, which lie apart. The tokens' embedding and
-    the cross-entropy choose the same row of the table."""
+    """With an update and without, and for the class tokens' rows, which lie apart."""
     for x, dtype, gamma, weight in _norm_cases(row):
         update = torch.empty_like(x, dtype=dtype)
         yield recorded(launch_residual_norm, x, update, gamma, weight, weight, 1e-6, dtype)
         if gamma is None:
             yield recorded(launch_residual_norm, x, None, None, weight, None, 1e-6, dtype)
             yield recorded(launch_residual_norm, x[:, :1], update[:, :1], None, None, None, 1e-6, dtype)
-    yield from _embed_tokens(row)
-    for x, *_ in _norm_cases(row):
-        yield recorded(launch_cross_entropy, x[:, 0], _integers(8, dtype=torch.int64), "mean")
 
 
 def _residual_norm_backward(row: Row) -> Cases:
@@ -204,10 +200,6 @@ def _residual_norm_backward(row: Row) -> Cases:
             yield recorded(launch_residual_norm_backward, x, *args, x.dtype, None)
             first = x[:, :1].contiguous(), grad[:, :1].contiguous()
             yield recorded(launch_residual_norm_backward, first[0], *args, x.dtype, dtype, first[1])
-    yield from _embed_tokens_backward(row)
-    for x, *_ in _norm_cases(row):
-        inputs = x[:, 0], _integers(8, dtype=torch.int64), _empty(8, 2)
-        yield recorded(launch_cross_entropy_backward, _empty(), *inputs, "mean")
 
 
 def _embed_tokens(row: Row) -> Cases:
@@ -224,6 +216,17 @@ def _embed_tokens_backward(row: Row) -> Cases:
     for x, dtype, gamma, _ in _norm_cases(row):
         if gamma is None:
             yield recorded(launch_embed_tokens_backward, x.flatten(0, 1), _integers(9), 46, 368, 1, dtype)
+
+
+def _cross_entropy(row: Row) -> Cases:
+    for x, *_ in _norm_cases(row):
+        yield recorded(launch_cross_entropy, x[:, 0], _integers(8, dtype=torch.int64), "mean")
+
+
+def _cross_entropy_backward(row: Row) -> Cases:
+    for x, *_ in _norm_cases(row):
+        inputs = x[:, 0], _integers(8, dtype=torch.int64), _empty(8, 2)
+        yield recorded(launch_cross_entropy_backward, _empty(), *inputs, "mean")
 
 
 def _gelu_cases(row: Row) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, str]]:
@@ -259,6 +262,10 @@ CASES = {
     "gather_patches_backward": _gather_patches_backward,
     "residual_norm": _residual_norm,
     "residual_norm_backward": _residual_norm_backward,
+    "embed_tokens": _embed_tokens,
+    "embed_tokens_backward": _embed_tokens_backward,
+    "cross_entropy": _cross_entropy,
+    "cross_entropy_backward": _cross_entropy_backward,
     "bias_gelu": _bias_gelu,
     "bias_gelu_backward": _bias_gelu_backward,
     "prior_sums": _only("pixels.prior_sums", _pixel_step),

@@ -31,7 +31,9 @@ from smi_fast.kernels import dispatch
 from smi_fast.kernels.attention import launch_attention, launch_attention_backward, needs_statistics
 from smi_fast.kernels.backend import Launch, recording
 from smi_fast.kernels.class_attention import launch_class_attention, launch_class_attention_backward
+from smi_fast.kernels.cross_entropy import launch_cross_entropy, launch_cross_entropy_backward
 from smi_fast.kernels.dispatch import choice_of, override
+from smi_fast.kernels.embedding import launch_embed_tokens, launch_embed_tokens_backward
 from smi_fast.kernels.mlp import launch_bias_gelu, launch_bias_gelu_backward
 from smi_fast.kernels.norm import launch_residual_norm, launch_residual_norm_backward
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
@@ -50,7 +52,7 @@ CANDIDATES = {32: 32, 64: 64, 128: 95, 256: 196, 512: 324, 1024: 576, 2048: 1369
 ACCESSES = {2**31 - 1: 48}  # how many accesses of 16 bytes a row of channels takes
 PATCHES = {192: (3, 8, 8), 256: (1, 16, 16), 640: (3, 14, 14), 768: (3, 16, 16), 2**31 - 1: (3, 32, 32)}
 PIXELS = {2**31 - 1: (3, 16, 16)}
-WIDTHS = {256: 192, 512: 384, 1024: 768, 2048: 1408, 4096: 3072}  # channels of the residual stream
+WIDTHS = {256: 192, 512: 384, 1024: 768, 2048: 1408, 4096: 3072}  # channels of a row that one program computes
 HIDDEN = {2**31 - 1: 1536}  # channels between the products of an MLP
 OPERATIONS = {
     "attention_forward": TOKENS,
@@ -63,6 +65,10 @@ OPERATIONS = {
     "gather_patches_backward": PATCHES,
     "residual_norm": WIDTHS,
     "residual_norm_backward": WIDTHS,
+    "embed_tokens": WIDTHS,
+    "embed_tokens_backward": WIDTHS,
+    "cross_entropy": WIDTHS,
+    "cross_entropy_backward": WIDTHS,
     "bias_gelu": HIDDEN,
     "bias_gelu_backward": HIDDEN,
     "prior_sums": PIXELS,
@@ -91,7 +97,7 @@ def candidates(operation: str, purpose: Row) -> Iterator[Row]:
         for BR, BC, num_warps in ((64, 8, 4), (32, 8, 4), (32, 16, 4), (16, 8, 4), (64, 16, 8)):
             yield {"BR": BR, "BC": BC, "num_warps": num_warps}
         return
-    if operation.startswith("residual_norm"):
+    if OPERATIONS[operation] is WIDTHS:
         least = max(1, size // 512)  # 16 channels a thread, so that one warp sums up to 512 without waiting for another
         yield from ({"BC": size, "num_warps": num_warps} for num_warps in (least, 2 * least, 4 * least))
         return
@@ -295,6 +301,10 @@ def call_of(operation: str, row: Row, device: torch.device) -> Callable[[], obje
         return patches_call(operation, representative, device)
     if operation.startswith("residual_norm"):
         return norm_call(operation, representative, device)
+    if operation.startswith("embed_tokens"):
+        return embedding_call(operation, representative, device)
+    if operation.startswith("cross_entropy"):
+        return entropy_call(operation, representative, device)
     if operation.startswith("bias_gelu"):
         return gelu_call(operation, representative, device)
     return pixels_call(representative, device)
@@ -340,6 +350,25 @@ def norm_call(operation: str, channels: int, device: torch.device) -> Callable[[
     return partial(
         launch_residual_norm_backward, grad, update, x, statistics, gamma, weight, torch.float32, torch.bfloat16
     )
+
+
+def embedding_call(operation: str, channels: int, device: torch.device) -> Callable[[], object]:
+    """Of images that are thinned to 46 of 196 patches, with a class token."""
+    positions = torch.rand(BATCH, 196, device=device).argsort(1)[:, :46].sort(1).values.flatten().int()
+    tokens, pos_embed = torch.randn(BATCH * 47, channels, device=device), torch.randn(197, channels, device=device)
+    cu_seqlens, patches = uniform_lengths(BATCH, 46, device), tokens[: len(positions)].bfloat16()
+    if operation == "embed_tokens":
+        return partial(launch_embed_tokens, patches, positions, cu_seqlens, 46, pos_embed[:1], pos_embed, True)
+    return partial(launch_embed_tokens_backward, tokens, cu_seqlens, 46, len(positions), 1, torch.bfloat16)
+
+
+def entropy_call(operation: str, classes: int, device: torch.device) -> Callable[[], object]:
+    logits = torch.randn(BATCH, classes, device=device).bfloat16()
+    targets = torch.randint(classes, (BATCH,), device=device)
+    if operation == "cross_entropy":
+        return partial(launch_cross_entropy, logits, targets, "mean")
+    statistics = torch.ones(BATCH, 2, device=device)
+    return partial(launch_cross_entropy_backward, torch.ones((), device=device), logits, targets, statistics, "mean")
 
 
 def gelu_call(operation: str, channels: int, device: torch.device) -> Callable[[], object]:
@@ -437,11 +466,12 @@ class Measured:
         return rows
 
 
-def derive(table: Table, arch: str, processes: int | None) -> None:
-    """Choose all rows of an architecture without a GPU."""
+def derive(table: Table, arch: str, only: str, processes: int | None) -> None:
+    """Choose the rows of an architecture without a GPU."""
     for name, operations, kind in in_order():
-        table.setdefault(arch, {})["source"] = "compiler report"
-        for operation in operations:
+        if not only or arch not in table:
+            table.setdefault(arch, {})["source"] = "compiler report"
+        for operation in [operation for operation in operations if operation.startswith(only)]:
             enter(table, arch, operation, best(arch, operation, kind, processes, None))
             write(table, dispatch.TABLE)
         print(f"{arch}: {name}", flush=True)
@@ -472,7 +502,7 @@ def main() -> None:
     parser.add_argument("--arch", help="derive the rows of these architectures from the compiler report")
     parser.add_argument("--processes", type=int, help="how many compile at a time; one for each CPU")
     parser.add_argument("--seconds", type=float, default=480, help="after this time no further operation is measured")
-    parser.add_argument("--only", default="", help="measure only the operations whose names begin so")
+    parser.add_argument("--only", default="", help="choose only for the operations whose names begin so")
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="write every time here, and go on from what it has"
     )
@@ -487,7 +517,7 @@ def main() -> None:
     if not arguments.arch:
         return measure(table, arguments)
     for arch in arguments.arch.split(","):
-        derive(table, arch, arguments.processes)
+        derive(table, arch, arguments.only, arguments.processes)
 
 
 def as_json(table: Table) -> str:

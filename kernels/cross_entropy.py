@@ -89,7 +89,7 @@ def launch_cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> tup
     """Run the forward pass in Triton. Returns the loss (), and the statistics (B, 2) that the backward pass reads."""
     losses, statistics = _fake_losses(logits)
     if logits.numel():
-        _, tiles = choose("residual_norm", logits.device, logits.shape[1])  # which computes a row in one program too
+        _, tiles = choose("cross_entropy", logits.device, logits.shape[1])
         launch(
             _entropy_kernel, logits.shape[:1], losses=losses, statistics=statistics, logits=logits.contiguous(),
             targets=targets.contiguous(), C=logits.shape[1], **tiles,
@@ -118,7 +118,7 @@ def launch_cross_entropy_backward(
     """Compute the gradient (B, C) of the logits in Triton from that of the loss, ()."""
     grad = _fake_cross_entropy_backward(grad_loss, logits, targets, statistics, reduction)
     if logits.numel():
-        _, tiles = choose("residual_norm_backward", logits.device, logits.shape[1])
+        _, tiles = choose("cross_entropy_backward", logits.device, logits.shape[1])
         launch(
             _entropy_backward_kernel, logits.shape[:1], grad=grad, grad_loss=grad_loss,
             logits=logits.contiguous(), targets=targets.contiguous(), statistics=statistics,

@@ -168,7 +168,7 @@ def launch_embed_tokens(
     )
     (count, channels), batch = prefix.shape, cu_seqlens.shape[0] - 1
     if tokens.numel():
-        _, tiles = choose("residual_norm", x.device, channels)  # which computes a row in one program too
+        _, tiles = choose("embed_tokens", x.device, channels)
         launch(
             _embed_kernel, (batch, count + max_seqlen),
             tokens=tokens, token_positions=token_positions, token_starts=token_starts,
@@ -200,7 +200,7 @@ def launch_embed_tokens_backward(
     before each sequence."""
     grad_x = _fake_embed_tokens_backward(grad, cu_seqlens, max_seqlen, tokens, count, dtype)
     if grad_x.numel():
-        _, tiles = choose("residual_norm_backward", grad.device, grad.shape[1])
+        _, tiles = choose("embed_tokens_backward", grad.device, grad.shape[1])
         launch(
             _embed_backward_kernel, (cu_seqlens.shape[0] - 1, max_seqlen),
             grad_x=grad_x, grad=grad.contiguous(), cu_seqlens=cu_seqlens, PREFIX=count, C=grad.shape[1], **tiles,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from smi_fast.kernels import cpu
 from torch.utils.flop_counter import FlopCounterMode
 
 import smi_fast
@@ -304,6 +305,74 @@ def test_the_floors_of_selection_and_patches_count_bytes_moved(bench):
     (grad,) = torch.autograd.grad(patches.sum(), images)
     assert benchmark.Kept(2, 5).facts(backward=False)["floor_bytes"] == 2 * patches.nbytes
     assert benchmark.Kept(2, 5).facts(backward=True)["floor_bytes"] == 3 * patches.nbytes + grad.nbytes
+
+
+def test_the_floors_of_embedding_cross_entropy_and_pixel_step_count_bytes_moved(bench):
+    benchmark = bench("bench_kernels")
+    x, class_token = torch.randn(8, 16, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 16)
+    cu_seqlens = torch.tensor([0, 4, 8], dtype=torch.int32)
+    tokens, positions, _ = kernels.embed_tokens(x, torch.arange(8, dtype=torch.int32), cu_seqlens, 4, class_token)
+    of_patches = tokens[positions >= 0]
+    (grad,) = torch.autograd.grad(tokens.sum(), x)
+    case = benchmark.Rows(2, 5, 16, torch.bfloat16)
+    forward, both = (case.facts_of_embedding(backward)["floor_bytes"] for backward in (False, True))
+    assert forward == x.nbytes + tokens.nbytes
+    assert both == forward + of_patches.nbytes + grad.nbytes
+
+    logits, targets = torch.randn(3, 7, dtype=torch.bfloat16, requires_grad=True), torch.tensor([6, 0, 2])
+    (grad,) = torch.autograd.grad(kernels.cross_entropy(logits, targets), logits)
+    case = benchmark.Logits(3, 7, torch.bfloat16)
+    forward, both = (case.facts(backward)["floor_bytes"] for backward in (False, True))
+    assert forward == logits.nbytes + targets.nbytes
+    assert both == 2 * forward + grad.nbytes
+
+    grad, moments = torch.empty(10, 768, dtype=torch.bfloat16), torch.empty(2, 10, 768)
+    pixels = moments[0]
+    assert benchmark.Kept(2, 5).facts_of_step()["floor_bytes"] == grad.nbytes + 2 * (pixels.nbytes + moments.nbytes)
+
+
+CONTESTS = {  # each with the functions in C++ that smi-fast runs in it, forward and backward
+    "embedding": ([], []),
+    "cross-entropy": ([], []),
+    "norm": (["residual_norm"], ["residual_norm_backward"]),
+    "GELU": ([], []),
+    "attention": (["attention"], ["attention_backward"]),
+    "patches": (["gather_patches"], None),
+    "step": (["prior_squares", "pixel_step"], None),
+}
+
+
+@pytest.mark.parametrize("name", CONTESTS)
+def test_contestants_agree_and_on_a_cpu_plain_torch_is_compared_with_cpp(name, bench, duel, seed):
+    benchmark, bfloat16 = bench("bench_kernels"), torch.bfloat16
+    tokens, rows, kept = benchmark.Tokens(2, 5, 1, 8), benchmark.Rows(2, 5, 24), benchmark.Kept(1, 5)
+    contests = {
+        "embedding": lambda *args: benchmark.embedding_rounds(rows, *args),
+        "cross-entropy": lambda *args: benchmark.entropy_rounds(benchmark.Logits(3, 7, bfloat16), *args),
+        "norm": lambda *args: benchmark.norm_rounds(rows, *args),
+        "GELU": lambda *args: benchmark.gelu_rounds(rows, *args),
+        "attention": lambda device, backward: benchmark.attention_rounds(
+            tokens, device, benchmark.attention_contest, backward
+        ),
+        "patches": lambda *args: benchmark.patches_contest(kept, *args),
+        "step": lambda device, _: benchmark.step_contest(kept, device),
+    }
+    forward, backward = CONTESTS[name]
+    for passes in (False, True)[: 1 if backward is None else 2]:
+        contestants = contests[name](CPU, passes)
+        outcomes = duel.duel(contestants, device=CPU, tolerance=benchmark.TOLERANCE[bfloat16], rounds=1, memory=False)
+        assert {one: outcome.wrong for one, outcome in outcomes.items() if outcome.wrong} == {}
+        plain = benchmark.PLAIN if benchmark.PLAIN in contestants else "torch"
+        assert outcomes["smi-fast"].seconds
+        assert outcomes[plain].seconds
+        ran = {}
+        for one in ("smi-fast", plain):
+            ran[one] = []
+            with cpu.recording(lambda _, arguments, seen=ran[one]: seen.append(arguments[0])):
+                duel.as_round(contestants[one]).call()
+        assert ran[plain] == []
+        if cpu.library() is not None:
+            assert ran["smi-fast"] == (forward + backward if passes else forward)
 
 
 def entry(title, contestant, milliseconds, **facts):

@@ -160,7 +160,15 @@ if not {"bench/report.py", "-c"} & {*sys.orig_argv}:  # which launch nothing
 """
 
 
-PATCHES = "smi-fast", "torch", "torch, reshaped", "torch.compile"
+# The title of each group of kernels, and how many nodes smi-fast's graph of it has: its kernels, and the mean of losses.
+GROUPS = {
+    "patches through a view, forward": 1,
+    "step of the pixels": 2,
+    "embedding of tokens, forward": 1,
+    "embedding of tokens, forward and backward": 2,
+    "cross-entropy, forward": 2,
+    "cross-entropy, forward and backward": 3,
+}
 
 
 @needs_fake_cuda
@@ -196,14 +204,17 @@ def test_the_whole_check_runs_on_a_runtime_that_computes_nothing(tmp_path):
     assert tuned["select_tokens_backward"][0] in [record["row"] for record in times]
 
     measured = json.loads((out / f"{name}-kernels.json").read_text())["benchmarks"]
-    assert {entry["extra_info"]["contestant"] for entry in measured} == {*PATCHES}
+    assert {(entry["extra_info"]["title"], entry["extra_info"]["contestant"]) for entry in measured} == {
+        *((title, name) for title in GROUPS for name in ("smi-fast", "torch", "torch.compile")),
+        ("patches through a view, forward", "torch, reshaped"),
+    }
     for entry in measured:
         # Each event of the runtime is 1 ms behind the last, and a graph has as many calls as fit the time for set-up.
         (cold,) = entry["stats"]["data"]
         assert round(1e-3 / cold, 6) in range(1, 17)
         assert entry["extra_info"]["warm_ms"] == 1 / 16
-    ours = [entry["extra_info"]["nodes"] for entry in measured if entry["extra_info"]["contestant"] == "smi-fast"]
-    assert set(ours) == {1}
+    ours = [entry["extra_info"] for entry in measured if entry["extra_info"]["contestant"] == "smi-fast"]
+    assert {facts["title"]: facts["nodes"] for facts in ours} == GROUPS
 
     loop = {entry["extra_info"]["contestant"]: entry["extra_info"]
             for entry in json.loads((out / f"{name}-loop.json").read_text())["benchmarks"]}  # fmt: skip

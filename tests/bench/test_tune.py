@@ -122,24 +122,14 @@ def test_without_a_usable_candidate_nothing_is_entered(tune, monkeypatch):
     "attention_forward", "attention_backward", "class_attention_forward", "class_attention_backward",
     "select_tokens", "select_tokens_backward", "gather_patches", "gather_patches_backward", "pixel_step",
     "residual_norm", "residual_norm_backward", "bias_gelu", "bias_gelu_backward",
+    "embed_tokens", "embed_tokens_backward", "cross_entropy", "cross_entropy_backward",
 ])  # fmt: skip
 def test_timed_calls_run_and_give_the_shapes_of_the_operation(operation, tune, monkeypatch, seed):
     for name, value in (("BATCH", 2), ("HEADS", 1), ("CHANNELS", 16)):
         monkeypatch.setattr(tune, name, value)
-    row = {"up_to": 64, "dtype": "float32", "head_dim": 16}
-    if operation in tune.ATTENTION:
-        call = tune.attention_call(operation, row, 20, CPU)
-    elif operation.startswith("select"):
-        call = tune.selection_call(operation, 20, CPU)
-    elif operation == "pixel_step":
-        call = tune.pixels_call((1, 4, 4), CPU)
-    elif operation.startswith("residual_norm"):
-        call = tune.norm_call(operation, 20, CPU)
-    elif operation.startswith("bias_gelu"):
-        call = tune.gelu_call(operation, 20, CPU)
-    else:
-        call = tune.patches_call(operation, (1, 4, 4), CPU)
-    results = call()
+    size = (1, 4, 4) if operation.startswith(("gather", "pixel")) else 20
+    monkeypatch.setitem(tune.OPERATIONS, operation, {64: size})
+    results = tune.call_of(operation, {"up_to": 64, "dtype": "float32", "head_dim": 16}, CPU)()
     for x in results if isinstance(results, tuple) else (results,):
         assert x.isfinite().all()
     main = results[0] if isinstance(results, tuple) else results
@@ -154,6 +144,10 @@ def test_timed_calls_run_and_give_the_shapes_of_the_operation(operation, tune, m
         "gather_patches_backward": (2, 1, 56, 56),
         "pixel_step": (),
         **dict.fromkeys(("residual_norm", "residual_norm_backward", "bias_gelu", "bias_gelu_backward"), (2, 47, 20)),
+        "embed_tokens": (2 * 47, 20),
+        "embed_tokens_backward": (2 * 46, 20),
+        "cross_entropy": (),
+        "cross_entropy_backward": (2, 20),
     }
     assert main.shape == expected[operation]
 
@@ -168,7 +162,7 @@ def test_every_candidate_holds_what_its_row_is_for(tune):
                     assert row["BN"] >= purpose["up_to"]
                 if row.get("form") == "rows":
                     assert row["BM"] >= purpose["up_to"]
-                if operation.startswith("residual_norm"):
+                if tune.OPERATIONS[operation] is tune.WIDTHS:
                     assert row["BC"] >= purpose["up_to"]
 
 
