@@ -31,9 +31,19 @@ from report import as_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / "gpu-check" / "libsmi_fast_kernels.so"
-# These tests run small kernels in every form: forward and backward, on equal, ragged and empty sequences, and on
-# tensors with strides.
-SMALL = "triton and (ragged_and_empty or strides or neither_read)"
+# The names of tests that run small kernels in every form, by the file of the kernels: forward and backward, on equal,
+# ragged and empty sequences, and on rows that lie apart.
+SMALL = {
+    "attention": "ragged_and_empty or strides",
+    "class_attention": "first_row",
+    "cross_entropy": "far_from_zero",
+    "embedding": "written_out",
+    "mlp": "layout",
+    "norm": "first_tokens or lie_apart",
+    "patches": "strides",
+    "pixels": "neither_read",
+    "selection": "strides",
+}
 MARGIN = 60  # seconds before the end of a step from which its commands begin nothing more
 # With --quick: a case or two of each step, to see that all of them run and write.
 QUICK = {
@@ -42,7 +52,7 @@ QUICK = {
     "kernels": [
         "-k",
         "not 128 and not 512 and not 384 and not 768 and ((test_patches_forward and not backward and 137)"
-        " or (test_embed_tokens and 47) or test_cross_entropy or (test_pixel_step and 46))",
+        " or (test_pixel_step and 46) or (backward and (test_cross_entropy or (test_embed_tokens and 47))))",
     ],
     "loop": ["-k", "test_iteration and deit_tiny and not 46"],
 }
@@ -157,13 +167,11 @@ def tests(settings: Settings) -> Iterator[Part]:
 def sanitize(settings: Settings) -> Iterator[Part]:
     """Each file of kernel tests by itself, under each tool."""
     for tool in ("memcheck", "racecheck"):
-        for path in sorted(ROOT.glob("tests/kernels/test_*.py")):
-            if "mark.cuda" not in path.read_text():
-                continue
+        for module, names in SMALL.items():
             command = f"compute-sanitizer --tool {tool} --error-exitcode 1 --target-processes application-only".split()
-            command += [*PYTEST, str(path.relative_to(ROOT)), "-m", "cuda", "-k", SMALL]
+            command += [*PYTEST, f"tests/kernels/test_{module}.py", "-k", f"triton and ({names})"]
             environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # lets it see where each tensor ends
-            yield Part(f"{tool} {path.stem}", command, "compute-sanitizer", environment)
+            yield Part(f"{tool} {module}", command, "compute-sanitizer", environment)
 
 
 def tune(settings: Settings) -> Iterator[Part]:

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DeviceWork, assert_within_twice, canaries, poisoned_memory, with_errors_elsewhere
+from kernel_cases import DeviceWork, assert_within_twice, canaries, poisoned_memory, twice, with_errors_elsewhere
 from smi_fast.kernels import cross_entropy
 from smi_fast.kernels.cross_entropy import (
     cross_entropy_backward_op,
@@ -36,14 +36,19 @@ def run(logits, targets, grad, compute, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("classes", [1, 10, 1000])
 def test_loss_and_gradient_obey_the_2x_rule(classes, dtype, reduction, backend, device, seed):
+    check(5, classes, dtype, reduction, backend, device)
+
+
+def check(batch, classes, dtype, reduction, backend, device):
+    """Assert that loss and gradient obey the 2x rule, and return them."""
     options = {"reduction": reduction}
 
     def plain(logits, targets):
         return F.cross_entropy(logits.float(), targets, reduction=reduction)
 
     def case():
-        logits = (4 * torch.randn(5, classes, device=device)).to(dtype)
-        inputs = logits, torch.randint(classes, (5,), device=device), torch.randn((), device=device)
+        logits = (4 * torch.randn(batch, classes, device=device)).to(dtype)
+        inputs = logits, torch.randint(classes, (batch,), device=device), torch.randn((), device=device)
         exact = run(logits.double(), *inputs[1:], formula, **options)
         return inputs, exact, [run(*inputs, plain)]
 
@@ -54,6 +59,16 @@ def test_loss_and_gradient_obey_the_2x_rule(classes, dtype, reduction, backend, 
     assert_within_twice(found, with_errors_elsewhere(results, exact, case, 16), exact)
     with torch.no_grad():
         assert torch.equal(cross_entropy(*inputs[:2], **options, backend=backend), found["loss"])
+    return found
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [1000, MAX_CHANNELS])
+def test_gpu_obeys_the_2x_rule_and_repeats_bit_for_bit(classes, dtype, device, seed):
+    first, second = twice(lambda: check(128, classes, dtype, "mean", "triton", device))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
 
 
 @BOTH

@@ -90,6 +90,23 @@ def test_prefix_and_position_embeddings_that_ask_for_gradients_get_them(trained,
     torch.testing.assert_close(found, exact)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("channels", [192, 768, 1408, MAX_CHANNELS])
+@pytest.mark.parametrize("dtype", [SINGLE, BF16, HALF], ids=str)
+def test_gpu_gives_the_bits_of_plain_torch_each_time(dtype, channels, device, seed):
+    lengths = [5, 1, 3, 4] * 16
+    x, *others = draw(lengths, channels, 2, dtype, SINGLE, device)
+    grad = torch.randn(len(x) + 2 * len(lengths), channels, device=device)
+
+    def both(backend):
+        leaf = x.clone().requires_grad_()
+        tokens, *rest = embed_tokens(leaf, *others, backend=backend)
+        return tokens, *rest, *torch.autograd.grad(tokens, leaf, grad)
+
+    for found in (both("triton"), both("triton")):
+        assert all(map(torch.equal, found, both("torch")))
+
+
 def test_one_launch_each_way_and_nothing_else(device, seed):
     (x, *others), grad = draw([2, 5], 8, 1, BF16, SINGLE, device), torch.randn(9, 8, device=device)
     with DeviceWork(MODULE) as work:
