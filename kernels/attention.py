@@ -78,6 +78,18 @@ def attention(
     return out
 
 
+def believed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """Compute `attention` in Triton of arguments that have been checked, where nothing traces it, as (T, H * D)."""
+    tokens, _, heads, head_dim = qkv.shape
+    if wants_gradient(qkv):
+        kept = needs_statistics(qkv, max_seqlen)
+        out, *_ = _recorded_attention(qkv, cu_seqlens, max_seqlen, scale, False, kept)
+        return out.view(tokens, heads * head_dim)
+    out = qkv.new_empty(tokens, heads * head_dim)
+    _launch_attention(out, None, None, qkv, cu_seqlens, max_seqlen, scale)
+    return out
+
+
 def _check_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}, not (tokens, 3, heads, head_dim)")
@@ -643,8 +655,17 @@ def launch_attention(
         out (T, H, D); the class attention, (H, T) float32 if `with_class` and (H, 0) otherwise; and the statistics of
         the softmax, (2, H, T) float32 if `with_statistics` and (2, H, 0) otherwise. See `needs_statistics`.
     """
-    tokens, _, heads, head_dim = qkv.shape
     out, row, statistics = _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class, with_statistics)
+    kept = row if with_class else None, statistics if with_statistics else None
+    _launch_attention(out, *kept, qkv, cu_seqlens, max_seqlen, scale)
+    return out, row, statistics
+
+
+def _launch_attention(
+    out: Tensor, row: Tensor | None, statistics: Tensor | None, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale
+) -> None:
+    """Write the outputs that are given."""
+    tokens, _, heads, head_dim = qkv.shape
     if tokens:
         form, tiles = choose_attention("attention_forward", qkv, max_seqlen)
         programs = (cu_seqlens.shape[0] - 1) * heads
@@ -652,13 +673,12 @@ def launch_attention(
             kernel, grid = _tile_forward_kernel, (programs,)
         else:
             kernel, grid = _blocks_forward_kernel, (programs, cdiv(max_seqlen, tiles["BM"]))
-        highests, shares = statistics.unbind() if with_statistics else (statistics, statistics)
+        highests, shares = (None, None) if statistics is None else statistics.unbind()
         launch(
             kernel, grid, out=out, class_attention=row, highests=highests, shares=shares,
             qkv=qkv.contiguous(), cu_seqlens=cu_seqlens, scale_log2=scale * LOG2_E, tokens=tokens, heads=heads,
-            D=head_dim, BD=padded_head_dim(head_dim), CLASS=with_class, STATISTICS=with_statistics, **tiles,
+            D=head_dim, BD=padded_head_dim(head_dim), CLASS=row is not None, STATISTICS=statistics is not None, **tiles,
         )  # fmt: skip
-    return out, row, statistics
 
 
 attention_op = torch.library.custom_op("smi_fast::attention", launch_attention, mutates_args=())
@@ -760,3 +780,4 @@ def _backward_in_cpp(ctx, grad_out, *_):
 
 _attention_in_cpp = differentiable(attention_in_cpp, _save_for_backward_in_cpp, _backward_in_cpp)
 _attention = operation(attention_op, launch_attention, setup_context=_save_for_backward, backward=_backward)
+_recorded_attention = differentiable(launch_attention, _save_for_backward, _backward)

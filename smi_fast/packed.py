@@ -244,17 +244,22 @@ def check_patches(packed: PackedTokens, patches: Tensor, num_patches: int) -> No
         packed: says which sequence each index belongs to.
         patches: (T,), the indices as they were given; int64 ones may not fit into the positions of `packed`.
     """
-    owners = packed.owners()
-    outside = (patches < 0) | (patches >= num_patches)
-    ordered = (owners * num_patches + patches).sort().values
-    repeated = ordered[1:] == ordered[:-1]
+    inside = patches // num_patches == 0
+    if packed.is_uniform:
+        ordered = patches.view(packed.batch_size, packed.max_seqlen).sort(1).values
+    else:
+        ordered = (packed.owners() * num_patches + patches).sort().values
+    distinct = ordered[..., 1:] != ordered[..., :-1]
     if patches.is_cuda or torch.compiler.is_compiling():  # a traced graph cannot branch on values
-        torch._assert_async(~outside.any(), f"keep holds a patch index outside [0, {num_patches})")
-        torch._assert_async(~repeated.any(), "keep names a patch twice in one row")
+        torch._assert_async(inside.all(), f"keep holds a patch index outside [0, {num_patches})")
+        torch._assert_async(distinct.all(), "keep names a patch twice in one row")
         return
-    if outside.any():
-        first = int(outside.nonzero()[0])
-        raise ValueError(f"keep row {int(owners[first])} holds patch {int(patches[first])}, outside [0, {num_patches})")
-    if repeated.any():
-        row, patch = divmod(int(ordered[1:][repeated][0]), num_patches)
+    if not inside.all():
+        first = int(inside.logical_not().nonzero()[0])
+        row = int(packed.owners()[first])
+        raise ValueError(f"keep row {row} holds patch {int(patches[first])}, outside [0, {num_patches})")
+    if not distinct.all():
+        *row, column = distinct.logical_not().nonzero()[0].tolist()
+        repeated = int(ordered[(*row, column)])
+        row, patch = (*row, repeated) if row else divmod(repeated, num_patches)
         raise ValueError(f"keep row {row} names patch {patch} twice")
