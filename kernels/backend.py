@@ -171,7 +171,7 @@ class _Compiled(NamedTuple):
     run: Callable
     function: int
     metadata: tuple
-    ordered: Callable[[dict[str, Any]], tuple]  # puts a kernel's arguments in order
+    ordered: Callable[[list], tuple]  # puts the values of a launch's arguments in the kernel's order
     kernel: Any
 
 
@@ -185,22 +185,33 @@ def _launch(kernel, grid: tuple[int, ...], device: int, arguments: dict[str, Any
     the process, because its search takes several times as long as a launch.
 
     Triton compiles for the dtype of a tensor, for whether its address is a multiple of 16, and for constants and
-    properties of numbers. Here a number counts by its value, which decides all of these.
+    properties of numbers. Here a number counts by its value, which decides all of these. A known kernel takes addresses
+    instead of tensors, about which Triton would ask the driver.
     """
-    key = (id(kernel), device, *arguments, *[
-        (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments.values()
-    ])  # fmt: skip
+    key, values, addresses = [id(kernel), device, *arguments], [], 0
+    for x in arguments.values():
+        if isinstance(x, Tensor):
+            key.append(x.dtype)
+            x = x.data_ptr()
+            addresses |= x
+        else:
+            key.append(x)
+        values.append(x)
+    if addresses % 16:
+        key += [x.data_ptr() % 16 for x in arguments.values() if isinstance(x, Tensor)]
+    key = tuple(key)
     known = _compiled.get(key)
     if known is not None and not _hooked():
         run, function, metadata, ordered, _ = known
         stream = torch._C._cuda_getCurrentRawStream(device)
-        run(*grid, *ONES[len(grid) :], stream, function, metadata, None, None, None, *ordered(arguments))
+        run(*grid, *ONES[len(grid) :], stream, function, metadata, None, None, None, *ordered(values))
         return
     compiled = kernel.run(grid=grid, warmup=False, **arguments)  # kernel[grid](**arguments) would copy them once more
     if compiled is not None and not _hooked():  # None comes from the interpreter
         if len(_compiled) >= MAX_COMPILED:
             _compiled.clear()
-        order = itemgetter(*kernel.arg_names)
+        names = list(arguments)
+        order = itemgetter(*map(names.index, kernel.arg_names))
         _compiled[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, order, kernel)
 
 
