@@ -154,15 +154,25 @@ def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
     if _recording is not None:
         _recording.append(Launch(kernel, grid, arguments))
         return
-    for value in arguments.values():
-        if isinstance(value, Tensor):
-            device = value.get_device()
-            break
+    key, values, addresses, device = [id(kernel), *arguments], [], 0, None
+    for x in arguments.values():
+        if isinstance(x, Tensor):
+            if device is None:
+                device = x.get_device()
+            key.append(x.dtype)
+            x = x.data_ptr()
+            addresses |= x
+        else:
+            key.append(x)
+        values.append(x)
+    key.append(device)
+    if addresses % 16:
+        key += [x.data_ptr() % 16 for x in arguments.values() if isinstance(x, Tensor)]
     if device < 0 or device == torch._C._cuda_getDevice():
-        _launch(kernel, grid, device, arguments)
+        _launch(kernel, grid, device, arguments, tuple(key), values)
     else:
         with torch.cuda.device(device):
-            _launch(kernel, grid, device, arguments)
+            _launch(kernel, grid, device, arguments, tuple(key), values)
 
 
 class _Compiled(NamedTuple):
@@ -180,26 +190,14 @@ MAX_COMPILED = 4096  # each number of tokens or rows makes entries of its own
 ONES = (1, 1, 1)
 
 
-def _launch(kernel, grid: tuple[int, ...], device: int, arguments: dict[str, Any]) -> None:
+def _launch(kernel, grid: tuple[int, ...], device: int, arguments: dict[str, Any], key: tuple, values: list) -> None:
     """Launch a kernel on the current device. Triton looks for the compiled kernel only if these arguments are new to
     the process, because its search takes several times as long as a launch.
 
     Triton compiles for the dtype of a tensor, for whether its address is a multiple of 16, and for constants and
-    properties of numbers. Here a number counts by its value, which decides all of these. A known kernel takes addresses
-    instead of tensors, about which Triton would ask the driver.
+    properties of numbers. In the key a number counts by its value, which decides all of these. The values are those of
+    the arguments, with addresses for tensors, about which Triton would ask the driver.
     """
-    key, values, addresses = [id(kernel), device, *arguments], [], 0
-    for x in arguments.values():
-        if isinstance(x, Tensor):
-            key.append(x.dtype)
-            x = x.data_ptr()
-            addresses |= x
-        else:
-            key.append(x)
-        values.append(x)
-    if addresses % 16:
-        key += [x.data_ptr() % 16 for x in arguments.values() if isinstance(x, Tensor)]
-    key = tuple(key)
     known = _compiled.get(key)
     if known is not None and not _hooked():
         run, function, metadata, ordered, _ = known

@@ -117,12 +117,12 @@ def believed_residual_norm(
 ) -> tuple[Tensor, ...]:
     """Compute `residual_norm` in Triton of arguments that have been checked, where nothing traces it and neither gamma,
     weight nor bias gets a gradient. With `first`, compute `residual_norm_of_first`."""
-    dtype = dtype or _stream_dtype(x, update, gamma)
+    sum_dtype = _stream_dtype(x, update, gamma)
+    dtype = dtype or sum_dtype
     if wants_gradient(x, update):
         stream, normed, *of_first = _recorded_residual_norm(x, update, gamma, weight, bias, eps, dtype, first)
         return (of_first[0], normed, of_first[1]) if of_first else (stream, normed)
-    stream = x if update is None else contiguous_like(x, _stream_dtype(x, update, gamma))
-    normed = contiguous_like(x, dtype)
+    stream, normed = x if update is None else contiguous_like(x, sum_dtype), contiguous_like(x, dtype)
     _launch_residual_norm(stream, normed, None, x, update, gamma, weight, bias, eps)
     return _with_first(stream, normed, first)
 
@@ -150,10 +150,11 @@ def _check_residual_norm(x, weight, bias, update, gamma, dtype) -> None:
 
 def _stream_dtype(x: Tensor, update: Tensor | None, gamma: Tensor | None) -> torch.dtype:
     """Return the dtype that torch gives x + gamma * update, without asking it, which would call an operator."""
-    others = [tensor.dtype for tensor in (update, gamma) if tensor is not None and tensor.dtype != x.dtype]
-    if not others:
-        return x.dtype
-    return torch.float64 if torch.float64 in (x.dtype, *others) else torch.float32
+    dtype = x.dtype
+    if (update is None or update.dtype == dtype) and (gamma is None or gamma.dtype == dtype):
+        return dtype
+    dtypes = [tensor.dtype for tensor in (x, update, gamma) if tensor is not None]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def residual_norm_reference(

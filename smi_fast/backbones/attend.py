@@ -162,7 +162,7 @@ class Attend:
             rows = attention[:, :, 0].detach().flatten(1).float()  # [H, T]
         if self.measures:
             self.measured.append(rows)
-        return out[..., :head_dim]
+        return out if self.sizes is None else out[..., :head_dim]
 
     @torch.no_grad()
     def received(self, q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -68,7 +68,8 @@ class Operations(NamedTuple):
     """What surrounds the products of a block.
 
     Attributes:
-        norm: (x, update, gamma, weight, bias, eps, dtype) -> the stream and its norm, as `kernels.residual_norm`.
+        norm: (x, update, gamma, weight, bias, eps, dtype) -> the stream and its norm, as `kernels.residual_norm`. With
+            a further argument `first`, as `kernels.residual_norm_of_first`.
         attention: (qkv, cu_seqlens, max_seqlen, scale) -> as `kernels.attention`, but (T, C).
         hidden: (x, weight, bias, act) -> act(x weight^T + bias).
     """
@@ -89,9 +90,11 @@ BELIEVED = Operations(believed_residual_norm, believed_attention, _fused_hidden)
 def _checked(backend: str) -> Operations:
     """Return the operations that check their arguments, where `backend` is plain torch."""
 
-    def norm(x, update, gamma, weight, bias, eps, dtype):
+    def norm(x, update, gamma, weight, bias, eps, dtype, first=None):
         options = {"update": update, "gamma": gamma, "dtype": dtype, "backend": backend}
-        return kernels.residual_norm(x, weight, bias, eps, **options)
+        if first is None:
+            return kernels.residual_norm(x, weight, bias, eps, **options)
+        return kernels.residual_norm_of_first(x, weight, bias, eps, first=first, **options)
 
     def attention(qkv, cu_seqlens, max_seqlen, scale):
         return kernels.attention(qkv, cu_seqlens, max_seqlen, scale=scale, backend=backend).flatten(1)
@@ -202,19 +205,26 @@ class PlainBlock:
 
     def __call__(self, stream: Stream, attend: Attend) -> Stream:
         """Compute the block. Tokens (B, N, C) become packed ones (T, C)."""
-        norm, attention, _ = attend.operations
         attn, tokens, dtype = self.attn, attend.tokens, autocast_dtype(stream.x)
-        (module, *affine), (gamma, _) = self.norms[0], self.gammas
-        x, normed = norm(*stream.packed(), *affine, module.eps, dtype)
+        x, normed = self.normalise(0, stream.packed(), attend.operations, dtype)
         qkv = linear(normed, *frozen_weights(*self.qkv, dtype)).view(-1, 3, attn.num_heads, attn.head_dim)
-        out = attention(normalise_qk(attn, qkv), tokens.cu_seqlens, tokens.max_seqlen, softmax_scale(attn))
+        out = attend.operations.attention(
+            normalise_qk(attn, qkv), tokens.cu_seqlens, tokens.max_seqlen, softmax_scale(attn)
+        )
         update = linear(out, *frozen_weights(*self.proj, dtype))
-        return self.second_half(Stream(x, update, gamma), attend.operations)
+        return self.second_half(Stream(x, update, self.gammas[0]), attend.operations, dtype)
 
-    def second_half(self, stream: Stream, operations: Operations) -> Stream:
-        """Compute the MLP of the block."""
-        dtype, (module, *affine) = autocast_dtype(stream.x), self.norms[1]
-        x, normed = operations.norm(*stream, *affine, module.eps, dtype)
+    def normalise(
+        self, number: int, stream: Stream, operations: Operations, dtype: torch.dtype | None, *first: int
+    ) -> tuple[Tensor, ...]:
+        """Return the tokens of the stream and their norm, the first or the second one of the block. `dtype` is that of
+        autocast. With `first`, do what `residual_norm_of_first` does."""
+        module, weight, bias = self.norms[number]
+        return operations.norm(*stream, weight, bias, module.eps, dtype, *first)
+
+    def second_half(self, stream: Stream, operations: Operations, dtype: torch.dtype | None) -> Stream:
+        """Compute the MLP of the block. `dtype` is that of autocast."""
+        x, normed = self.normalise(1, stream, operations, dtype)
         hidden = operations.hidden(normed, *frozen_weights(*self.fc1, dtype), self.act)
         return Stream(x, linear(hidden, *frozen_weights(*self.fc2, dtype)), self.gammas[1])
 

@@ -28,7 +28,7 @@ from smi_fast.backbones.features import feature_name
 from smi_fast.backbones.importance import softmax_scale
 from smi_fast.backbones.plain import GELUS, gelu_form, plain_for, run_plain
 from smi_fast.backbones.pruning import Drop, Merge, check_prunes, check_takes_sizes
-from smi_fast.backbones.stream import Stream, add, normalise, normalise_of_first
+from smi_fast.backbones.stream import Stream, add, autocast_dtype, normalise, normalise_of_first
 from smi_fast.backbones.support import (
     LINEAR,
     MLP,
@@ -182,10 +182,14 @@ def block_of_first_tokens(block: Block, stream: Stream, attend: Attend, count: i
     plain, parts = plain_for(block, stream, attend), block._modules
     attn, stream = parts["attn"], stream.batch(attend.tokens)
     within, heads, head_dim, width = attn._modules, attn.num_heads, attn.head_dim, attn.attn_dim
-    x, normed, first = normalise_of_first(stream, parts["norm1"], attend, count)  # x and first are [B, count, C]
+    if plain is not None and stream.x.ndim == 3:
+        dtype = autocast_dtype(stream.x)
+        x, normed, first = plain.normalise(0, stream, attend.operations, dtype, count)  # x and first are [B, count, C]
+    else:
+        x, normed, first = normalise_of_first(stream, parts["norm1"], attend, count)
     weight, bias = weights(within["qkv"], packed=False)
     q = linear(first.flatten(0, 1), weight[:width], None if bias is None else bias[:width])
-    kv = linear(normed, weight[width:], None if bias is None else bias[width:])
+    kv = linear(normed.flatten(0, -2), weight[width:], None if bias is None else bias[width:])
     q, kv = call(within["q_norm"], q.view(-1, count, heads, head_dim)), kv.view(-1, 2, heads, head_dim)
     if not isinstance(within["k_norm"], nn.Identity):
         k, v = kv.unbind(1)
@@ -195,7 +199,7 @@ def block_of_first_tokens(block: Block, stream: Stream, attend: Attend, count: i
         out = out * product(attn.gate, first).sigmoid()
     out = call(within["proj_drop"], product(within["proj"], out))
     if plain is not None:
-        return plain.second_half(Stream(x, out, plain.gammas[0]), attend.operations)
+        return plain.second_half(Stream(x, out, plain.gammas[0]), attend.operations, autocast_dtype(x))
     return _second_half(block, add(x, out, parts["ls1"], parts["drop_path1"]), attend)
 
 
