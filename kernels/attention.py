@@ -14,7 +14,7 @@ from .backend import cdiv, contiguous_like, jit, launch, resolve_backend, tl
 from .cpu import call_cpp, suits_cpp
 from .dispatch import choose_attention, padded_head_dim
 from .gradients import any_order, gradients, transformed
-from .operators import differentiable, operation, surely, traced, wants_gradient
+from .operators import apply_of, differentiable, operation, surely, traced, wants_gradient
 from .rows import gather_rows, padding
 from .tiles import dot, load_row, load_rows, locate, scores_of_row, scores_of_tile, store_rows
 
@@ -80,13 +80,15 @@ def attention(
 
 def believed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """Compute `attention` in Triton of arguments that have been checked, where nothing traces it, as (T, H * D)."""
-    tokens, _, heads, head_dim = qkv.shape
     if wants_gradient(qkv):
-        kept = needs_statistics(qkv, max_seqlen)
-        out, *_ = _recorded_attention(qkv, cu_seqlens, max_seqlen, scale, False, kept)
-        return out.view(tokens, heads * head_dim)
+        return _recorded_attention(qkv, cu_seqlens, max_seqlen, scale)
+    return _attention_without_class(qkv, None, cu_seqlens, max_seqlen, scale)
+
+
+def _attention_without_class(qkv: Tensor, statistics: Tensor | None, cu_seqlens, max_seqlen, scale) -> Tensor:
+    tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(tokens, heads * head_dim)
-    _launch_attention(out, None, None, qkv, cu_seqlens, max_seqlen, scale)
+    _launch_attention(out, None, statistics, qkv, cu_seqlens, max_seqlen, scale)
     return out
 
 
@@ -780,4 +782,23 @@ def _backward_in_cpp(ctx, grad_out, *_):
 
 _attention_in_cpp = differentiable(attention_in_cpp, _save_for_backward_in_cpp, _backward_in_cpp)
 _attention = operation(attention_op, launch_attention, setup_context=_save_for_backward, backward=_backward)
-_recorded_attention = differentiable(launch_attention, _save_for_backward, _backward)
+
+
+class _RecordedAttention(torch.autograd.Function):
+    """The same rule for `believed_attention`, which has one result."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+        (tokens, _, heads, _), kept = qkv.shape, needs_statistics(qkv, max_seqlen)
+        statistics = qkv.new_empty(2, heads, tokens, dtype=torch.float32) if kept else None
+        out = _attention_without_class(qkv, statistics, cu_seqlens, max_seqlen, scale)
+        ctx.save_for_backward(qkv, out if kept else None, statistics, cu_seqlens)
+        ctx.max_seqlen, ctx.scale, ctx.shape = max_seqlen, scale, (tokens, heads, qkv.shape[3])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_out.reshape(ctx.shape))[:4]
+
+
+_recorded_attention = apply_of(_RecordedAttention)

@@ -447,12 +447,13 @@ def _keep(ctx, inputs, stream: Tensor, statistics: Tensor) -> None:
 
 def _of_inputs(ctx, x: Tensor | None, update: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of all inputs, given those of x and of update."""
-    return (x, update, *(None for _ in ctx.needs_input_grad[2:]))
+    return (x, update, *(None,) * (len(ctx.needs_input_grad) - 2))
 
 
-def _wanted(ctx) -> list[torch.dtype | None]:
+def _wanted(ctx) -> tuple[torch.dtype | None, torch.dtype | None]:
     """The dtypes of the gradients of x and of update, None where none is wanted."""
-    return [dtype if need else None for dtype, need in zip(ctx.input_dtypes, ctx.needs_input_grad, strict=False)]
+    (x, update), (wants_x, wants_update, *_) = ctx.input_dtypes, ctx.needs_input_grad
+    return x if wants_x else None, update if wants_update else None
 
 
 def _of_sum(ctx, grad: Tensor, gamma: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -487,26 +488,28 @@ def _derivative(ctx, grad_stream, grad_normed, *others):
 
 @any_order(_derivative)
 def _backward(ctx, grad_stream, grad_normed, *others):
-    (stream, *_), (stream_first, grad_first) = ctx.saved_tensors, _of_first(others)
+    saved, (stream_first, grad_first) = ctx.saved_tensors, _of_first(others)  # torch unpacks saved tensors once only
     if grad_stream is None and grad_normed is not None:
         grad_stream = stream_first
-    else:
-        grad_stream = _total(stream, grad_stream, stream_first)
-        grad_normed, grad_first = _total(stream, grad_normed, grad_first), None
+    elif stream_first is not None or grad_first is not None:
+        grad_stream = _total(saved[0], grad_stream, stream_first)
+        grad_normed, grad_first = _total(saved[0], grad_normed, grad_first), None
     run = residual_norm_backward_op if traced(grad_stream, grad_normed, grad_first) else _believed_backward
-    return _gradients(ctx, run, grad_stream, grad_normed, grad_first)
+    return _gradients(ctx, saved, run, grad_stream, grad_normed, grad_first)
 
 
 @any_order(_derivative)
 def _backward_in_cpp(ctx, grad_stream, grad_normed, _):
     if not suits_cpp(grad_stream, grad_normed):
         return _derivative(ctx, grad_stream, grad_normed)
-    return _gradients(ctx, residual_norm_backward_in_cpp, grad_stream, grad_normed)
+    return _gradients(ctx, ctx.saved_tensors, residual_norm_backward_in_cpp, grad_stream, grad_normed)
 
 
-def _gradients(ctx, run: Callable, grad_stream, grad_normed, *grad_first) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx, saved: Sequence[Tensor | None], run: Callable, grad_stream, grad_normed, *grad_first
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of all inputs. `run` computes them from those of the outputs."""
-    stream, statistics, gamma, weight, _ = ctx.saved_tensors
+    stream, statistics, gamma, weight, _ = saved
     if grad_normed is None:
         return _of_sum(ctx, grad_stream, gamma)
     x, update = _wanted(ctx)
