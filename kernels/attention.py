@@ -88,7 +88,8 @@ def believed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: 
 def _attention_without_class(qkv: Tensor, statistics: Tensor | None, cu_seqlens, max_seqlen, scale) -> Tensor:
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(tokens, heads * head_dim)
-    _launch_attention(out, None, statistics, qkv, cu_seqlens, max_seqlen, scale)
+    kept = False, statistics is not None
+    _launch_attention(out, None, statistics, qkv, cu_seqlens, max_seqlen, scale, *kept)
     return out
 
 
@@ -658,15 +659,14 @@ def launch_attention(
         the softmax, (2, H, T) float32 if `with_statistics` and (2, H, 0) otherwise. See `needs_statistics`.
     """
     out, row, statistics = _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class, with_statistics)
-    kept = row if with_class else None, statistics if with_statistics else None
-    _launch_attention(out, *kept, qkv, cu_seqlens, max_seqlen, scale)
+    _launch_attention(out, row, statistics, qkv, cu_seqlens, max_seqlen, scale, with_class, with_statistics)
     return out, row, statistics
 
 
 def _launch_attention(
-    out: Tensor, row: Tensor | None, statistics: Tensor | None, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale
+    out, row: Tensor | None, statistics: Tensor | None, qkv, cu_seqlens, max_seqlen, scale, with_class, with_statistics
 ) -> None:
-    """Write the outputs that are given."""
+    """Write the outputs. The row and the statistics may be None where they are not wanted."""
     tokens, _, heads, head_dim = qkv.shape
     if tokens:
         form, tiles = choose_attention("attention_forward", qkv, max_seqlen)
@@ -675,11 +675,11 @@ def _launch_attention(
             kernel, grid = _tile_forward_kernel, (programs,)
         else:
             kernel, grid = _blocks_forward_kernel, (programs, cdiv(max_seqlen, tiles["BM"]))
-        highests, shares = (None, None) if statistics is None else statistics.unbind()
+        highests, shares = statistics.unbind() if with_statistics else (statistics, statistics)
         launch(
             kernel, grid, out=out, class_attention=row, highests=highests, shares=shares,
             qkv=qkv.contiguous(), cu_seqlens=cu_seqlens, scale_log2=scale * LOG2_E, tokens=tokens, heads=heads,
-            D=head_dim, BD=padded_head_dim(head_dim), CLASS=row is not None, STATISTICS=statistics is not None, **tiles,
+            D=head_dim, BD=padded_head_dim(head_dim), CLASS=with_class, STATISTICS=with_statistics, **tiles,
         )  # fmt: skip
 
 
