@@ -42,7 +42,7 @@ def choose(operation: str, device: torch.device, size: int, **kind) -> tuple[str
 
 
 def _find(operation: str, device: torch.device, size: int, kind: Kind) -> tuple[str, dict[str, Any]]:
-    form, constants = _overrides.get(operation) or _chosen(operation, device, size, kind)
+    form, constants = _overrides.get(operation) or _choose(operation, architecture(device), size, kind)
     return form, dict(constants)
 
 
@@ -93,11 +93,6 @@ def nearest(major: int, minor: int) -> str:
 def table() -> dict[str, dict[str, Any]]:
     """Return the contents of `dispatch.json`."""
     return json.loads(TABLE.read_text())
-
-
-@lru_cache
-def _chosen(operation: str, device: torch.device, size: int, kind: Kind) -> tuple[str, dict[str, Any]]:
-    return _choose(operation, architecture(device), size, kind)
 
 
 @lru_cache
