@@ -14,7 +14,7 @@ from .backend import cdiv, contiguous_like, jit, launch, resolve_backend, tl
 from .cpu import call_cpp, suits_cpp
 from .dispatch import choose_attention, padded_head_dim
 from .gradients import any_order, gradients, transformed
-from .operators import differentiable, operation, surely, traced, wants_gradient
+from .operators import apply_of, differentiable, operation, surely, traced, wants_gradient
 from .rows import gather_rows, padding
 from .tiles import dot, load_row, load_rows, locate, scores_of_row, scores_of_tile, store_rows
 
@@ -77,6 +77,21 @@ def attention(
         out = attention_reference(qkv, cu_seqlens, max_seqlen, scale)
     if return_class_attention:
         return out, class_attention_reference(qkv.detach(), cu_seqlens, max_seqlen, scale)
+    return out
+
+
+def believed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    """Compute `attention` in Triton of arguments that have been checked, where nothing traces it, as (T, H * D)."""
+    if wants_gradient(qkv):
+        return _recorded_attention(qkv, cu_seqlens, max_seqlen, scale)
+    return _attention_without_class(qkv, None, cu_seqlens, max_seqlen, scale)
+
+
+def _attention_without_class(qkv: Tensor, statistics: Tensor | None, cu_seqlens, max_seqlen, scale) -> Tensor:
+    tokens, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(tokens, heads * head_dim)
+    kept = False, statistics is not None
+    _launch_attention(out, None, statistics, qkv, cu_seqlens, max_seqlen, scale, *kept)
     return out
 
 
@@ -651,8 +666,16 @@ def launch_attention(
         out (T, H, D); the class attention, (H, T) float32 if `with_class` and (H, 0) otherwise; and the statistics of
         the softmax, (2, H, T) float32 if `with_statistics` and (2, H, 0) otherwise. See `needs_statistics`.
     """
-    tokens, _, heads, head_dim = qkv.shape
     out, row, statistics = _fake_attention(qkv, cu_seqlens, max_seqlen, scale, with_class, with_statistics)
+    _launch_attention(out, row, statistics, qkv, cu_seqlens, max_seqlen, scale, with_class, with_statistics)
+    return out, row, statistics
+
+
+def _launch_attention(
+    out, row: Tensor | None, statistics: Tensor | None, qkv, cu_seqlens, max_seqlen, scale, with_class, with_statistics
+) -> None:
+    """Write the outputs. The row and the statistics may be None where they are not wanted."""
+    tokens, _, heads, head_dim = qkv.shape
     if tokens:
         form, tiles = choose_attention("attention_forward", qkv, max_seqlen)
         programs = (cu_seqlens.shape[0] - 1) * heads
@@ -666,7 +689,6 @@ def launch_attention(
             qkv=qkv.contiguous(), cu_seqlens=cu_seqlens, scale_log2=scale * LOG2_E, tokens=tokens, heads=heads,
             D=head_dim, BD=padded_head_dim(head_dim), CLASS=with_class, STATISTICS=with_statistics, **tiles,
         )  # fmt: skip
-    return out, row, statistics
 
 
 attention_op = torch.library.custom_op("smi_fast::attention", launch_attention, mutates_args=())
@@ -768,3 +790,23 @@ def _backward_in_cpp(ctx, grad_out, *_):
 
 _attention_in_cpp = differentiable(attention_in_cpp, _save_for_backward_in_cpp, _backward_in_cpp)
 _attention = operation(attention_op, launch_attention, setup_context=_save_for_backward, backward=_backward)
+
+
+class _RecordedAttention(torch.autograd.Function):
+    """The same rule for `believed_attention`, which has one result."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+        (tokens, _, heads, _), kept = qkv.shape, needs_statistics(qkv, max_seqlen)
+        statistics = qkv.new_empty(2, heads, tokens, dtype=torch.float32) if kept else None
+        out = _attention_without_class(qkv, statistics, cu_seqlens, max_seqlen, scale)
+        ctx.save_for_backward(qkv, out if kept else None, statistics, cu_seqlens)
+        ctx.max_seqlen, ctx.scale, ctx.shape = max_seqlen, scale, (tokens, heads, qkv.shape[3])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_out.reshape(ctx.shape))[:4]
+
+
+_recorded_attention = apply_of(_RecordedAttention)

@@ -154,15 +154,25 @@ def launch(kernel, grid: tuple[int, ...], /, **arguments) -> None:
     if _recording is not None:
         _recording.append(Launch(kernel, grid, arguments))
         return
-    for value in arguments.values():
-        if isinstance(value, Tensor):
-            device = value.get_device()
-            break
+    key, values, addresses, device = [id(kernel), *arguments], [], 0, None
+    for x in arguments.values():
+        if isinstance(x, Tensor):
+            if device is None:
+                device = x.get_device()
+            key.append(x.dtype)
+            x = x.data_ptr()
+            addresses |= x
+        else:
+            key.append(x)
+        values.append(x)
+    key.append(device)
+    if addresses % 16:
+        key += [x.data_ptr() % 16 for x in arguments.values() if isinstance(x, Tensor)]
     if device < 0 or device == torch._C._cuda_getDevice():
-        _launch(kernel, grid, device, arguments)
+        _launch(kernel, grid, device, arguments, tuple(key), values)
     else:
         with torch.cuda.device(device):
-            _launch(kernel, grid, device, arguments)
+            _launch(kernel, grid, device, arguments, tuple(key), values)
 
 
 class _Compiled(NamedTuple):
@@ -171,7 +181,7 @@ class _Compiled(NamedTuple):
     run: Callable
     function: int
     metadata: tuple
-    ordered: Callable[[dict[str, Any]], tuple]  # puts a kernel's arguments in order
+    ordered: Callable[[list], tuple]  # puts the values of a launch's arguments in the kernel's order
     kernel: Any
 
 
@@ -180,27 +190,26 @@ MAX_COMPILED = 4096  # each number of tokens or rows makes entries of its own
 ONES = (1, 1, 1)
 
 
-def _launch(kernel, grid: tuple[int, ...], device: int, arguments: dict[str, Any]) -> None:
+def _launch(kernel, grid: tuple[int, ...], device: int, arguments: dict[str, Any], key: tuple, values: list) -> None:
     """Launch a kernel on the current device. Triton looks for the compiled kernel only if these arguments are new to
     the process, because its search takes several times as long as a launch.
 
     Triton compiles for the dtype of a tensor, for whether its address is a multiple of 16, and for constants and
-    properties of numbers. Here a number counts by its value, which decides all of these.
+    properties of numbers. In the key a number counts by its value, which decides all of these. The values are those of
+    the arguments, with addresses for tensors, about which Triton would ask the driver.
     """
-    key = (id(kernel), device, *arguments, *[
-        (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments.values()
-    ])  # fmt: skip
     known = _compiled.get(key)
     if known is not None and not _hooked():
         run, function, metadata, ordered, _ = known
         stream = torch._C._cuda_getCurrentRawStream(device)
-        run(*grid, *ONES[len(grid) :], stream, function, metadata, None, None, None, *ordered(arguments))
+        run(*grid, *ONES[len(grid) :], stream, function, metadata, None, None, None, *ordered(values))
         return
     compiled = kernel.run(grid=grid, warmup=False, **arguments)  # kernel[grid](**arguments) would copy them once more
     if compiled is not None and not _hooked():  # None comes from the interpreter
         if len(_compiled) >= MAX_COMPILED:
             _compiled.clear()
-        order = itemgetter(*kernel.arg_names)
+        names = list(arguments)
+        order = itemgetter(*map(names.index, kernel.arg_names))
         _compiled[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, order, kernel)
 
 

@@ -42,10 +42,7 @@ def choose(operation: str, device: torch.device, size: int, **kind) -> tuple[str
 
 
 def _find(operation: str, device: torch.device, size: int, kind: Kind) -> tuple[str, dict[str, Any]]:
-    if operation in _overrides:
-        form, constants = _overrides[operation]
-    else:
-        form, constants = _choose(operation, architecture(device), size, kind)
+    form, constants = _overrides.get(operation) or _choose(operation, architecture(device), size, kind)
     return form, dict(constants)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .backend import cdiv, check_floats, contiguous_like, gives_way, jit, launch, tl
 from .dispatch import choose
 from .gradients import any_order, gradients
-from .operators import operation
+from .operators import differentiable, operation
 
 FORMS = ("none", "tanh", "quick")
 
@@ -192,3 +192,5 @@ def _backward(ctx, grad):
 
 
 _bias_gelu = operation(bias_gelu_op, launch_bias_gelu, setup_context=_save_for_backward, backward=_backward)
+# `bias_gelu` in Triton of arguments (x, bias, approximate) that have been checked, where nothing traces it
+believed_bias_gelu = differentiable(launch_bias_gelu, _save_for_backward, _backward)

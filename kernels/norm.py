@@ -99,12 +99,32 @@ def _residual_norm(x, weight, bias, eps, update, gamma, dtype, backend, first: i
         else:
             stream, normed = residual_norm_reference(*arguments)
         return _with_first(stream, normed, first)
-    tracing = traced(x)
-    if not tracing and wants_gradient(x, update):
-        stream, normed, *of_first = apply_of(_ResidualNorm)(*arguments, first)
-        return (of_first[0], normed, of_first[1]) if of_first else (stream, normed)
-    stream, normed, _ = (residual_norm_op if tracing else launch_residual_norm)(*arguments)
+    if not traced(x):
+        return believed_residual_norm(*arguments, first)
+    stream, normed, _ = residual_norm_op(*arguments)
     return _with_first(x if update is None else stream, normed, first)
+
+
+def believed_residual_norm(
+    x: Tensor,
+    update: Tensor | None,
+    gamma: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+    first: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Compute `residual_norm` in Triton of arguments that have been checked, where nothing traces it and neither gamma,
+    weight nor bias gets a gradient. With `first`, compute `residual_norm_of_first`."""
+    sum_dtype = _stream_dtype(x, update, gamma)
+    dtype = dtype or sum_dtype
+    if wants_gradient(x, update):
+        stream, normed, *of_first = _recorded_residual_norm(x, update, gamma, weight, bias, eps, dtype, first)
+        return (of_first[0], normed, of_first[1]) if of_first else (stream, normed)
+    stream, normed = x if update is None else contiguous_like(x, sum_dtype), contiguous_like(x, dtype)
+    _launch_residual_norm(stream, normed, None, x, update, gamma, weight, bias, eps)
+    return _with_first(stream, normed, first)
 
 
 def _with_first(stream: Tensor, normed: Tensor, first: int | None) -> tuple[Tensor, ...]:
@@ -130,10 +150,11 @@ def _check_residual_norm(x, weight, bias, update, gamma, dtype) -> None:
 
 def _stream_dtype(x: Tensor, update: Tensor | None, gamma: Tensor | None) -> torch.dtype:
     """Return the dtype that torch gives x + gamma * update, without asking it, which would call an operator."""
-    others = [tensor.dtype for tensor in (update, gamma) if tensor is not None and tensor.dtype != x.dtype]
-    if not others:
-        return x.dtype
-    return torch.float64 if torch.float64 in (x.dtype, *others) else torch.float32
+    dtype = x.dtype
+    if (update is None or update.dtype == dtype) and (gamma is None or gamma.dtype == dtype):
+        return dtype
+    dtypes = [tensor.dtype for tensor in (x, update, gamma) if tensor is not None]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def residual_norm_reference(
@@ -210,7 +231,7 @@ def _residual_norm_kernel(
 
     All programs together read x and update and write s and the normalised rows once: for a float32 stream and rows in
     half precision, 12 bytes for each of T C elements, and 6 without an update. They compute about 9 T C operations. The
-    statistics (T, 2) are the mean and rstd of each row, which the backward pass reads.
+    statistics (T, 2) are the mean and rstd of each row, which the backward pass reads; they may be None.
     """
     row = tl.program_id(0).to(tl.int64)
     s = load_row(x + row * x_stride, C, BC)  # [BC]
@@ -230,8 +251,9 @@ def _residual_norm_kernel(
     if bias is not None:
         scaled += load_row(bias, C, BC)
     store_row(normed + row * C, scaled, C, BC)
-    tl.store(statistics + 2 * row, mean)
-    tl.store(statistics + 2 * row + 1, rstd)
+    if statistics is not None:
+        tl.store(statistics + 2 * row, mean)
+        tl.store(statistics + 2 * row + 1, rstd)
 
 
 @jit
@@ -316,6 +338,12 @@ def launch_residual_norm(
     """Run the forward pass in Triton. Returns the stream (..., C), or an empty tensor without an update; the normalised
     rows (..., C); and the statistics (..., 2) float32 that the backward pass reads."""
     stream, normed, statistics = _fake_residual_norm(x, update, gamma, weight, bias, eps, dtype)
+    _launch_residual_norm(stream, normed, statistics, x, update, gamma, weight, bias, eps)
+    return stream, normed, statistics
+
+
+def _launch_residual_norm(stream, normed, statistics: Tensor | None, x, update, gamma, weight, bias, eps) -> None:
+    """Write the outputs that are given. The stream is one only with an update."""
     if x.numel():
         (x, stride), rows, channels = _as_rows(x), normed.numel() // x.shape[-1], x.shape[-1]
         update, gamma, weight, bias = _contiguous(update, gamma, weight, bias)
@@ -325,7 +353,6 @@ def launch_residual_norm(
             normed=normed, statistics=statistics, x=x, update=update, gamma=gamma, weight=weight, bias=bias,
             x_stride=stride, eps=eps, C=channels, **tiles,
         )  # fmt: skip
-    return stream, normed, statistics
 
 
 residual_norm_op = torch.library.custom_op("smi_fast::residual_norm", launch_residual_norm, mutates_args=())
@@ -362,12 +389,30 @@ def launch_residual_norm_backward(
     grads = _fake_residual_norm_backward(
         grad_stream, grad_normed, stream, statistics, gamma, weight, dtype, update_dtype
     )
+    grad_x, grad_update = (grad if grad.numel() else None for grad in grads)
+    _launch_backward(grad_x, grad_update, grad_stream, grad_normed, stream, statistics, gamma, weight, grad_first)
+    return grads
+
+
+def _believed_backward(
+    grad_stream, grad_normed, stream, statistics, gamma, weight, dtype, update_dtype, grad_first=None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Do what `launch_residual_norm_backward` does, but return None for a gradient that is not computed."""
+    grad_x = None if dtype is None else contiguous_like(stream, dtype)
+    grad_update = None if update_dtype is None else contiguous_like(stream, update_dtype)
+    _launch_backward(grad_x, grad_update, grad_stream, grad_normed, stream, statistics, gamma, weight, grad_first)
+    return grad_x, grad_update
+
+
+def _launch_backward(
+    grad_x, grad_update, grad_stream, grad_normed, stream, statistics, gamma, weight, grad_first
+) -> None:
+    """Write the gradients that are given."""
     if stream.numel():
         of_first = grad_stream if grad_first is None else grad_first
         whole = of_first is None or of_first.shape == stream.shape
         tokens, first = (1, 0) if whole else (stream.shape[1], of_first.shape[1])
         (stream, stride), rows, channels = _as_rows(stream), grad_normed.numel() // stream.shape[-1], stream.shape[-1]
-        grad_x, grad_update = (grad if grad.numel() else None for grad in grads)
         grad_stream, grad_normed, grad_first, gamma, weight = _contiguous(
             grad_stream, grad_normed, grad_first, gamma, weight
         )
@@ -377,7 +422,6 @@ def launch_residual_norm_backward(
             grad_stream=grad_stream, grad_normed=grad_normed, grad_first=grad_first, x=stream, statistics=statistics,
             gamma=gamma, weight=weight, tokens=tokens, x_stride=stride, FIRST=first, C=channels, **tiles,
         )  # fmt: skip
-    return grads
 
 
 residual_norm_backward_op = torch.library.custom_op(
@@ -403,12 +447,13 @@ def _keep(ctx, inputs, stream: Tensor, statistics: Tensor) -> None:
 
 def _of_inputs(ctx, x: Tensor | None, update: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of all inputs, given those of x and of update."""
-    return (x, update, *(None for _ in ctx.needs_input_grad[2:]))
+    return (x, update, *(None,) * (len(ctx.needs_input_grad) - 2))
 
 
-def _wanted(ctx) -> list[torch.dtype | None]:
+def _wanted(ctx) -> tuple[torch.dtype | None, torch.dtype | None]:
     """The dtypes of the gradients of x and of update, None where none is wanted."""
-    return [dtype if need else None for dtype, need in zip(ctx.input_dtypes, ctx.needs_input_grad, strict=False)]
+    (x, update), (wants_x, wants_update, *_) = ctx.input_dtypes, ctx.needs_input_grad
+    return x if wants_x else None, update if wants_update else None
 
 
 def _of_sum(ctx, grad: Tensor, gamma: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -443,14 +488,13 @@ def _derivative(ctx, grad_stream, grad_normed, *others):
 
 @any_order(_derivative)
 def _backward(ctx, grad_stream, grad_normed, *others):
-    saved, (stream_first, grad_first) = ctx.saved_tensors, _of_first(others)  # which torch lets a checkpoint read once
+    saved, (stream_first, grad_first) = ctx.saved_tensors, _of_first(others)  # torch unpacks saved tensors once only
     if grad_stream is None and grad_normed is not None:
         grad_stream = stream_first
-    else:
+    elif stream_first is not None or grad_first is not None:
         grad_stream = _total(saved[0], grad_stream, stream_first)
         grad_normed, grad_first = _total(saved[0], grad_normed, grad_first), None
-    tracing = traced(grad_stream, grad_normed, grad_first)
-    run = residual_norm_backward_op if tracing else launch_residual_norm_backward
+    run = residual_norm_backward_op if traced(grad_stream, grad_normed, grad_first) else _believed_backward
     return _gradients(ctx, saved, run, grad_stream, grad_normed, grad_first)
 
 
@@ -461,7 +505,9 @@ def _backward_in_cpp(ctx, grad_stream, grad_normed, _):
     return _gradients(ctx, ctx.saved_tensors, residual_norm_backward_in_cpp, grad_stream, grad_normed)
 
 
-def _gradients(ctx, saved: tuple, run: Callable, grad_stream, grad_normed, *grad_first) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx, saved: Sequence[Tensor | None], run: Callable, grad_stream, grad_normed, *grad_first
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of all inputs. `run` computes them from those of the outputs."""
     stream, statistics, gamma, weight, _ = saved
     if grad_normed is None:
@@ -489,6 +535,9 @@ class _ResidualNorm(torch.autograd.Function):
         return (stream, normed) if first is None else (stream, normed, stream[:, :first], normed[:, :first])
 
     backward = staticmethod(_backward)
+
+
+_recorded_residual_norm = apply_of(_ResidualNorm)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

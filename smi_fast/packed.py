@@ -188,7 +188,7 @@ def pack_keep(keep: Keep | None, batch_size: int, num_patches: int, device: torc
         if keep.shape[1] == 0 and batch_size:
             raise ValueError("keep names no patch in row 0: an image needs at least one")
         packed = PackedTokens.from_batch(None, keep)
-        check_patches(packed, keep.flatten(), num_patches)
+        check_patches(packed, keep, num_patches)
         return packed
     if not isinstance(keep, Sequence):
         raise ValueError(f"keep is a {type(keep).__name__}, expected a tensor or a list of tensors")
@@ -242,19 +242,24 @@ def check_patches(packed: PackedTokens, patches: Tensor, num_patches: int) -> No
 
     Args:
         packed: says which sequence each index belongs to.
-        patches: (T,), the indices as they were given; int64 ones may not fit into the positions of `packed`.
+        patches: (T,) or (B, K), the indices as they were given; int64 ones may not fit into the positions of `packed`.
     """
-    owners = packed.owners()
-    outside = (patches < 0) | (patches >= num_patches)
-    ordered = (owners * num_patches + patches).sort().values
-    repeated = ordered[1:] == ordered[:-1]
+    outside = patches // num_patches  # not 0 for an index outside of the grid
+    if packed.is_uniform:
+        ordered = patches.view(packed.batch_size, packed.max_seqlen).sort(1).values
+    else:
+        ordered = (packed.owners() * num_patches + patches).sort().values
+    steps = ordered.diff(dim=-1)
     if patches.is_cuda or torch.compiler.is_compiling():  # a traced graph cannot branch on values
         torch._assert_async(~outside.any(), f"keep holds a patch index outside [0, {num_patches})")
-        torch._assert_async(~repeated.any(), "keep names a patch twice in one row")
+        torch._assert_async(steps.all(), "keep names a patch twice in one row")
         return
     if outside.any():
-        first = int(outside.nonzero()[0])
-        raise ValueError(f"keep row {int(owners[first])} holds patch {int(patches[first])}, outside [0, {num_patches})")
-    if repeated.any():
-        row, patch = divmod(int(ordered[1:][repeated][0]), num_patches)
+        first = int(outside.flatten().nonzero()[0])
+        row, patch = int(packed.owners()[first]), int(patches.flatten()[first])
+        raise ValueError(f"keep row {row} holds patch {patch}, outside [0, {num_patches})")
+    if not steps.all():
+        *row, column = (steps == 0).nonzero()[0].tolist()
+        repeated = int(ordered[(*row, column)])
+        row, patch = (*row, repeated) if row else divmod(repeated, num_patches)
         raise ValueError(f"keep row {row} names patch {patch} twice")

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smi_fast import kernels
 from smi_fast.backbones.dropping import drop_patches
@@ -17,6 +17,15 @@ from smi_fast.backbones.merging import merge_patches, size_channels
 from smi_fast.backbones.pruning import Drop, Merge
 from smi_fast.kernels.rows import gather_rows
 from smi_fast.packed import PackedTokens
+
+
+def normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
+    """Normalise the queries and keys of (T, 3, H, D) where the model does so."""
+    parts = attn._modules
+    if isinstance(parts["q_norm"], nn.Identity) and isinstance(parts["k_norm"], nn.Identity):
+        return qkv
+    q, k, v = qkv.unbind(1)
+    return torch.stack((attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v), dim=1)
 
 
 class Attend:
@@ -33,6 +42,8 @@ class Attend:
         tokens: where the tokens that are left lie, without values.
         sizes: (T,) float32, how many patches were merged into each token, or None if none were.
         found: maps the full name of each recorded feature to its tokens, one for each time that it was recorded.
+        believed: the stream that the last straight line of `plain.py` has left, or None.
+        operations: those of the straight line, or None if it does not serve the tokens.
 
     `enter` sets the following ones for each block:
         number: the number of the block.
@@ -46,6 +57,7 @@ class Attend:
         self.tokens, self.sizes = replace(tokens, values=None), None
         self.has_class_token, self.num_prefix_tokens, self.backend = has_class_token, num_prefix_tokens, backend
         self.found: dict[str, list[PackedTokens]] = {}
+        self.believed = self.operations = None
 
     def enter(
         self, number: int, wanted: Collection[str] = (), *, prune: Drop | Merge | None = None, measures: bool = False
@@ -150,7 +162,7 @@ class Attend:
             rows = attention[:, :, 0].detach().flatten(1).float()  # [H, T]
         if self.measures:
             self.measured.append(rows)
-        return out[..., :head_dim]
+        return out if self.sizes is None else out[..., :head_dim]
 
     @torch.no_grad()
     def received(self, q: Tensor, k: Tensor, scale: float) -> Tensor:

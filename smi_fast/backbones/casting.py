@@ -69,6 +69,15 @@ def weights(module: nn.Module, *, packed: bool = True) -> tuple[Tensor | PackedW
     return (weight, bias) if isinstance(copies[0], PackedWeight) and not packed else copies
 
 
+def frozen_weights(
+    module: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None
+) -> tuple[Tensor | PackedWeight, Tensor | None]:
+    """Return `weights` of a Linear whose weight and bias are known and get no gradient, where nothing traces or
+    transforms its product. `dtype` is that of autocast, if it is on."""
+    cast = module.__dict__.get("_cast_weights")
+    return (weight, bias) if cast is None or weight.is_inference() else cast.of(weight, bias, dtype or weight.dtype)
+
+
 def product(module: nn.Module, x: Tensor) -> Tensor:
     """timm's Linear. Modifications: the product is ours. A module that is not a plain Linear is called as it is."""
     return linear(x, *weights(module)) if obstacle(module, LINEAR) is None else module(x)

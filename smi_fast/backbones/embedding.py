@@ -32,9 +32,10 @@ def embed_patches(model: VisionTransformer, patches: PackedTokens, grid_size: tu
     """
     embed = model.patch_embed
     weight, bias = weights(embed.proj)
-    if patches.values.shape[1] != weight[0].numel():
-        raise ValueError(f"patches have {patches.values.shape[1]} values each, the model's have {weight[0].numel()}")
-    embedded = call(embed.norm, linear(patches.values.to(weight.dtype), weight.flatten(1), bias))
+    weight = weight.flatten(1)
+    if patches.values.shape[1] != weight.shape[1]:
+        raise ValueError(f"patches have {patches.values.shape[1]} values each, the model's have {weight.shape[1]}")
+    embedded = call(embed.norm, linear(patches.values.to(weight.dtype), weight, bias))
     prefix, pos_embed = _prefix_tokens(model, embedded), model.pos_embed
     if pos_embed is not None and grid_size != tuple(embed.grid_size):
         count = 0 if model.no_embed_class else model.num_prefix_tokens

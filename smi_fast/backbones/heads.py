@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast.backbones.casting import product
+from smi_fast.backbones.plain import plain_block
 from smi_fast.backbones.support import block_obstacle, call, changed_method, obstacle_within, obstacle_within_block
 from smi_fast.kernels.rows import gather_rows
 from smi_fast.packed import PackedTokens
@@ -20,7 +21,10 @@ def pooled_tokens(model: VisionTransformer, block: nn.Module) -> int | None:
         return None
     if type(block) is not Block or type(block.attn) is not Attention or type(block.attn.qkv) is not nn.Linear:
         return None
-    if obstacle_within_block(block) or block_obstacle(block) or obstacle_within(model.norm):
+    plain = plain_block(block)
+    if (plain is None or plain.drops()) and (obstacle_within_block(block) or block_obstacle(block)):
+        return None
+    if obstacle_within(model.norm):
         return None
     return 2 if isinstance(model, VisionTransformerDistilled) else 1
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from smi_fast.backbones.attend import Attend
 from smi_fast.backbones.support import obstacle, weight_and_bias
 from smi_fast.kernels import residual_norm, residual_norm_of_first
+from smi_fast.packed import PackedTokens
 
 LAYER_NORMS = (nn.LayerNorm, LayerNorm)
 SCALES, PATHS = (nn.Identity, LayerScale), (nn.Identity, DropPath)
@@ -28,6 +29,19 @@ class Stream(NamedTuple):
     x: Tensor
     update: Tensor | None = None
     gamma: Tensor | None = None
+
+    def packed(self) -> Stream:
+        """Return the stream with tokens (T, C)."""
+        if self.x.ndim == 2:
+            return self
+        return Stream(self.x.flatten(0, -2), None if self.update is None else self.update.flatten(0, -2), self.gamma)
+
+    def batch(self, tokens: PackedTokens) -> Stream:
+        """Return the stream with tokens (B, N, C) if all sequences are equally long. `tokens` says where they lie."""
+        if self.x.ndim != 2 or not tokens.is_uniform:
+            return self
+        shape = tokens.batch_size, tokens.max_seqlen, self.x.shape[-1]
+        return Stream(self.x.view(shape), None if self.update is None else self.update.view(shape), self.gamma)
 
     def sum(self) -> Tensor:
         """Return the tokens."""
@@ -70,14 +84,18 @@ def normalise_of_first(stream: Stream, norm: nn.Module, attend: Attend, count: i
     return attend.first(x, count), normed, attend.first(normed, count)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast asks of products on the device of x, or None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
 def _is_plain(norm: nn.Module) -> bool:
     return obstacle(norm, LAYER_NORMS) is None and not norm.__dict__.get("_fast_norm")
 
 
 def _arguments(stream: Stream, norm: nn.Module, backend: str) -> dict[str, Any]:
-    device = stream.x.device.type
     weight, bias = weight_and_bias(norm)
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return {
         "x": stream.x,
         "weight": weight,
@@ -85,6 +103,6 @@ def _arguments(stream: Stream, norm: nn.Module, backend: str) -> dict[str, Any]:
         "eps": norm.eps,
         "update": stream.update,
         "gamma": stream.gamma,
-        "dtype": torch.get_autocast_dtype(device) if autocast else None,
+        "dtype": autocast_dtype(stream.x),
         "backend": backend,
     }

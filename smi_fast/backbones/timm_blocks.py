@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timm.layers import GELU as TimmGELU
-from timm.layers import Attention, DiffAttention, GELUTanh, QuickGELU
+from timm.layers import Attention, DiffAttention
 from timm.models.vision_transformer import (
     Block,
     DiffParallelScalingBlock,
@@ -23,12 +22,13 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from smi_fast.backbones.attend import Attend
+from smi_fast.backbones.attend import Attend, normalise_qk
 from smi_fast.backbones.casting import product, weights
 from smi_fast.backbones.features import feature_name
 from smi_fast.backbones.importance import softmax_scale
+from smi_fast.backbones.plain import GELUS, gelu_form, plain_for, run_plain
 from smi_fast.backbones.pruning import Drop, Merge, check_prunes, check_takes_sizes
-from smi_fast.backbones.stream import Stream, add, normalise, normalise_of_first
+from smi_fast.backbones.stream import Stream, add, autocast_dtype, normalise, normalise_of_first
 from smi_fast.backbones.support import (
     LINEAR,
     MLP,
@@ -47,7 +47,7 @@ def _attention(attn: Attention, x: Tensor, attend: Attend) -> Tensor:
     projection wrote them."""
     parts = attn._modules
     qkv = product(parts["qkv"], x).view(-1, 3, attn.num_heads, attn.head_dim)
-    out = attend(_normalise_qk(attn, qkv), softmax_scale(attn))
+    out = attend(normalise_qk(attn, qkv), softmax_scale(attn))
     out = call(parts["norm"], out.view(*x.shape[:-1], attn.attn_dim))
     if attn.gate is not None:
         out = out * product(attn.gate, x).sigmoid()
@@ -71,18 +71,7 @@ def _mlp(mlp: nn.Module, x: Tensor, backend: str) -> Tensor:
 
 def _gelu_form(act: nn.Module) -> str | None:
     """Return the `approximate` of `bias_gelu` that stands for an activation, or None if it is no plain GELU."""
-    if obstacle(act, GELUS) is not None:
-        return None
-    return act.approximate if type(act) is nn.GELU else GELUS[type(act)]
-
-
-def _normalise_qk(attn: nn.Module, qkv: Tensor) -> Tensor:
-    """Normalise the queries and keys of (T, 3, H, D) where the model does so."""
-    parts = attn._modules
-    if isinstance(parts["q_norm"], nn.Identity) and isinstance(parts["k_norm"], nn.Identity):
-        return qkv
-    q, k, v = qkv.unbind(1)
-    return torch.stack((attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v), dim=1)
+    return None if obstacle(act, GELUS) is not None else gelu_form(act)
 
 
 def _diff_attention(attn: DiffAttention, x: Tensor, attend: Attend) -> Tensor:
@@ -119,15 +108,19 @@ def _differential(
 
 
 def any_block(block: nn.Module, stream: Stream, attend: Attend) -> Stream:
-    """Run the block that `attend` has entered, and prune its tokens. It runs by the functions of this file if the parts
-    that they bypass are plain, otherwise by its own forward, within which nothing can be measured, merged or recorded.
+    """Run the block that `attend` has entered, and prune its tokens. It runs in a straight line or by the functions of
+    this file if the parts that they bypass are plain, otherwise by its own forward, within which nothing can be
+    measured, merged or recorded.
 
     Raises:
         UnsupportedModelError: the block, perhaps because it runs by its own forward, cannot measure importance, merge
             patches or take their sizes into account, but has to; or it has no feature, or several, of a name that was
             asked for.
     """
-    reason, number = block_obstacle(block), attend.number
+    after = run_plain(block, stream, attend)
+    if after is not None:
+        return after
+    reason, number, stream = block_obstacle(block), attend.number, stream.batch(attend.tokens)
     if reason is None:
         if attend.prune is not None:
             check_prunes(block, number, attend.prune)
@@ -186,22 +179,28 @@ def block_of_first_tokens(block: Block, stream: Stream, attend: Attend, count: i
 
     Modifications: only keys and values are computed for all tokens, and the rest for the first tokens.
     """
-    attn = block.attn
-    x, normed, first = normalise_of_first(stream, block.norm1, attend, count)  # x and first are [B, count, C]
-    weight, bias = weights(attn.qkv, packed=False)
-    width = attn.attn_dim
+    plain, parts = plain_for(block, stream, attend), block._modules
+    attn, stream = parts["attn"], stream.batch(attend.tokens)
+    within, heads, head_dim, width = attn._modules, attn.num_heads, attn.head_dim, attn.attn_dim
+    if plain is not None and stream.x.ndim == 3:
+        dtype = autocast_dtype(stream.x)
+        x, normed, first = plain.normalise(0, stream, attend.operations, dtype, count)  # x and first are [B, count, C]
+    else:
+        x, normed, first = normalise_of_first(stream, parts["norm1"], attend, count)
+    weight, bias = weights(within["qkv"], packed=False)
     q = linear(first.flatten(0, 1), weight[:width], None if bias is None else bias[:width])
-    kv = linear(normed, weight[width:], None if bias is None else bias[width:])
-    q = call(attn.q_norm, q.view(-1, count, attn.num_heads, attn.head_dim))  # [B, count, H, D]
-    kv = kv.flatten(0, -2).unflatten(-1, (2, attn.num_heads, attn.head_dim))  # [T, 2, H, D]
-    if not isinstance(attn.k_norm, nn.Identity):
+    kv = linear(normed.flatten(0, -2), weight[width:], None if bias is None else bias[width:])
+    q, kv = call(within["q_norm"], q.view(-1, count, heads, head_dim)), kv.view(-1, 2, heads, head_dim)
+    if not isinstance(within["k_norm"], nn.Identity):
         k, v = kv.unbind(1)
-        kv = torch.stack((attn.k_norm(k).to(v.dtype), v), 1)
-    out = call(attn.norm, attend.of_first(q.to(kv.dtype), kv, softmax_scale(attn)).flatten(2))
+        kv = torch.stack((within["k_norm"](k).to(v.dtype), v), 1)
+    out = call(within["norm"], attend.of_first(q.to(kv.dtype), kv, softmax_scale(attn)).flatten(2))
     if attn.gate is not None:
         out = out * product(attn.gate, first).sigmoid()
-    out = call(attn.proj_drop, product(attn.proj, out))
-    return _second_half(block, add(x, out, block.ls1, block.drop_path1), attend)
+    out = call(within["proj_drop"], product(within["proj"], out))
+    if plain is not None:
+        return plain.second_half(Stream(x, out, plain.gammas[0]), attend.operations, autocast_dtype(x))
+    return _second_half(block, add(x, out, parts["ls1"], parts["drop_path1"]), attend)
 
 
 def _res_post_block(block: ResPostBlock, x: Tensor, attend: Attend) -> Tensor:
@@ -216,7 +215,7 @@ def _parallel_scaling_block(block: ParallelScalingBlock, x: Tensor, attend: Atte
     """timm's ParallelScalingBlock. Modifications: attention reads q, k and v where the joint projection left them."""
     mlp, qkv = product(block.in_proj, block.in_norm(x)).split((block.in_split[0], sum(block.in_split[1:])), dim=-1)
     qkv = qkv.flatten(0, -2).unflatten(-1, (3, block.num_heads, block.head_dim))
-    out = attend(_normalise_qk(block, qkv), softmax_scale(block)).view_as(x)
+    out = attend(normalise_qk(block, qkv), softmax_scale(block)).view_as(x)
     mlp = block.mlp_drop(block.mlp_act(mlp if block.mlp_bias is None else mlp + block.mlp_bias))
     if block.out_proj is not None:
         out = product(block.out_proj, torch.cat((out, mlp), dim=-1))
@@ -256,4 +255,3 @@ BLOCKS: dict[type, Callable[[nn.Module, Stream, Attend], Stream]] = {
     DiffParallelScalingBlock: _summed(_diff_parallel_scaling_block),
     ParallelThingsBlock: _summed(_parallel_things_block),
 }
-GELUS = {nn.GELU: "none", TimmGELU: "none", GELUTanh: "tanh", QuickGELU: "quick"}

@@ -366,7 +366,9 @@ class AcceleratedViT(VisionTransformer):
 
             def run(block: nn.Module, number: int, x: Tensor, **restriction: Any) -> Tensor:
                 attend.enter(number)
-                return block(x, **restriction) if restriction else any_block(block, Stream(x), attend).sum()
+                if restriction:
+                    return block(x, **restriction)
+                return any_block(block, Stream(x), attend).batch(attend.tokens).sum()
 
             embedded.dynamic_feat_size = self.patch_embed.dynamic_feat_size
             model = SimpleNamespace(
@@ -542,7 +544,7 @@ class AcceleratedViT(VisionTransformer):
             stream = self._run(any_block, last, stream, attend)
         else:
             stream = self._run(partial(block_of_first_tokens, count=queries), last, stream, attend)
-        _, x = normalise(stream, self.norm, self.backend)
+        _, x = normalise(stream.batch(attend.tokens), self.norm, self.backend)
         if importance and pools_by_attention(self):
             reason = obstacle_within_pool(self.attn_pool)
             if reason is not None:

@@ -295,10 +295,11 @@ def images() -> Tensor:
 
 
 def assert_timms_numbers(expected: str, change: Callable[[VisionTransformer], object], images: Tensor) -> None:
-    """A change made after `accelerate`, over dense, sparse and ragged batches, with and without importance."""
+    """A change made after a forward pass, over dense, sparse and ragged batches, with and without importance."""
     timm_model = build()
     unchanged_gradient = gradient(timm_numbers(timm_model, images, KEEP)[0], images)
     fast = smi_fast.accelerate(copy.deepcopy(timm_model))
+    assert outcome(fast, images, KEEP, False, timm_model) == SAME
     for model in (fast, timm_model):
         torch.manual_seed(1)
         change(model)
