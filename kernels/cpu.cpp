@@ -274,7 +274,18 @@ void store_head(const Rows& rows, int64_t first, const float* x, const Shape& s)
   }
 }
 
-void attend_head(const Rows& out, float* class_attention, float* highests, float* shares, const Rows& q, const Rows& k, const Rows& v, int64_t first,
+// Calls run(head, first token, shape) for each head of each sequence, in any order.
+template <class F>
+void for_each_head(const int32_t* cu_seqlens, int64_t batch, int64_t heads, int64_t head_dim, int64_t threads, F run) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t task = 0; task < batch * heads; ++task) {
+    const int64_t sequence = task / heads, first = cu_seqlens[sequence];
+    run(task % heads, first, Shape(cu_seqlens[sequence + 1] - first, head_dim));
+  }
+}
+
+void attend_head(const Rows& out, float* class_attention, float* highests, float* shares, const Rows& q,
+                 const Rows& k, const Rows& v, int64_t first,
                  const Shape& s, float scale) {
   const int64_t n = s.length, area = n * s.width;
   float* memory = scratch(3 * area + s.width * s.columns + n * s.columns);
@@ -303,7 +314,8 @@ void attend_head(const Rows& out, float* class_attention, float* highests, float
 }
 
 void attend_head_backward(const Rows& dq, const Rows& dk, const Rows& dv, const Rows& grad, const float* highests,
-                          const float* shares, const Rows& q, const Rows& k, const Rows& v, int64_t first, const Shape& s, float scale) {
+                          const float* shares, const Rows& q, const Rows& k, const Rows& v, int64_t first,
+                          const Shape& s, float scale) {
   const int64_t n = s.length, area = n * s.width;
   float* memory = scratch(4 * area + s.width * s.columns + 2 * n * s.columns);
   float *queries = memory, *keys = memory + area, *grads = memory + 2 * area, *rows = memory + 3 * area;
@@ -594,46 +606,43 @@ const char* residual_norm_backward(void* grad_x, int64_t grad_x_type, void* grad
   return nullptr;
 }
 
-// qkv (T, 3, H, D) -> out (T, H, D), the highest score and 1 / sum of each softmax row (2, H, T), and the class attention
-// (H, T) unless that is null.
+// qkv (T, 3, H, D) -> out (T, H, D), the highest score and 1 / sum of each softmax row (2, H, T), and the class
+// attention (H, T) unless that is null.
 const char* attention(void* out, int64_t, float* class_attention, float* statistics, void* qkv, int64_t type,
-               const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, float scale,
-               int64_t threads) {
+                      const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
+                      float scale, int64_t threads) {
   if (const char* wrong = check_lengths(cu_seqlens, batch, tokens)) return wrong;
   const int64_t width = heads * head_dim;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t task = 0; task < batch * heads; ++task) {
-    const int64_t sequence = task / heads, head = task % heads, offset = head * head_dim;
-    const int64_t first = cu_seqlens[sequence];
-    const Shape shape(cu_seqlens[sequence + 1] - first, head_dim);
+  for_each_head(cu_seqlens, batch, heads, head_dim, threads, [&](int64_t head, int64_t first, const Shape& shape) {
+    const int64_t offset = head * head_dim;
+    float *highests = statistics + head * tokens, *shares = highests + heads * tokens;
     auto part = [&](int64_t number) { return rows(qkv, type, 3 * width, number * width + offset); };
     attend_head(rows(out, type, width, offset), class_attention == nullptr ? nullptr : class_attention + head * tokens,
-                statistics + head * tokens, statistics + (heads + head) * tokens, part(0), part(1), part(2), first, shape, scale);
-  }
+                highests, shares, part(0), part(1), part(2), first, shape, scale);
+  });
   return nullptr;
 }
 
-const char* attention_backward(void* dqkv, int64_t, void* grad, int64_t, const float* statistics, void* qkv, int64_t type,
-                        const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
-                        float scale, int64_t threads) {
+const char* attention_backward(void* dqkv, int64_t, void* grad, int64_t, const float* statistics, void* qkv,
+                               int64_t type, const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t heads,
+                               int64_t head_dim, float scale, int64_t threads) {
   if (const char* wrong = check_lengths(cu_seqlens, batch, tokens)) return wrong;
   const int64_t width = heads * head_dim;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t task = 0; task < batch * heads; ++task) {
-    const int64_t sequence = task / heads, head = task % heads, offset = head * head_dim;
-    const int64_t first = cu_seqlens[sequence];
-    const Shape shape(cu_seqlens[sequence + 1] - first, head_dim);
+  for_each_head(cu_seqlens, batch, heads, head_dim, threads, [&](int64_t head, int64_t first, const Shape& shape) {
+    const int64_t offset = head * head_dim;
+    const float *highests = statistics + head * tokens, *shares = highests + heads * tokens;
     auto part = [&](void* data, int64_t number) { return rows(data, type, 3 * width, number * width + offset); };
-    attend_head_backward(part(dqkv, 0), part(dqkv, 1), part(dqkv, 2), rows(grad, type, width, offset),
-                         statistics + head * tokens, statistics + (heads + head) * tokens, part(qkv, 0), part(qkv, 1), part(qkv, 2), first, shape, scale);
-  }
+    attend_head_backward(part(dqkv, 0), part(dqkv, 1), part(dqkv, 2), rows(grad, type, width, offset), highests, shares,
+                         part(qkv, 0), part(qkv, 1), part(qkv, 2), first, shape, scale);
+  });
   return nullptr;
 }
 
 // Images (B, C, H, W) float32 -> patches (T, C ph pw), their cells (T,), and the inverse of these (B, rows, columns).
 const char* gather_patches(void* patches, int64_t type, int32_t* cells, int32_t* inverse, const float* images,
                     const int32_t* positions, const int32_t* cu_seqlens, const int64_t* views, int64_t view_stride,
-                    int64_t count, int64_t batch, int64_t channels, int64_t rows, int64_t columns, int64_t ph, int64_t pw,
+                    int64_t count, int64_t batch, int64_t channels, int64_t rows, int64_t columns, int64_t ph,
+                    int64_t pw,
                     int64_t threads) {
   const Grid g{channels, rows, columns, ph, pw};
   if (const char* wrong = check_lengths(cu_seqlens, batch, count)) return wrong;
@@ -668,7 +677,8 @@ const char* prior_squares(double* sums, const float* images, const int32_t* site
 
 // `scales` (5,) or (B, 5) are weight / norm of each sum, `corrections` (2,) or (B, 2) the step size and the factor of
 // sqrt(v) in Adam; strides of 0 share them. `scales` is null without a prior.
-const char* pixel_step(float* next_images, float* exp_avg, float* exp_avg_sq, const float* images, void* grad, int64_t type,
+const char* pixel_step(float* next_images, float* exp_avg, float* exp_avg_sq, const float* images, void* grad,
+                       int64_t type,
                 const float* pixel_grad, const int32_t* sites, const float* lowest, const float* highest,
                 const int32_t* inverse, const int64_t* views, int64_t view_stride, const float* scales,
                 int64_t scales_stride, const float* corrections, int64_t corrections_stride, float weight1,

@@ -46,6 +46,12 @@ class Cast:
         return type(None), ()
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast asks of products on the device of x, or None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
 def weights(module: nn.Module, *, packed: bool = True) -> tuple[Tensor | PackedWeight, Tensor | None]:
     """Return the weight and bias of a Linear or a convolution, or their copies within `cast_weights`. Weights that get
     gradients are never copied.
@@ -63,9 +69,7 @@ def weights(module: nn.Module, *, packed: bool = True) -> tuple[Tensor | PackedW
     elif weight.is_inference():  # torch keeps no count of what is written to it
         return weight, bias
     else:
-        device = weight.device.type
-        autocast = torch.is_autocast_enabled(device)
-        copies = cast.of(weight, bias, torch.get_autocast_dtype(device) if autocast else weight.dtype)
+        copies = cast.of(weight, bias, autocast_dtype(weight) or weight.dtype)
     return (weight, bias) if isinstance(copies[0], PackedWeight) and not packed else copies
 
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from smi_fast import kernels
 from smi_fast.backbones.attend import Attend, normalise_qk
-from smi_fast.backbones.casting import frozen_weights
+from smi_fast.backbones.casting import autocast_dtype, frozen_weights
 from smi_fast.backbones.importance import softmax_scale
-from smi_fast.backbones.stream import LAYER_NORMS, PATHS, SCALES, Stream, autocast_dtype
+from smi_fast.backbones.stream import LAYER_NORMS, PATHS, SCALES, Stream
 from smi_fast.backbones.support import DROPS, LINEAR, MLP, NORMS, obstacle
 from smi_fast.kernels.attention import MAX_HEAD_DIM, MAX_SEQLEN, believed_attention
 from smi_fast.kernels.backend import FLOATS

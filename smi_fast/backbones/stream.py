@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from timm.layers import DropPath, LayerNorm, LayerScale
 from torch import Tensor, nn
 
 from smi_fast.backbones.attend import Attend
+from smi_fast.backbones.casting import autocast_dtype
 from smi_fast.backbones.support import obstacle, weight_and_bias
 from smi_fast.kernels import residual_norm, residual_norm_of_first
 from smi_fast.packed import PackedTokens
@@ -82,12 +82,6 @@ def normalise_of_first(stream: Stream, norm: nn.Module, attend: Attend, count: i
         return residual_norm_of_first(first=count, **_arguments(stream, norm, attend.backend))
     x, normed = normalise(stream, norm, attend.backend)
     return attend.first(x, count), normed, attend.first(normed, count)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast asks of products on the device of x, or None where it is off."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 def _is_plain(norm: nn.Module) -> bool:

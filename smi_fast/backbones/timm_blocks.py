@@ -23,12 +23,12 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from smi_fast.backbones.attend import Attend, normalise_qk
-from smi_fast.backbones.casting import product, weights
+from smi_fast.backbones.casting import autocast_dtype, product, weights
 from smi_fast.backbones.features import feature_name
 from smi_fast.backbones.importance import softmax_scale
 from smi_fast.backbones.plain import GELUS, gelu_form, plain_for, run_plain
 from smi_fast.backbones.pruning import Drop, Merge, check_prunes, check_takes_sizes
-from smi_fast.backbones.stream import Stream, add, autocast_dtype, normalise, normalise_of_first
+from smi_fast.backbones.stream import Stream, add, normalise, normalise_of_first
 from smi_fast.backbones.support import (
     LINEAR,
     MLP,
