@@ -118,8 +118,8 @@ def check_dtype(weight: Tensor, dtype: torch.dtype | None) -> None:
 
 
 def compute_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of matrix products: the one given, bfloat16 for float32 weights on GPUs that have it, or else that
-    of the weights.
+    """Return the dtype of matrix products: the one given, bfloat16 for float32 weights on GPUs that have it, or else
+    that of the weights.
 
     Raises:
         ValueError: the weights have been cast to another dtype than the one given.
