@@ -46,7 +46,10 @@ def test_channels_last_changes_no_number(model):
 
 def test_the_settings_of_the_data_are_the_models():
     with torch.device("meta"):
-        timms, torchvisions = timm.create_model("regnetx_002", num_classes=4), torchvision.models.resnet18(num_classes=4)
+        timms, torchvisions = (
+            timm.create_model("regnetx_002", num_classes=4),
+            torchvision.models.resnet18(num_classes=4),
+        )
     backbones = [CNN(small_cnn()), *(CNN(at_random(lambda m=m: m), image_size=(32, 32)) for m in (timms, torchvisions))]
     assert [(b.mean, b.std) for b in backbones] == [
         (CIFAR10_MEAN, CIFAR10_STD),
