@@ -60,6 +60,9 @@ class Backbone(Protocol):
     The model takes patches, each as a row of pixels. A model that needs whole images, such as a CNN, has a grid of one
     patch per image. Its patches are then the images as a view shows them, jittered and mirrored.
 
+    A backbone may have an attribute `patch_dtype`, the dtype of the patches that it is given, if that is not the
+    compute dtype.
+
     Attributes:
         device: the device of the weights, on which the images have to be.
         compute_dtype: the dtype of the matrix products and of the patches that the model takes.

@@ -143,7 +143,7 @@ def test_wrong_settings_are_refused_with_their_value(model, options, message):
 def test_what_a_cnn_does_not_have_is_refused_by_name(model):
     backbone, images = CNN(model), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     patches = PackedTokens.from_batch(images.flatten(1)[:, None], torch.zeros(1))
-    with pytest.raises(ValueError, match="'blocks.0'"):
+    with pytest.raises(ValueError, match=r"'blocks\.0'"):
         backbone.outputs(patches, features=("blocks.0",))
     with pytest.raises(UnsupportedModelError, match="no attention"):
         backbone.outputs(patches, importance=True)

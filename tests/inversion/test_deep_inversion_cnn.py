@@ -1,4 +1,4 @@
-"""deep_inversion_cnn: DeepInversion's loss of CNNs, against its definition and, where there is one, the published code."""
+"""DeepInversion's loss of CNNs, against its definition and, where there is one, the published code."""
 
 import ast
 import os
@@ -132,6 +132,21 @@ def test_the_same_seed_gives_the_same_bits_also_after_a_resume(seed, dtype):
     for again in (inverter.run([3, 1], seed), inverter.run([3, 1], seed, state=states[2])):
         assert torch.equal(again.images, first.images)
         assert torch.equal(again.losses, first.losses)
+
+
+def test_priors_see_the_images_before_they_are_rounded(seed):
+    found = []
+
+    class OfPrior:
+        def loss(self, outputs, targets):
+            found.append(outputs.seen()[0].detach())
+            return outputs.logits.float().sum()
+
+    options = {"stopping": "dense", "iterations": 1, "image_size": (8, 8), "progress": False}
+    Inverter(small_cnn(torch.float32), objective=OfPrior(), dtype=torch.bfloat16, **options).run([1], seed)
+    generator = torch.Generator().manual_seed(seed)
+    view = random_views(1, (8, 8), generator=generator)[0].tolist()
+    assert torch.equal(found[0], apply_view(torch.randn(1, 3, 8, 8, generator=generator), view))
 
 
 def test_half_precision_gives_nearly_the_same_loss_and_gradient(seed):
