@@ -55,11 +55,6 @@ class Step:
         """The targets of the run, on the device."""
         return self._state.targets
 
-    @property
-    def is_last(self) -> bool:
-        """Whether this is the run's last iteration."""
-        return self.iteration + 1 == len(self._state.losses)
-
     def images(self) -> Tensor:
         """Return the images as they are now: (B, C, H, W) in [0, 1], with stopped patches black.
 
