@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from timm.data import resolve_data_config
@@ -183,5 +183,9 @@ class CNN(nn.Module):
         """Return a context for many iterations. On a GPU, cuDNN then takes the same algorithms in every run, and
         computes float32 without TF32. Weights are not copied: that they are cast in every forward pass costs little
         beside the convolutions."""
-        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
+        exact = (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+        with ExitStack() as before:
+            for place, name, value in ((cudnn, "deterministic", True), (cudnn, "benchmark", False), exact):
+                before.callback(setattr, place, name, getattr(place, name))
+                setattr(place, name, value)
             yield

@@ -1,5 +1,7 @@
 """CNN: any network of whole images as a backbone, and what Inverter makes of a model that it is given."""
 
+from contextlib import suppress
+
 import pytest
 import timm
 import torch
@@ -150,6 +152,21 @@ def test_what_a_cnn_does_not_have_is_refused_by_name(model):
     two = PackedTokens.from_batch(images.flatten(1).view(2, 2, 96), torch.arange(2))
     with pytest.raises(ValueError, match="4 patches of 96 values are not 2 images"):
         backbone.outputs(two)
+
+
+def test_cudnn_is_deterministic_and_exact_during_a_run_only(model, monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+
+    def settings():
+        exact = cudnn.conv.fp32_precision == "ieee" if hasattr(cudnn, "conv") else not cudnn.allow_tf32
+        return cudnn.deterministic, cudnn.benchmark, exact
+
+    before = settings()
+    with suppress(KeyboardInterrupt), CNN(model).cast_weights():
+        assert settings() == (True, False, True)
+        raise KeyboardInterrupt
+    assert settings() == before == (False, True, False)
 
 
 def test_modes_and_gradients_of_the_model_are_as_before(model):
