@@ -1,6 +1,6 @@
-"""Train the CIFAR-10 ViT that smi-fast carries inside, on a CPU or a GPU.
+"""Train one of the CIFAR-10 classifiers that smi-fast carries inside, on a CPU or a GPU.
 
-    python examples/train_cifar10.py --data DIR --out RUN_DIR [--epochs 24] [--export]
+    python examples/train_cifar10.py --data DIR --out RUN_DIR [--model cifar10_resnet20] [--export]
 
 DIR holds `train/<class>/*` and `test/<class>/*` (an ImageFolder of 32x32 images). RUN_DIR receives `log.jsonl` and,
 after every epoch, `checkpoint.pt`, from which a run that was stopped goes on by itself. The last weights are the
@@ -21,7 +21,39 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from smi_fast.models import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, MODEL_DIR, cifar10_vit
+from smi_fast.models import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, MODEL_DIR, cifar10_resnet20, cifar10_vit
+
+MODELS = {"cifar10_vit": cifar10_vit, "cifar10_resnet20": cifar10_resnet20}
+RECIPES = {  # options that were not given
+    "cifar10_vit": dict(
+        epochs=24,
+        batch_size=256,
+        lr=1e-3,
+        weight_decay=0.05,
+        label_smoothing=0.1,
+        patch_drop_rate=0.25,
+        max_grad_norm=1.0,
+    ),
+    "cifar10_resnet20": dict(
+        epochs=50,
+        batch_size=128,
+        lr=0.2,
+        weight_decay=5e-4,
+        label_smoothing=0.0,
+        patch_drop_rate=0.0,
+        max_grad_norm=5.0,
+    ),
+}
+
+
+def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW for a ViT, SGD with Nesterov's momentum for a CNN; only matrices and kernels decay."""
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    no_decay = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=lr)
 
 
 def read_split(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,16 +99,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--label-smoothing", type=float, default=0.1)
-    parser.add_argument("--patch-drop-rate", type=float, default=0.25)
+    parser.add_argument("--model", choices=list(MODELS), default="cifar10_vit")
+    for name, value in RECIPES["cifar10_vit"].items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--export", action="store_true")
     args = parser.parse_args()
+    for name, value in RECIPES[args.model].items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
 
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
@@ -85,11 +116,9 @@ def main() -> None:
     checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
 
     images, labels = read_split(args.data / "train")
-    model = cifar10_vit(pretrained=False, patch_drop_rate=args.patch_drop_rate).to(device)
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    no_decay = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    dropping = {"patch_drop_rate": args.patch_drop_rate} if args.patch_drop_rate else {}  # which only a ViT has
+    model = MODELS[args.model](pretrained=False, **dropping).to(device)
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
     steps_per_epoch = len(labels) // args.batch_size
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps_per_epoch)
 
@@ -118,7 +147,7 @@ def main() -> None:
                 loss = F.cross_entropy(model(x), y, label_smoothing=args.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             scheduler.step()
             total_loss += loss.detach()
@@ -136,8 +165,11 @@ def main() -> None:
         torch.save(state, checkpoint_file.with_suffix(".tmp"))
         checkpoint_file.with_suffix(".tmp").replace(checkpoint_file)
 
-    half = {name: value.half().cpu() for name, value in model.state_dict().items()}
-    model = cifar10_vit(pretrained=False).to(device)
+    half = {
+        name: value.half().cpu() if value.is_floating_point() else value.cpu()
+        for name, value in model.state_dict().items()
+    }
+    model = MODELS[args.model](pretrained=False).to(device)
     model.load_state_dict(half)  # what is measured is what is shipped: weights rounded to float16
     figures = {
         "test_accuracy": accuracy(model, *read_split(args.data / "test"), device),
@@ -151,8 +183,8 @@ def main() -> None:
     if args.export:
         from safetensors.torch import save_file
 
-        save_file(half, str(MODEL_DIR / "cifar10_vit.safetensors"))
-        (MODEL_DIR / "cifar10_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
+        save_file(half, str(MODEL_DIR / f"{args.model}.safetensors"))
+        (MODEL_DIR / f"{args.model}.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

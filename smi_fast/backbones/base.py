@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -25,12 +26,27 @@ class Outputs:
             requested. It carries no gradient.
         features: maps the name of each requested place in the model to its tokens, which carry gradients.
         backend: the backend of the kernels that an objective may use: "auto", "triton" or "torch".
+        patches: the pixels that the model was given, values (T, C * ph * pw) in normalised space with gradients, at
+            their cells in the grid, as a view shows them. The inversion loop adds these, so a backbone need not.
+        grid: the patch grid of these pixels, which the loop adds too.
     """
 
     logits: Tensor
     importance: Tensor | None = None
     features: Mapping[str, PackedTokens] = field(default_factory=dict)
     backend: str = "auto"
+    patches: PackedTokens | None = None
+    grid: PatchGrid | None = None
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """Lay the patches out as the model saw them: images (B, C, H, W) in normalised space, 0 where no patch was
+        given, with gradients; and which pixels were given, (B, 1, H, W) bool."""
+        values, batch = self.patches.values, self.patches.batch_size
+        (height, width), channels = self.grid.image_size, values.shape[1] // math.prod(self.grid.patch_size)
+        if self.grid.num_patches == 1:  # whole images, in order
+            return values.view(batch, channels, height, width), self.grid.mask(self.patches)
+        images = self.grid.scatter(values, self.patches, values.new_zeros(batch, channels, height, width))
+        return images, self.grid.mask(self.patches)
 
 
 @runtime_checkable

@@ -355,6 +355,7 @@ class Inverter:
         tokens, inverse = current.gather(number, view, backbone.compute_dtype, backbone.backend)
         patches, images = tokens.values.requires_grad_(), current.pair[number].detach().requires_grad_()
         outputs = self._outputs(tokens, grid_size=self.grid.size, importance=measures, features=self._features)
+        outputs = replace(outputs, patches=tokens, grid=self.grid)
         loss = self._loss(outputs, images, current.targets)
         if self.prior is not None and not self._fused:
             loss = loss + self.prior(images, current.mask)

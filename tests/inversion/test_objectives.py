@@ -11,6 +11,7 @@ from torch import nn
 from smi_fast import Inverter, deep_inversion
 from smi_fast.backbones.base import Outputs
 from smi_fast.inversion.priors import ImagePrior, l2_norm, total_variation
+from smi_fast.inversion.views import apply_view, random_views
 
 OPTIONS = {"stopping": {3: 0.3}, "iterations": 6, "lr": 0.05, "progress": False, "dtype": torch.float32}
 
@@ -133,3 +134,28 @@ def test_what_is_no_objective_or_prior_is_refused(model):
         Inverter(model, objective=42)
     with pytest.raises(TypeError, match="43"):
         Inverter(model, prior=43)
+
+
+def test_an_objective_sees_the_images_as_the_model_does(model, seed):
+    """The expected images are rolled and mirrored whole, and blacked out where no patch is kept."""
+    found = []
+
+    class OfSeen:
+        def loss(self, outputs, targets):
+            images, kept = outputs.seen()
+            found.append((images.detach(), kept))
+            return total_variation(images, kept) + 0 * outputs.logits.sum()
+
+    options = OPTIONS | {"stopping": {2: 0.5}, "jitter": 1 / 2, "flip": 0.5, "iterations": 5}
+    steps = []
+    Inverter(model, objective=OfSeen(), prior=None, **options).run(
+        [0, 1], seed, callback=lambda step: steps.append(step.state_dict())
+    )
+    generator = torch.Generator().manual_seed(seed)
+    views = random_views(5, (8, 8), jitter=1 / 2, flip=0.5, generator=generator)
+    (images, kept), before = found[0], torch.randn(2, 3, 8, 8, generator=generator)
+    assert kept.all() and torch.equal(images, apply_view(before, views[0].tolist()))
+    images, kept = found[4]
+    assert kept.float().mean() == 0.5
+    seen = apply_view(steps[3]["images"], views[4].tolist())
+    assert torch.equal(images, torch.where(kept, seen, 0.0))
