@@ -91,6 +91,15 @@ def _check(x, positions, cu_seqlens, max_seqlen, bandwidth, points) -> None:
     batch = cu_seqlens.shape[0] - 1
     if x.shape[0] > batch * max_seqlen:
         raise ValueError(f"{x.shape[0]} tokens are more than {batch} sequences of up to {max_seqlen} hold")
+    check_density(bandwidth, points)
+
+
+def check_density(bandwidth: float, points: int) -> None:
+    """Refuse a bandwidth or a number of points that no density can be computed with.
+
+    Raises:
+        ValueError: which names the number.
+    """
     if not 0 < bandwidth < math.inf:
         raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
     if not 2 <= points <= MAX_POINTS:
