@@ -126,7 +126,8 @@ def patch_entropy_reference(
     at = lowest + (highest - lowest) * torch.linspace(0, 1, points, dtype=unit.dtype, device=x.device)  # (points,)
     distances = (torch.where(pairs, similarities, FAR)[..., None] - at) / bandwidth  # (B, N, N, points)
     sums = (-distances.square() / 2).exp().sum((1, 2))
-    density = sums / (pairs.sum((1, 2)).clamp(min=1)[:, None] * (bandwidth * math.sqrt(2 * math.pi)))
+    count = pairs.sum((1, 2)).clamp(min=1).to(unit.dtype)[:, None]
+    density = sums / (count * (bandwidth * math.sqrt(2 * math.pi)))
     density = density + LEAST_DENSITY
     return torch.trapezoid(-density * density.log(), at)
 
@@ -182,14 +183,15 @@ def patch_entropy_in_tiles(
     count = count * (count if diagonal else count - 1)
     if diagonal:
         sums += _kernels(own, spaced, bandwidth)[0].sum(-1)
-    factor = 1 / (count.clamp(min=1)[:, None] * (bandwidth * math.sqrt(2 * math.pi)))  # (B, 1)
+    count = count.clamp(min=1).to(unit.dtype)[:, None]  # (B, 1)
+    factor = 1 / (count * (bandwidth * math.sqrt(2 * math.pi)))
     density = sums * factor + LEAST_DENSITY
     weights = torch.full_like(spaced, 1.0)
     weights[0] = weights[-1] = 0.5
     weights *= (lowest - highest) / (points - 1)
     logarithms = density.log()
     entropies = (weights * density * logarithms).sum(1)
-    return entropies, unit, norms.reciprocal(), spaced, weights * (logarithms + 1) * factor.to(unit.dtype)
+    return entropies, unit, norms.reciprocal(), spaced, weights * (logarithms + 1) * factor
 
 
 def _tiles(batch: int, length: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -230,8 +232,7 @@ def patch_entropy_backward_in_tiles(
 ) -> Tensor:
     """Do what `launch_patch_entropy_backward` does in plain torch, a tile of similarities at a time."""
     rows, patches = _padded(unit, positions, cu_seqlens, max_seqlen)
-    # (B, 1, points), of pairs that stand for two ordered ones
-    factors = (slopes * (-2 / bandwidth**2) * grad[:, None])[:, None]
+    factors = (slopes * (-2 / bandwidth**2))[:, None]  # (B, 1, points), of pairs that stand for two ordered ones
     of_rows = torch.zeros_like(rows)
     for images, at, on in _tiles(*patches.shape):
         similarities, pairs = _similarities(rows, patches, images, at, on)
@@ -239,7 +240,7 @@ def patch_entropy_backward_in_tiles(
         of_pairs = (factors[images] @ kernels.mul_(distances)).view(pairs.shape)
         of_rows[images, at] += of_pairs @ rows[images, on]
         of_rows[images, on] += of_pairs.mT @ rows[images, at]
-    of_rows = of_rows.flatten(0, 1)
+    of_rows = (of_rows * grad[:, None, None]).view(-1, x.shape[-1])  # here, because grad may be a batch of gradients
     if of_rows.shape[0] != x.shape[0]:
         of_rows = of_rows[padding(cu_seqlens, max_seqlen, x.shape[0])[0]]
     along = (of_rows * unit).sum(-1, keepdim=True).masked_fill_((inverse >= 1 / LEAST_NORM)[:, None], 0)
