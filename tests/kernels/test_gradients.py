@@ -90,7 +90,7 @@ def classify(x, backend):
 
 
 def compare_patches(x, backend):
-    """Beside an image of opposite patches, whose similarities of -1 and 1 are the batch's bounds: those are detached."""
+    """Beside an image of opposite patches. Its similarities are the batch's bounds, which are detached."""
     x = torch.cat((x.new_tensor([1, -1, 1])[:, None, None].expand(3, *x.shape[1:]), x))
     positions = torch.tensor([0, 1, 2, -1, 0, 1, 2], dtype=torch.int32, device=x.device)
     cu_seqlens = cu_seqlens_of([3, 4], x.device)
