@@ -31,6 +31,7 @@ from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip, normaliz
 from smi_fast.distillation import DistillationResult, Round, distill, transfer_loss  # noqa: E402
 from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteError, Stage, Step  # noqa: E402
 from smi_fast.inversion.objectives import Objective, deep_inversion, deep_inversion_cnn  # noqa: E402
+from smi_fast.inversion.psaq import psaq  # noqa: E402
 from smi_fast.inversion.schedule import StoppingSchedule  # noqa: E402
 from smi_fast.inversion.selection import select_patches  # noqa: E402
 from smi_fast.inversion.verifier import Verifier  # noqa: E402
@@ -66,6 +67,7 @@ __all__ = [
     "distill",
     "load_data",
     "normalize_patches",
+    "psaq",
     "quantize",
     "restore",
     "select_patches",
