@@ -45,9 +45,7 @@ def timm_weights(weights: Mapping[str, Tensor], names: Mapping[str, str | None])
     dtypes = {weight.dtype: name for name, weight in found.items()}
     for dtype, name in dtypes.items():
         if not dtype.is_floating_point or len(dtypes) > 1:
-            raise UnsupportedModelError(
-                f"the weight of {name} is {dtype}, and the weights must have one floating dtype"
-            )
+            raise UnsupportedModelError(f"the weight of {name} is {dtype}, and all must have one floating dtype")
     for whole, parts in FUSED.items():
         for name in [name for name in found if f".{parts[0]}." in name]:
             fused = [found.pop(name.replace(f".{parts[0]}.", f".{part}.")) for part in parts]

@@ -309,11 +309,9 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{part} is a {type(found).__module__}.{type(found).__name__}, not {known}")
 
     if type(model) not in MODELS:
-        module, known = type(model).__module__, "timm's VisionTransformer or VisionTransformerDistilled"
-        ways = [
-            f": smi_fast.{name}(model) makes it one" for start, name in CONVERTERS.items() if module.startswith(start)
-        ]
-        refuse("the model", model, known + "".join(ways))
+        known, owner = "timm's VisionTransformer or VisionTransformerDistilled", type(model).__module__
+        ways = [name for start, name in CONVERTERS.items() if owner.startswith(start)]
+        refuse("the model", model, known + "".join(f", which smi_fast.{name}(model) makes of it" for name in ways))
     if (reason := changed_method(model, "forward")) is not None:
         raise UnsupportedModelError(f"the model{reason}, which nothing can accelerate")
     check_bypassed(model)
