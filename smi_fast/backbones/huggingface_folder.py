@@ -97,11 +97,7 @@ def preprocessing(given: dict[str, Any]) -> dict[str, Any]:
         edge = size.get("shortest_edge") if isinstance(size, dict) else size
         return found | ({"crop_pct": found["crop_size"][0] / edge} if edge else {})
     if isinstance(size, int) or (isinstance(size, dict) and "height" in size):
-        return found | {
-            "crop_size": _height_and_width(size),
-            "crop_mode": "squash",
-            "crop_pct": 1.0,
-        }  # whatever its shape
+        found |= {"crop_size": _height_and_width(size), "crop_mode": "squash", "crop_pct": 1.0}
     return found
 
 

@@ -239,7 +239,9 @@ def text_embeddings(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel"])
 def test_texts_are_classes_with_transformers_logits_per_image(seed, kind):
-    model, images = small(kind), torch.randn(4, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    exact = int(transformers.__version__.split(".")[0]) > 4  # before 5, CLIP's text model fails in float64
+    dtype, tolerance = (torch.float64, 1e-9) if exact else (torch.float32, 1e-4)
+    model, images = small(kind).to(dtype), torch.randn(4, 3, 16, 16, dtype=dtype, requires_grad=True)
     texts = text_embeddings(model)
     converted = smi_fast.from_huggingface(model, texts, class_names=["cat", "dog", "ship"])
     fast, expected = smi_fast.accelerate(converted), model(TEXTS, images).logits_per_image
@@ -248,12 +250,13 @@ def test_texts_are_classes_with_transformers_logits_per_image(seed, kind):
     weights, target = torch.randn_like(expected), expected.detach()
     [gradient] = torch.autograd.grad((expected * weights).sum(), images)
     for ours in (converted(images), fast(images)):
-        assert_equal(ours, target)
-        assert_equal(torch.autograd.grad((ours * weights).sum(), images)[0], gradient)
+        assert_equal(ours, target, tolerance)
+        assert_equal(torch.autograd.grad((ours * weights).sum(), images)[0], gradient, tolerance)
     bias = getattr(model, "logit_bias", torch.zeros(1))
     with torch.no_grad():  # a temperature takes the place of the model's own
         cosine = (target - bias) / model.logit_scale.exp()
-        assert_equal(smi_fast.from_huggingface(model, 3 * texts, temperature=0.05)(images), 20 * cosine + bias)
+        ours = smi_fast.from_huggingface(model, 3 * texts, temperature=0.05)(images)
+        assert_equal(ours, 20 * cosine + bias, tolerance)
 
 
 def test_a_vision_model_alone_needs_a_temperature(seed):
