@@ -18,6 +18,7 @@ from smi_fast.backbones.base import class_names
 from smi_fast.backbones.huggingface import MODELS
 from smi_fast.backbones.huggingface_folder import preprocessing
 from smi_fast.cli import main
+from smi_fast.inversion.views import random_views
 from smi_fast.models.loading import load_model
 
 transformers = pytest.importorskip("transformers")
@@ -284,30 +285,24 @@ def test_cosine_logits_keep_float32_where_products_are_in_bfloat16(seed):
 def test_inversion_towards_texts_is_a_loop_over_transformers_model(seed, kind):
     model = small(kind).float()
     converted, targets = smi_fast.from_huggingface(model, text_embeddings(model)), torch.tensor([2, 0])
-    options = {"iterations": 3, "lr": 0.05, "betas": (0.5, 0.9), "jitter": 0, "flip": 0, "progress": False}
-    objective = F.cross_entropy
-    inverter = smi_fast.Inverter(
-        converted, stopping="dense", objective=lambda logits, images, targets: objective(logits, targets), **options
-    )
+    options = {"iterations": 6, "lr": 0.02, "betas": (0.5, 0.9), "jitter": 0, "flip": 0, "progress": False}
+    inverter = smi_fast.Inverter(converted, stopping="dense", objective=smi_fast.deep_inversion(tv_l2=0.0), **options)
     result = inverter.run(targets, seed)
-    images, losses = torch.randn(2, 3, 16, 16, generator=start(seed)).requires_grad_(), []
+
+    generator = torch.Generator().manual_seed(seed)
+    random_views(6, (16, 16), jitter=0, flip=0, generator=generator)
+    images, losses = torch.randn(2, 3, 16, 16, generator=generator).requires_grad_(), []
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (inverter.mean, inverter.std))
-    optimizer = torch.optim.Adam([images], lr=0.05, betas=(0.5, 0.9))
-    for _ in range(3):
-        loss = objective(model(TEXTS, images).logits_per_image, targets)
+    optimizer = torch.optim.Adam([images], lr=0.02, betas=(0.5, 0.9))
+    for _ in range(6):
+        loss = F.cross_entropy(model(TEXTS, images).logits_per_image, targets)
         losses.append(loss.item())
         [images.grad] = torch.autograd.grad(loss, images)
         optimizer.step()
         images.data = torch.minimum(torch.maximum(images.data, -mean / std), (1 - mean) / std)
-    torch.testing.assert_close(result.losses, torch.tensor(losses), rtol=1e-4, atol=1e-4)
-    assert ((result.images - (images.detach() * std + mean)).abs() > 1e-3).float().mean() < 0.01
-
-
-def start(seed: int) -> torch.Generator:
-    """The generator of a run, after it has drawn the views of three iterations."""
-    generator = torch.Generator().manual_seed(seed)
-    smi_fast.inversion.views.random_views(3, (16, 16), jitter=0, flip=0, generator=generator)
-    return generator
+    torch.testing.assert_close(result.losses, torch.tensor(losses), rtol=1e-3, atol=1e-3)
+    # Where a gradient is all but zero, rounding decides Adam's first steps.
+    assert ((result.images - (images.detach() * std + mean)).abs() > 1e-3).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel"])
