@@ -22,9 +22,11 @@ def _kernels_of_checkout() -> None:
 _kernels_of_checkout()
 
 from smi_fast.backbones.cnn import CNN  # noqa: E402
+from smi_fast.backbones.huggingface import from_huggingface  # noqa: E402
 from smi_fast.backbones.pruning import Drop, Mass, Merge  # noqa: E402
 from smi_fast.backbones.published import SMIAdaptor  # noqa: E402
 from smi_fast.backbones.support import UnsupportedModelError  # noqa: E402
+from smi_fast.backbones.torchvision import from_torchvision  # noqa: E402
 from smi_fast.backbones.vit import AcceleratedViT, accelerate, restore  # noqa: E402
 from smi_fast.data.labelled import accuracy, load_data  # noqa: E402
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip, normalize_patches  # noqa: E402
@@ -65,6 +67,8 @@ __all__ = [
     "deep_inversion",
     "deep_inversion_cnn",
     "distill",
+    "from_huggingface",
+    "from_torchvision",
     "load_data",
     "normalize_patches",
     "psaq",
