@@ -17,6 +17,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from smi_fast.backbones.huggingface_folder import read_folder
+from smi_fast.backbones.readouts import ClassAndMean, CosineLogits
+from smi_fast.backbones.support import UnsupportedModelError
 from smi_fast.backbones.timm_weights import (
     IMAGENET,
     build,
@@ -26,9 +29,6 @@ from smi_fast.backbones.timm_weights import (
     set_config,
     timm_weights,
 )
-from smi_fast.backbones.huggingface_folder import read_folder
-from smi_fast.backbones.readouts import ClassAndMean, CosineLogits
-from smi_fast.backbones.support import UnsupportedModelError
 
 INCEPTION = (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
 OPENAI = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)

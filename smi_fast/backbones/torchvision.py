@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
+from smi_fast.backbones.support import UnsupportedModelError
 from smi_fast.backbones.timm_weights import (
     IMAGENET,
     build,
@@ -17,7 +18,6 @@ from smi_fast.backbones.timm_weights import (
     set_config,
     timm_weights,
 )
-from smi_fast.backbones.support import UnsupportedModelError
 
 LAYER, TO = r"encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."
 NAMES = {  # None: the head is copied as a whole
