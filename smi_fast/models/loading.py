@@ -16,6 +16,7 @@ from torchvision import __version__ as torchvision_version
 from torchvision import models as torchvisions
 
 from smi_fast.backbones.huggingface import from_huggingface
+from smi_fast.backbones.torchvision import from_torchvision
 from smi_fast.data.files import first_line
 from smi_fast.models import CNN_INSIDE, MODEL_INSIDE, STUDENT_INSIDE, cifar10_resnet20, cifar10_student, cifar10_vit
 
@@ -61,7 +62,7 @@ def load_model(
         raise ValueError(f"{name} needs weights: {options[0]} downloads {source}, {options[1]} reads a file")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # otherwise each retry prints a line
     try:
-        return _make(name, pretrained=True).eval()
+        return _as_timms(_make(name, pretrained=True)).eval()
     except Exception as error:  # The hub, its client and timm raise a dozen types of errors.
         raise ValueError(f"the pretrained weights of {name} cannot be downloaded: {first_line(error)}") from error
 
@@ -113,6 +114,15 @@ def _make_torchvisions(name: str, pretrained: bool, **overrides) -> nn.Module:
     return model
 
 
+def _as_timms(model: nn.Module) -> nn.Module:
+    """Return a ViT of torchvision as a model of timm, and any other model as it is."""
+    if not isinstance(model, torchvisions.VisionTransformer):
+        return model
+    config = model.pretrained_cfg
+    names = config["label_names"] if len(config["label_names"]) == config["num_classes"] else None
+    return from_torchvision(model, mean=config["mean"], std=config["std"], class_names=names)
+
+
 def _from_checkpoint(name: str, path: Path) -> nn.Module:
     weights = _read_weights(path)
     try:
@@ -123,7 +133,7 @@ def _from_checkpoint(name: str, path: Path) -> nn.Module:
     mismatch = _load_weights(model, weights)
     if mismatch is not None:
         raise ValueError(f"the checkpoint {path} does not fit {name}: {mismatch}")
-    return model.eval()
+    return _as_timms(model).eval()
 
 
 def _classifier(name: str) -> str | None:

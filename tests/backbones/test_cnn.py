@@ -96,7 +96,7 @@ def test_inverter_takes_cnns_and_vits_and_refuses_the_rest(model):
     with torch.device("meta"):
         convnext = timm.create_model("convnext_atto")
     for other, name in ((convnext, "ConvNeXt"), (nn.Linear(3, 4), "Linear")):
-        with pytest.raises(UnsupportedModelError, match=f"{name}, .*no BatchNorm2d"):
+        with pytest.raises(UnsupportedModelError, match=f"{name}, .*nor is it a CNN with BatchNorm2d"):
             Inverter(other)
     with pytest.raises(ValueError, match="bfloat16"):
         as_backbone(backbone, torch.bfloat16)
