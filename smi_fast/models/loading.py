@@ -31,8 +31,8 @@ def load_model(
     """Load a model with its weights, in evaluation mode, on the CPU.
 
     Args:
-        name: `cifar10_vit` or `cifar10_student`, which come with the package, a name that timm knows, or a folder with
-            a config.json that `from_huggingface` takes.
+        name: `cifar10_vit` or `cifar10_student`, which come with the package, a name that timm knows, or a folder that
+            `from_huggingface` takes. Write ./NAME for a folder that is called like a model.
         pretrained: whether to download timm's weights for the model.
         checkpoint: a safetensors file or a torch file with the weights. A torch file is read with weights_only. The
             model gets as many classes as the weights have.
@@ -45,10 +45,10 @@ def load_model(
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"give either {options[0]} or {options[1]}, not both")
-    if (Path(name) / "config.json").is_file():
+    if name not in INSIDE and not timm.is_model(name):
+        if not Path(name).is_dir():
+            raise ValueError(f"timm {timm.__version__} has no model {name!r}{_similar(name)}")
         return _from_folder(name, given=options[0] if pretrained else options[1] if checkpoint is not None else None)
-    if name not in INSIDE:
-        _check_name(name)
     if checkpoint is not None:
         return _from_checkpoint(name, Path(checkpoint))
     if name in INSIDE:
@@ -71,11 +71,9 @@ def _from_folder(folder: str, given: str | None) -> nn.Module:
         raise ValueError(str(error)) from error
 
 
-def _check_name(name: str) -> None:
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*INSIDE, *timm.list_models()], n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}")
+def _similar(name: str) -> str:
+    near = difflib.get_close_matches(name, [*INSIDE, *timm.list_models()], n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _from_checkpoint(name: str, path: Path) -> nn.Module:
