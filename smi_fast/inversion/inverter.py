@@ -251,7 +251,8 @@ class Inverter:
     def _ends(self, loop: Loop, current: InversionState) -> bool:
         """Return whether the model is sure of all images, which is checked now and then after the last stopping."""
         until = self.until
-        if until is None or current.iteration <= self.stages[-1].start or current.iteration % until.every:
+        settled = current.iteration - self.stages[-1].start
+        if until is None or settled <= 0 or settled % until.every:
             return False
         current.confident = loop.check(current)
         return min(current.confident) >= until.checks
