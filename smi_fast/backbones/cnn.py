@@ -35,7 +35,7 @@ class CNN(nn.Module):
         dtype: the dtype of the convolutions, as `accelerate` takes it. The model runs in it by autocast.
         backend: the backend of the kernels around the model: "auto", "triton" or "torch".
         image_size: (H, W) in pixels. None: the model's. The model takes images of other sizes in the same proportions.
-        channels_last: whether images are laid out as (B, H, W, C). None: on a CPU, where seven CNNs were 0.96 to 1.73
+        channels_last: whether images are laid out as (B, H, W, C). None: on a CPU, where six CNNs were 0.96 to 1.73
             times as fast so, and on a GPU in bfloat16 or float16, as torch recommends it.
 
     Raises:

@@ -160,13 +160,14 @@ def _check_soft_labels(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def check_weights(backbone: Backbone) -> None:
-    """Check that all weights are finite.
+    """Check that all weights are finite, and all buffers such as the statistics of BatchNorm.
 
     Raises:
         ValueError: a weight is not. The message names it.
     """
-    names, parameters = zip(*backbone.named_parameters(), strict=True)
-    counts = torch.stack([parameter.detach().isfinite().logical_not().sum() for parameter in parameters]).tolist()
+    weights = [*backbone.named_parameters(), *backbone.named_buffers()]
+    names, tensors = zip(*[(name, x) for name, x in weights if x.is_floating_point()], strict=True)
+    counts = torch.stack([tensor.detach().isfinite().logical_not().sum() for tensor in tensors]).tolist()
     for name, count in zip(names, counts, strict=True):
         if count:
             name = name.removeprefix("model.")  # as the wrapped model calls it

@@ -240,6 +240,8 @@ class Inverter:
                                 tell(step)
                         bar.advance(step.stage, step.loss)
                         if self._ends(loop, current):
+                            if verifier is not None:
+                                verifier.record(step)
                             break
                 except KeyboardInterrupt:
                     interrupted = True
