@@ -125,6 +125,7 @@ def invert(inverter: Inverter, batches: Sequence[Tensor], seed: int) -> Inversio
     inversion.costs = list(meter.costs.values())
     for cost in inversion.costs:
         cost.flops = iteration_flops(inverter, cost.stage, len(batches[0]))
+        cost.flops_paper = iteration_flops(inverter, cost.stage, len(batches[0]), flops="paper")
     return inversion
 
 
