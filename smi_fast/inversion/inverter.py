@@ -21,11 +21,13 @@ from smi_fast.backbones.vit import AcceleratedViT, as_backbone
 from smi_fast.inversion.graphs import Replayed, free_memory, has_graphs, side_stream
 from smi_fast.inversion.objectives import Loss, Objective, as_loss, deep_inversion
 from smi_fast.inversion.priors import ImagePrior, PixelLoss
+from smi_fast.inversion.published import check_published, chosen_anew, importance_of_all
 from smi_fast.inversion.schedule import StoppingSchedule, as_schedule
 from smi_fast.inversion.selection import Scores, check_strategy, scores
 from smi_fast.inversion.state import InversionState, Stage
 from smi_fast.inversion.tape import Taped
 from smi_fast.inversion.views import random_views
+from smi_fast.packed import PackedTokens
 from smi_fast.seeds import check_seed, seeded_generator
 
 
@@ -135,6 +137,7 @@ class Inverter:
         jitter: views are rolled by up to this share of the image's side, in either direction.
         flip: the probability that a view is mirrored.
         view_per_image: draw a view for each image, instead of one for the batch as the published code does.
+        published: do what the published code does where it differs from the paper. `InversionSettings` lists it.
         image_size: (height, width) in pixels. None: the model's.
         mean, std: the normalisation of images, one number per channel. None: the model's, by timm's data config.
         dtype, backend: arguments for `accelerate`. They cannot be given with a model that is accelerated already.
@@ -166,6 +169,7 @@ class Inverter:
         jitter: float = 1 / 8,
         flip: float = 0.5,
         view_per_image: bool = False,
+        published: bool = False,
         image_size: tuple[int, int] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -193,6 +197,9 @@ class Inverter:
             raise ValueError('select="lowest" cannot keep a mass of attention: the schedule has to hold fractions')
         self.iterations, self.lr, self.betas = iterations, lr, betas
         self.jitter, self.flip, self.view_per_image = jitter, flip, view_per_image
+        self.published = published
+        if published:
+            check_published(self.stopping, select)
         self.graphs, self.progress = graphs, progress
         self._compiled = compile
         self._outputs = torch.compile(self.backbone.outputs) if compile else self.backbone.outputs
@@ -273,7 +280,7 @@ class Inverter:
                                 replayed = None
                                 free_memory(device)
                             if measures or iteration in stops:
-                                current.importance = step(current.current, plain=True, measures=measures)
+                                current.importance = step(current.current, measures=measures)
                             else:
                                 replayed(current.current)
                             current.advance()
@@ -292,6 +299,8 @@ class Inverter:
         count = self.iterations * (batch_size if self.view_per_image else 1)
         views = random_views(count, self.image_size, jitter=self.jitter, flip=self.flip, generator=generator)
         views = views.view(self.iterations, batch_size, 3) if self.view_per_image else views
+        for stop in self.stopping.stops:  # the iteration that measures attention, and the one that stops patches
+            views[stop - 1 : stop + 1] = 0
         # The noise is drawn on the CPU, so that every device starts from the same numbers.
         noise = torch.randn(batch_size, self.backbone.num_channels, *self.image_size, generator=generator)
         current = InversionState(
@@ -303,6 +312,7 @@ class Inverter:
             iterations=self.iterations,
             seed=seed,
             scales_loss=self.backbone.compute_dtype == torch.float16,
+            all_move=self.published,
             settings=self._settings(),
         )
         if state is not None:
@@ -320,6 +330,7 @@ class Inverter:
             "jitter": float(self.jitter),
             "flip": float(self.flip),
             "view_per_image": bool(self.view_per_image),
+            "published": bool(self.published),
             "image_size": list(self.image_size),
             "patch_size": list(self.grid.patch_size),
             "mean": list(self.mean),
@@ -338,20 +349,17 @@ class Inverter:
 
     def _stop(self, current: InversionState, stop: float | Mass) -> None:
         """Choose the patches that go on by the importance that the iteration before has measured."""
-        if current.importance.isfinite().logical_not().any():
-            raise NonFiniteError(current.iteration, self._result(current))
+        self._check_importance(current, current.importance)
         chosen = scores(
             self.select, current.importance, current.keep, stop, seed=current.seed, iteration=current.iteration
         )
         current.stop(chosen, stop, self.backbone.backend)
 
-    def _step(
-        self, current: InversionState, views: Tensor, number: int, plain: bool = False, measures: bool = False
-    ) -> Tensor | None:
+    def _step(self, current: InversionState, views: Tensor, number: int, measures: bool = False) -> Tensor | None:
         """Run one iteration from the images `current.pair[number]`, and return the importance of the kept patches if it
         measures. Everything that differs between iterations is read from the device, so that a CUDA graph of one can be
         replayed for the others."""
-        backbone, view = self.backbone, None if plain else views.index_select(0, current.clock)[0]
+        backbone, view = self.backbone, views.index_select(0, current.clock)[0]
         tokens, inverse = current.gather(number, view, backbone.compute_dtype, backbone.backend)
         patches, images = tokens.values.requires_grad_(), current.pair[number].detach().requires_grad_()
         outputs = self._outputs(tokens, grid_size=self.grid.size, importance=measures, features=self._features)
@@ -364,9 +372,9 @@ class Inverter:
         value = current.step(
             number,
             grad,
-            inverse=None if plain else inverse,
+            inverse=inverse,
             view=view,
-            pixel_grad=None if of_images is None else self.grid.gather(of_images, current.keep),
+            pixel_grad=None if of_images is None else self.grid.gather(of_images, current.moving),
             lr=self.lr,
             betas=self.betas,
             backend=backbone.backend,
@@ -405,16 +413,30 @@ class Inverter:
         with side_stream(device), frozen(self.backbone), self.backbone.cast_weights(pack=not self._compiled):
             yield
 
-    def _result(self, current: InversionState, interrupted: bool = False) -> InversionResult:
-        """Return the result of the iterations that are done."""
-        done, keep = current.iteration, current.keep.to("cpu").indices()
+    def _check_importance(self, current: InversionState, importance: Tensor) -> None:
+        if importance.isfinite().logical_not().any():
+            raise NonFiniteError(current.iteration, self._result(current))
+
+    def _chosen_anew(self, current: InversionState) -> PackedTokens:
+        """Choose the patches of a finished run as the published code does."""
+        patches, importance = importance_of_all(current.whole_results(), self.grid, self.backbone)
+        self._check_importance(current, importance)
+        return chosen_anew(patches, importance, self.stopping, self.backbone.num_prefix_tokens)
+
+    def _result(
+        self, current: InversionState, interrupted: bool = False, keep: PackedTokens | None = None
+    ) -> InversionResult:
+        """Return the result of the iterations that are done, with other patches than those that go on if `keep` says
+        so."""
+        done, keep = current.iteration, keep or current.keep
         history = [replace(stage, end=min(stage.end, done)) for stage in current.history if stage.start < done]
-        images, losses = current.results().cpu(), current.losses[:done].cpu()
-        return InversionResult(images, keep, current.targets.cpu(), losses, history, self.grid.patch_size, interrupted)
+        images, losses, kept = current.results(keep).cpu(), current.losses[:done].cpu(), keep.to("cpu").indices()
+        return InversionResult(images, kept, current.targets.cpu(), losses, history, self.grid.patch_size, interrupted)
 
     def _finish(self, current: InversionState, interrupted: bool) -> InversionResult:
         """Return the result, and warn if some of it is not finite."""
-        result, lost = self._result(current, interrupted), int(current.images().isfinite().logical_not().sum())
+        keep = self._chosen_anew(current) if self.published and self.stopping.stops and not interrupted else None
+        result, lost = self._result(current, interrupted, keep), int(current.images().isfinite().logical_not().sum())
         if not result.losses.isfinite().all():
             warnings.warn(f"the loss is {_first_non_finite(result.losses)} on", stacklevel=3)
         elif lost:
