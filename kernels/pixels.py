@@ -204,10 +204,10 @@ def _check_gradients(images, grad, sites, inverse, view, pixel_grad, patch_size)
     batch, channels, height, width = images.shape
     ph, pw = patch_size
     shapes = (len(sites), channels * ph * pw), (len(sites), channels, ph, pw)
-    rows = len(sites) if view is None or grad.dim() == 0 else len(grad)
-    wanted = (rows, *shapes[0][1:]), (rows, *shapes[1][1:])
-    if grad.shape not in wanted or not grad.is_floating_point():
-        raise ValueError(f"grad is {tuple(grad.shape)} {grad.dtype}, not floats {wanted[0]} or {wanted[1]}")
+    seen = (sites if view is None else grad).shape[:1]
+    flat, square = ((*seen, *shape[1:]) for shape in shapes)
+    if grad.shape not in (flat, square) or not grad.is_floating_point():
+        raise ValueError(f"grad is {tuple(grad.shape)} {grad.dtype}, not floats {flat} or {square}")
     if pixel_grad is not None and (pixel_grad.shape not in shapes or pixel_grad.dtype != images.dtype):
         found, wanted = f"{tuple(pixel_grad.shape)} {pixel_grad.dtype}", f"{shapes[0]} or {shapes[1]} {images.dtype}"
         raise ValueError(f"pixel_grad is {found}, not {wanted}")

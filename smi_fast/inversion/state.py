@@ -31,8 +31,8 @@ class Stage:
 class InversionState:
     """The images under optimisation, Adam's memory of them, and the progress of the schedule.
 
-    Two batches of images take turns: a step reads one and writes the kept pixels of the other. Stopped pixels are equal
-    in both batches, and no step writes them, so they never change.
+    Two batches of images take turns: a step reads one and writes the pixels that move of the other. Stopped pixels are
+    equal in both batches, and no step writes them, so they never change.
 
     Args:
         images: (B, C, H, W) float32, the images that the inversion starts from, in the model's normalised space.
@@ -151,8 +151,8 @@ class InversionState:
         return replace(self.keep, values=patches, positions=cells), inverse
 
     def step(self, number: int, grad: Tensor, **how: Any) -> Tensor:
-        """Take a step of Adam on the patches that move, from the images `pair[number]` to the other ones, and clamp them
-        to the range of real pixels. Return the prior. `how` holds further arguments of `kernels.pixel_step`."""
+        """Take a step of Adam on the patches that move, from the images `pair[number]` to the other ones, and clamp
+        them to the range of real pixels. Return the prior. `how` holds further arguments of `kernels.pixel_step`."""
         return kernels.pixel_step(
             self.pair[1 - number],
             self.exp_avg,

@@ -24,10 +24,10 @@ def test_the_demo_is_for_the_model_inside_with_a_shorter_schedule():
 
 
 def test_an_inverter_has_every_setting():
-    settings = InversionSettings(7, 0.5, (0.1, 0.2), 0.25, 0.75, "image", 0.0, 1.0, {3: 0.4})
+    settings = InversionSettings(7, 0.5, (0.1, 0.2), 0.25, 0.75, "image", 0.0, 1.0, {3: 0.4}, True)
     assert not any(getattr(settings, field.name) == field.default for field in fields(settings))
     inverter = settings.inverter(cifar10_vit(pretrained=False, depth=1), progress=False)
-    for name in ("iterations", "lr", "betas", "jitter", "flip"):
+    for name in ("iterations", "lr", "betas", "jitter", "flip", "published"):
         assert getattr(inverter, name) == getattr(settings, name), name
     assert inverter.stopping == StoppingSchedule({3: 0.4})
     assert (inverter.prior.tv_l2, inverter.prior.l2, inverter.prior.norm) == (0.25, 0.75, "image")
