@@ -58,7 +58,8 @@ class Backbone(Protocol):
 
     Attributes:
         device: the device of the weights, on which the images have to be.
-        compute_dtype: the dtype of the matrix products and of the patches that the model takes.
+        compute_dtype: the dtype of the matrix products. The loss is scaled if it is float16.
+        patch_dtype: the dtype of the patches that the model takes.
         backend: the backend of the kernels around the model: "auto", "triton" or "torch".
         num_channels, image_size: C and (H, W) in pixels of the images.
         mean, std: the normalisation of the images that the model was trained on, one number per channel.
@@ -68,6 +69,7 @@ class Backbone(Protocol):
 
     device: torch.device
     compute_dtype: torch.dtype
+    patch_dtype: torch.dtype
     backend: str
     num_channels: int
     image_size: tuple[int, int]

@@ -234,6 +234,11 @@ class AcceleratedViT(VisionTransformer):
         return weight.dtype
 
     @property
+    def patch_dtype(self) -> torch.dtype:
+        """The dtype of the patches that the inversion loop hands over."""
+        return self.compute_dtype
+
+    @property
     def is_plain(self) -> bool:
         """Whether all modules are timm's and torch's own, without hooks or methods of others."""
         model, *parts = self.modules()

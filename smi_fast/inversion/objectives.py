@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smi_fast.backbones.base import Outputs
@@ -30,9 +32,19 @@ class Objective(Protocol):
 
         Args:
             outputs: the model's outputs for the images as they are seen through this iteration's view.
-            targets: (B,) int64, the classes.
+            targets: (B,) int64, the classes, or (B, classes) float32, soft labels.
         """
         ...
+
+
+def classification(outputs: Outputs, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy of the logits and the targets, (B,) classes or (B, classes) soft labels, as the "mean"
+    or "sum" over the images."""
+    if targets.is_floating_point():
+        exact = torch.promote_types(outputs.logits.dtype, torch.float32)
+        return F.cross_entropy(outputs.logits.to(exact), targets.to(exact), reduction=reduction)
+    backend = outputs.backend if outputs.logits.shape[1] <= MAX_CHANNELS else "auto"  # which has no limit
+    return cross_entropy(outputs.logits, targets, reduction=reduction, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,19 @@ class deep_inversion:
 
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
         """Return the cross-entropy of the targets."""
-        reduction = "mean" if self.norm == "batch" else "sum"
-        backend = outputs.backend if outputs.logits.shape[1] <= MAX_CHANNELS else "auto"  # which has no limit
-        return cross_entropy(outputs.logits, targets, reduction=reduction, backend=backend)
+        return classification(outputs, targets, "mean" if self.norm == "batch" else "sum")
+
+
+def features_of(objective: Objective | Loss) -> tuple[str, ...]:
+    """Return the names of the places in the model that an objective reads.
+
+    Raises:
+        TypeError: they are given as one text.
+    """
+    features = getattr(objective, "features", ())
+    if isinstance(features, str):
+        raise TypeError(f"an objective's features are a sequence of names, got the text {features!r}")
+    return tuple(features)
 
 
 def as_loss(objective: Objective | Loss) -> Callable[[Outputs, Tensor, Tensor], Tensor]:

@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 
 from smi_fast.backbones.base import Backbone
-from smi_fast.backbones.pruning import Drop, Mass, keep_highest
+from smi_fast.backbones.pruning import Drop, keep_highest
 from smi_fast.grid import PatchGrid
 from smi_fast.inversion.schedule import StoppingSchedule
 from smi_fast.packed import PackedTokens, all_patches
 
 
-def check_published(stopping: StoppingSchedule, select: object) -> None:
-    """Check that the published code can stop patches in this way.
+def check_published(stopping: StoppingSchedule, select: object, until: object) -> None:
+    """Check that the published code can run in this way.
 
     Raises:
         ValueError: it cannot. The message names the setting that it does not have.
     """
     if select != "attention":
         raise ValueError(f"published=True selects patches by their attention, got select={select!r}")
+    if until is not None:
+        raise ValueError(f"published=True runs all iterations, got until={until}")
     for iteration, stop in stopping.stops.items():
-        if isinstance(stop, Mass):
+        if not isinstance(stop, float):
             raise ValueError(f"published=True stops a fraction of the patches, got {stop} at iteration {iteration}")
     for first, second in pairwise(stopping.stops):
         if second == first + 1:
@@ -38,7 +40,7 @@ def check_published(stopping: StoppingSchedule, select: object) -> None:
 def importance_of_all(images: Tensor, grid: PatchGrid, backbone: Backbone) -> tuple[PackedTokens, Tensor]:
     """Return all patches of images (B, C, H, W), without values, and their importance (B * N,)."""
     patches = all_patches(len(images), grid.num_patches, images.device)
-    values = grid.gather(images, patches).to(backbone.compute_dtype)
+    values = grid.gather(images, patches).to(backbone.patch_dtype)
     outputs = backbone.outputs(replace(patches, values=values), grid_size=grid.size, importance=True)
     return patches, outputs.importance
 

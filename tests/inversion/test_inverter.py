@@ -15,6 +15,7 @@ from torch import nn
 
 import smi_fast
 from smi_fast import Inverter, Mass, StoppingSchedule, deep_inversion
+from smi_fast.inversion.schedule import RebirthSchedule
 from smi_fast.inversion.views import apply_view, random_views
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -275,6 +276,8 @@ def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
         ({"stopping": StoppingSchedule({1: 0.9, 2: 0.9})}, ValueError, "leaves no patch"),
         ({"published": True, "stopping": {3: Mass(0.8)}}, ValueError, "got mass=0.8 at iteration 3"),
         ({"published": True, "stopping": {3: 0.3, 4: 0.3}}, ValueError, "at both iterations 3 and 4"),
+        ({"published": True, "until": 0.9}, ValueError, "runs all iterations, got until="),
+        ({"published": True, "stopping": RebirthSchedule(2)}, ValueError, "got release=2 at iteration"),
         ({"published": True, "select": "random"}, ValueError, "got select='random'"),
         ({"objective": "loss"}, TypeError, "loss"),
         ({"objective": deep_inversion}, TypeError, "an objective is .* got <class .*deep_inversion'>"),
