@@ -21,6 +21,7 @@ def _kernels_of_checkout() -> None:
 
 _kernels_of_checkout()
 
+from smi_fast.backbones.cnn import CNN  # noqa: E402
 from smi_fast.backbones.pruning import Drop, Mass, Merge  # noqa: E402
 from smi_fast.backbones.published import SMIAdaptor  # noqa: E402
 from smi_fast.backbones.support import UnsupportedModelError  # noqa: E402
@@ -29,13 +30,15 @@ from smi_fast.data.labelled import accuracy, load_data  # noqa: E402
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip, normalize_patches  # noqa: E402
 from smi_fast.distillation import DistillationResult, Round, distill, transfer_loss  # noqa: E402
 from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteError, Stage, Step  # noqa: E402
-from smi_fast.inversion.objectives import Objective, deep_inversion  # noqa: E402
+from smi_fast.inversion.objectives import Objective, deep_inversion, deep_inversion_cnn  # noqa: E402
 from smi_fast.inversion.schedule import StoppingSchedule  # noqa: E402
 from smi_fast.inversion.selection import select_patches  # noqa: E402
+from smi_fast.inversion.verifier import Verifier  # noqa: E402
 from smi_fast.packed import PackedTokens  # noqa: E402
 from smi_fast.quantization import QuantizedViT, quantize  # noqa: E402
 
 __all__ = [
+    "CNN",
     "AcceleratedViT",
     "DistillationResult",
     "Drop",
@@ -55,9 +58,11 @@ __all__ = [
     "Step",
     "StoppingSchedule",
     "UnsupportedModelError",
+    "Verifier",
     "accelerate",
     "accuracy",
     "deep_inversion",
+    "deep_inversion_cnn",
     "distill",
     "load_data",
     "normalize_patches",
