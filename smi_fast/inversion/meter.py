@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smi_fast.backbones.base import Backbone, frozen
 from smi_fast.backbones.vit import AcceleratedViT, accelerate
+from smi_fast.grid import PatchGrid
 from smi_fast.inversion.inverter import Inverter, Step
 from smi_fast.inversion.state import Stage
 from smi_fast.packed import PackedTokens, pack_keep
@@ -151,31 +152,33 @@ def iteration_flops(inverter: Inverter, stage: Stage, batch_size: int, flops: st
     counts = {"torch": _matrix_products, "paper": _published_operations}
     if flops not in counts:
         raise ValueError(f"flops must be one of {', '.join(counts)}, got {flops!r}")
-    return counts[flops](inverter, round(stage.patches)) * batch_size
+    grid = inverter.grid
+    if stage.pooling > 1:  # the image is one patch
+        size = [side // stage.pooling for side in grid.image_size]
+        grid = PatchGrid.of(size, size)
+    return counts[flops](inverter.backbone, grid, round(stage.patches)) * batch_size
 
 
-def _noise(inverter: Inverter, count: int) -> PackedTokens:
+def _noise(backbone: Backbone, grid: PatchGrid, count: int) -> PackedTokens:
     """Return random pixels of the first `count` patches of one image."""
-    backbone, grid = inverter.backbone, inverter.grid
     patches = torch.randn(1, count, math.prod(grid.patch_size) * backbone.num_channels, device=backbone.device)
     return PackedTokens.from_batch(patches.requires_grad_(), torch.arange(count, device=backbone.device))
 
 
-def _matrix_products(inverter: Inverter, count: int) -> int:
+def _matrix_products(backbone: Backbone, grid: PatchGrid, count: int) -> int:
     """Count the operations of the matrix products of one image with `count` patches, forward and backward."""
-    backbone = inverter.backbone
     if isinstance(backbone, AcceleratedViT):
         backbone = accelerate(backbone.model, backend="torch")
-    tokens = _noise(inverter, count)
+    tokens = _noise(backbone, grid, count)
     with frozen(backbone), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        backbone.outputs(tokens, grid_size=inverter.grid.size).logits.sum().backward()
+        backbone.outputs(tokens, grid_size=grid.size).logits.sum().backward()
     return counter.get_total_flops()
 
 
 @torch.no_grad()
-def _published_operations(inverter: Inverter, count: int) -> int:
+def _published_operations(backbone: Backbone, grid: PatchGrid, count: int) -> int:
     """Count the operations of one image with `count` patches by the paper's rule, forward and backward."""
-    backbone, counted = inverter.backbone, []
+    counted = []
     model = backbone.model if isinstance(backbone, AcceleratedViT) else backbone
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -189,13 +192,13 @@ def _published_operations(inverter: Inverter, count: int) -> int:
             if isinstance(module, (*PRODUCTS, *NORMS)):
                 hooks.callback(module.register_forward_hook(add).remove)
         if model is backbone:
-            backbone.outputs(_noise(inverter, count), grid_size=inverter.grid.size)
+            backbone.outputs(_noise(backbone, grid, count), grid_size=grid.size)
         else:
             tokens = count + backbone.num_prefix_tokens
             drop = model.norm_pre.register_forward_pre_hook(lambda _, args: (args[0][:, :tokens],))
             hooks.callback(drop.remove)
             parameter = next(model.parameters())
-            model(parameter.new_zeros(1, backbone.num_channels, *inverter.image_size))
+            model(parameter.new_zeros(1, backbone.num_channels, *grid.image_size))
     return 3 * sum(counted)
 
 

@@ -1,7 +1,6 @@
 """The meter measures speeds of stages without their first calls, and durations that add up to the run's."""
 
 import time
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +10,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from smi_fast import Inverter, StoppingSchedule, accelerate
-from smi_fast.backbones.base import Outputs
-from smi_fast.grid import PatchGrid
 from smi_fast.inversion.inverter import Stage
 from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
 
@@ -89,8 +86,8 @@ def test_operations_are_those_of_the_products_counted_by_hand(kept, seed):
     assert flops == pytest.approx(3 * 2 * (forward + backward), rel=0.01)
 
 
-def gflop_by_the_paper(model: nn.Module, patches: int, batch_size: int) -> str:
-    inverter = Inverter(model, stopping="dense", progress=False)
+def gflop_by_the_paper(model: nn.Module, patches: int, batch_size: int, **options) -> str:
+    inverter = Inverter(model, stopping="dense", progress=False, **options)
     stage = Stage(0, 1, patches, patches + inverter.backbone.num_prefix_tokens)
     return f"{iteration_flops(inverter, stage, batch_size, flops='paper') / 1e9:.2f}"
 
@@ -110,32 +107,11 @@ def test_the_papers_count_is_that_of_its_table_3(name, patches, printed):
     assert gflop_by_the_paper(model, patches, batch_size=128) == printed
 
 
-class CNN(nn.Module):
-    """A CNN as a backbone whose patch is the whole image."""
-
-    compute_dtype, backend = torch.float32, "auto"
-    num_channels, num_classes, num_prefix_tokens = 3, 1000, 0
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-
-    def __init__(self, layers: nn.Module, side: int, device: str = "cpu"):
-        super().__init__()
-        self.layers, self.image_size, self.device = layers, (side, side), torch.device(device)
-
-    def grid(self, image_size):
-        return PatchGrid.of(image_size, image_size)
-
-    def outputs(self, patches, *, grid_size=None, importance=False, features=()):
-        return Outputs(self.layers(patches.values.view(-1, 3, *self.image_size)))
-
-    def cast_weights(self, *, pack=True):
-        return nullcontext()
-
-
 @pytest.mark.parametrize(("side", "printed"), [(32, "0.11"), (224, "5.47")])
 def test_the_papers_count_is_that_of_its_table_1_for_one_image(side, printed):
     with torch.device("meta"):
         model = timm.create_model("resnet18")
-    assert gflop_by_the_paper(CNN(model, side, "meta"), 1, batch_size=1) == printed
+    assert gflop_by_the_paper(model, 1, batch_size=1, image_size=(side, side)) == printed
 
 
 @pytest.mark.parametrize("kept", [16, 5])
@@ -159,9 +135,18 @@ def test_the_papers_count_of_a_cnn_is_that_by_hand():
         nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=3),
         nn.BatchNorm2d(6, affine=False), nn.Flatten(), nn.Linear(6 * 16, 4),
     )  # fmt: skip
-    inverter = Inverter(CNN(layers, 8), stopping="dense", progress=False)
+    inverter = Inverter(layers, image_size=(8, 8), progress=False)
     forward = 64 * 6 * 27 + 4 * 64 * 6 + 16 * 6 * 18 + 2 * 16 * 6 + 6 * 16 * 4
     assert iteration_flops(inverter, Stage(0, 1, 1, 1), batch_size=2, flops="paper") == 2 * 3 * forward
+
+
+def test_a_stage_at_half_resolution_is_counted_at_half_resolution():
+    layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    inverter = Inverter(layers, image_size=(8, 8), pooling={0: 2, 3: 1}, iterations=6, progress=False)
+    half, full = ({flops: iteration_flops(inverter, stage, 2, flops) for flops in ("torch", "paper")}
+                  for stage in inverter.stages)  # fmt: skip
+    assert half == {"torch": 2 * 2 * 2 * 16 * 6 * 27, "paper": 2 * 3 * (16 * 6 * 27 + 4 * 16 * 6)}
+    assert full == {flops: 4 * count for flops, count in half.items()}
 
 
 def test_another_count_is_refused():
