@@ -6,16 +6,15 @@ import timm
 import torch
 from published_cases import needs_checkout, published_model, published_synthesis, with_weights_at_random
 
-from smi_fast.inversion import inverter as inverter_module
 from smi_fast.inversion.presets import InversionSettings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STOPS = {20: 0.3, 40: 0.3, 60: 0.3, 80: 0.3}
 
 
-def published_views(seed: int, iterations: int) -> torch.Tensor:
+def published_views(iterations: int, generator: torch.Generator) -> torch.Tensor:
     """The views that the published loop draws from Python's random numbers, for 224x224 pixels: (iterations, 3)."""
-    draw, views = random.Random(seed), torch.zeros(iterations, 3, dtype=torch.int32)
+    draw, views = random.Random(generator.initial_seed()), torch.zeros(iterations, 3, dtype=torch.int32)
     for iteration in range(iterations):
         if iteration not in STOPS and iteration + 1 not in STOPS:
             offsets = draw.randint(-28, 28), draw.randint(-28, 28)
@@ -34,13 +33,14 @@ def test_a_published_run_keeps_the_patches_and_makes_the_images_of_the_published
     theirs.register_forward_hook(lambda module, args, output: their_tokens.append(output[2]))
     random.seed(seed)
     torch.manual_seed(seed)
+    noise = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(seed))
     synthesis = published_synthesis(theirs, tmp_path / "pool", mean=MEAN, std=STD, patch_size=16, iterations=100)
     their_images = synthesis.synthesize(torch.tensor([1, 4]), 197, list(STOPS), list(STOPS.values()))
 
-    monkeypatch.setattr(inverter_module, "random_views", lambda *args, **options: published_views(seed, 100))
     settings, steps = InversionSettings(iterations=100, stopping=STOPS, published=True), []
-    inverter = settings.inverter(model, dtype=torch.float32, progress=False)
-    result = inverter.run([1, 4], seed, lambda step: steps.append((step.keep, step.state_dict()["images"])))
+    inverter = settings.inverter(model, views=published_views, dtype=torch.float32, progress=False)
+    note = lambda step: steps.append((step.keep, step.state_dict()["images"]))  # noqa: E731
+    result = inverter.run([1, 4], seed, note, start=noise)
     for stop, count in zip(STOPS, (137, 95, 66, 46), strict=True):
         assert steps[stop][0].shape == (2, count)
         assert torch.equal(steps[stop][0], their_tokens[stop][:, 1:].sort(1).values - 1)

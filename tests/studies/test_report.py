@@ -17,8 +17,8 @@ COSTS = [
 def test_a_record_has_the_stages_costs():
     dense, sparse = stage_records(COSTS)
     assert dense == {
-        "start": 0, "end": 8, "patches": 64, "tokens": 65, "iterations_per_second": pytest.approx(5),
-        "speedup_over_dense": 1, "pooling": 1, "gflop_per_iteration": 4, "gflop_paper": 7, "peak_memory_bytes": 3 * 2**20,
+        "start": 0, "end": 8, "patches": 64, "tokens": 65, "pooling": 1, "iterations_per_second": pytest.approx(5),
+        "speedup_over_dense": 1, "gflop_per_iteration": 4, "gflop_paper": 7, "peak_memory_bytes": 3 * 2**20,
     }  # fmt: skip
     assert sparse["iterations_per_second"] == pytest.approx(20)
     assert sparse["speedup_over_dense"] == pytest.approx(4)
