@@ -54,8 +54,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    results, inversion = Results(args, FILES), arguments.inversion_settings(args)
-    teacher, student = arguments.model_of(args), arguments.model_of(args, "student")
+    results, teacher = Results(args, FILES), arguments.model_of(args)
+    inversion, student = arguments.inversion_settings(args, teacher), arguments.model_of(args, "student")
     source = image_source(args, teacher, inversion)
     test = arguments.load_test_images(args, student)
     settings = {name: getattr(args, name) for name in ("samples", *TRANSFER)}

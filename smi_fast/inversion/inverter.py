@@ -151,7 +151,7 @@ class Inverter:
             raise ValueError('select="lowest" cannot keep a mass of attention: the schedule has to hold fractions')
         self.published = published
         if published:
-            check_published(self.stopping, select, self.until)
+            check_published(self.stopping, select)
         self.iterations, self.lr, self.betas, self.lr_schedule = iterations, lr, betas, lr_schedule
         self.jitter, self.flip = check_jitter(jitter, self.image_size), flip
         self.view_per_image, self.views = view_per_image, views
@@ -249,7 +249,7 @@ class Inverter:
                             break
                 except KeyboardInterrupt:
                     interrupted = True
-            if self.published and self.stopping.stops and not interrupted:
+            if self.published and self.stopping.stops and current.iteration == self.iterations:
                 loop.choose_anew(current)
             return finished(current, interrupted, verifier.records if verifier else ())
 
@@ -259,7 +259,8 @@ class Inverter:
     def _ends(self, loop: Loop, current: InversionState) -> bool:
         """Return whether the model is sure of all images, which is checked now and then after the last stopping."""
         until = self.until
-        if until is None or current.iteration <= self.stages[-1].start or current.iteration % until.every:
+        settled = current.iteration - self.stages[-1].start
+        if until is None or settled <= 0 or settled % until.every:
             return False
         current.confident = loop.check(current)
         return min(current.confident) >= until.checks

@@ -15,7 +15,7 @@ from smi_fast.inversion.schedule import StoppingSchedule
 from smi_fast.packed import PackedTokens, all_patches
 
 
-def check_published(stopping: StoppingSchedule, select: object, until: object) -> None:
+def check_published(stopping: StoppingSchedule, select: object) -> None:
     """Check that the published code can run in this way.
 
     Raises:
@@ -23,8 +23,6 @@ def check_published(stopping: StoppingSchedule, select: object, until: object) -
     """
     if select != "attention":
         raise ValueError(f"published=True selects patches by their attention, got select={select!r}")
-    if until is not None:
-        raise ValueError(f"published=True runs all iterations, got until={until}")
     for iteration, stop in stopping.stops.items():
         if not isinstance(stop, float):
             raise ValueError(f"published=True stops a fraction of the patches, got {stop} at iteration {iteration}")

@@ -142,7 +142,8 @@ class InversionState:
         """Return the view of this iteration, (3,) or (B, 3) int32, read on the device."""
         if self.clocks is None:
             return self.views.index_select(0, self.clock)[0]
-        return self.views.gather(0, self.clocks.view(1, -1, 1).expand(1, -1, 3))[0]
+        rows = self.clocks.clamp(max=len(self.views) - 1)  # images whose iterations are over wait for the next check
+        return self.views.gather(0, rows.view(1, -1, 1).expand(1, -1, 3))[0]
 
     def images(self) -> Tensor:
         """Return the images as they are now: (B, C, H, W) in normalised space."""

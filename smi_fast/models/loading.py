@@ -1,4 +1,5 @@
-"""load_model(): load a model by its name, with weights from this package, from a download or from a file."""
+"""load_model(): load a model by its name, with weights from this package, from a download or from a file; or from a
+folder that transformers has written."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import nn
 from torchvision import __version__ as torchvision_version
 from torchvision import models as torchvisions
 
+from smi_fast.backbones.huggingface import from_huggingface
 from smi_fast.data.files import first_line
 from smi_fast.models import CNN_INSIDE, MODEL_INSIDE, STUDENT_INSIDE, cifar10_resnet20, cifar10_student, cifar10_vit
 
@@ -33,7 +35,7 @@ def load_model(
 
     Args:
         name: `cifar10_vit`, `cifar10_student` or `cifar10_resnet20`, which come with the package, a name that timm
-            knows, or one such as `torchvision/resnet18`.
+            knows, one such as `torchvision/resnet18`, or a folder with a config.json that `from_huggingface` takes.
         pretrained: whether to download timm's or torchvision's weights for the model.
         checkpoint: a safetensors file or a torch file with the weights. A torch file is read with weights_only. The
             model gets as many classes as the weights have.
@@ -46,6 +48,8 @@ def load_model(
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"give either {options[0]} or {options[1]}, not both")
+    if (Path(name) / "config.json").is_file():
+        return _from_folder(name, given=options[0] if pretrained else options[1] if checkpoint is not None else None)
     if name not in INSIDE:
         _check_name(name)
     if checkpoint is not None:
@@ -60,6 +64,15 @@ def load_model(
         return _make(name, pretrained=True).eval()
     except Exception as error:  # The hub, its client and timm raise a dozen types of errors.
         raise ValueError(f"the pretrained weights of {name} cannot be downloaded: {first_line(error)}") from error
+
+
+def _from_folder(folder: str, given: str | None) -> nn.Module:
+    if given is not None:
+        raise ValueError(f"the folder {folder} holds its weights: leave {given} out")
+    try:
+        return from_huggingface(folder).eval()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_name(name: str) -> None:

@@ -268,6 +268,11 @@ def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
         ({"stopping": 5}, TypeError, "5"),
         ({"stopping": "50:0.3,"}, ValueError, "50:0.3,"),
         ({"jitter": -0.1}, ValueError, r"-0\.1"),
+        ({"jitter": 9}, ValueError, "0 to 8 pixels, got 9"),
+        ({"pooling": {0: 2}}, ValueError, "cannot be pooled by 2: the model takes patches of one size"),
+        ({"pooling": {0: 3}}, ValueError, "8x8 pixels cannot be pooled by 3, which does not divide them"),
+        ({"pooling": {5000: 1}}, ValueError, "iteration 5000"),
+        ({"verify_every": 0}, ValueError, "verify_every must be at least 1, got 0"),
         ({"flip": 1.5}, ValueError, r"1\.5"),
         ({"image_size": (9, 8)}, ValueError, "9x8"),
         ({"mean": (0.5,)}, ValueError, "1 values"),
@@ -276,7 +281,6 @@ def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
         ({"stopping": StoppingSchedule({1: 0.9, 2: 0.9})}, ValueError, "leaves no patch"),
         ({"published": True, "stopping": {3: Mass(0.8)}}, ValueError, "got mass=0.8 at iteration 3"),
         ({"published": True, "stopping": {3: 0.3, 4: 0.3}}, ValueError, "at both iterations 3 and 4"),
-        ({"published": True, "until": 0.9}, ValueError, "runs all iterations, got until="),
         ({"published": True, "stopping": RebirthSchedule(2)}, ValueError, "got release=2 at iteration"),
         ({"published": True, "select": "random"}, ValueError, "got select='random'"),
         ({"objective": "loss"}, TypeError, "loss"),
@@ -297,7 +301,17 @@ def test_an_accelerated_model_is_taken_as_it_is(model):
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [([0, 5], r"target 5 \(number 1\)"), ([-1], "target -1"), ([], r"\(0,\)"), ([[1]], r"\(1, 1\)"), ([0.5], "float")],
+    [
+        ([0, 5], r"target 5 \(number 1\)"),
+        ([-1], "target -1"),
+        ([], r"\(0,\)"),
+        ([[1]], r"\(1, 1\)"),
+        ([0.5], "float"),
+        ([[0.5, 0.5]], r"\(1, 2\), expected \(B, 5\)"),
+        ([[0.2] * 5, [0.5, 0.5, 0.5, 0, 0]], "soft label 1 is no distribution: .* sum 1.5"),
+        ([[1.5, -0.5, 0, 0, 0]], "soft label 0 is no distribution: its least element is -0.5"),
+        ([[float("nan")] * 5], "soft label 0 is no distribution"),
+    ],
 )
 def test_targets_that_are_no_classes_are_refused(model, targets, message):
     with pytest.raises(ValueError, match=message):
@@ -399,3 +413,78 @@ def test_a_model_that_prunes_stops_nothing(model):
     with pytest.raises(ValueError, match="the model prunes"):
         quiet(pruning, stopping=StoppingSchedule({2: 0.3}), iterations=4)
     assert quiet(pruning, stopping="dense", iterations=2).run([0]).losses.isfinite().all()
+
+
+def test_soft_labels_are_minimised_as_torch_defines_them(model, seed):
+    """One-hot labels give what classes give; the loss of others is torch's cross-entropy of probabilities."""
+    classes, options = torch.tensor([4, 0, 2]), {"stopping": {3: 0.3}, "iterations": 6, "lr": 0.05}
+    hard = quiet(model, **options).run(classes, seed)
+    one_hot = quiet(model, **options).run(F.one_hot(classes, 5).float(), seed)
+    torch.testing.assert_close(one_hot.losses, hard.losses, rtol=1e-4, atol=1e-4)
+    assert torch.equal(one_hot.keep, hard.keep)
+    soft = torch.rand(3, 5).softmax(1)
+
+    def torchs(logits, images, targets):
+        return F.cross_entropy(logits, targets)
+
+    for norm in ("batch", "image"):
+        found = quiet(model, objective=deep_inversion(0.0, norm=norm), **options).run(soft, seed)
+        expected = quiet(model, objective=torchs, **options).run(soft, seed)
+        scale = 3 if norm == "image" else 1
+        torch.testing.assert_close(found.losses[:1], scale * expected.losses[:1])
+        assert torch.equal(found.targets, soft)
+
+
+def test_a_schedule_changes_the_learning_rate_of_each_step(model, seed):
+    """Compared with a loop of torch's own optimiser and scheduler."""
+    factors = [0.1, 1.0, 0.5, 0.0, 0.25]
+    options = {"stopping": "dense", "iterations": 5, "lr": 0.05, "jitter": 0, "flip": 0, "clamp": False}
+    result = quiet(
+        model, lr_schedule=lambda step, steps: factors[step % steps], objective=deep_inversion(0.0), **options
+    ).run([1, 3], seed)
+    generator = torch.Generator().manual_seed(seed)
+    random_views(5, (8, 8), jitter=0, flip=0, generator=generator)
+    images = torch.randn(2, 3, 8, 8, generator=generator).requires_grad_()
+    optimizer = torch.optim.Adam([images], lr=0.05, betas=(0.5, 0.99))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, 4)])
+    losses = []
+    for _ in range(5):
+        loss = F.cross_entropy(model.eval()(images), torch.tensor([1, 3]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    torch.testing.assert_close(result.losses, torch.tensor(losses), rtol=1e-4, atol=1e-4)
+
+
+def test_a_schedule_that_gives_no_rate_is_refused(model):
+    with pytest.raises(ValueError, match=r"lr_schedule gives -1\.0 in step 2"):
+        quiet(model, stopping="dense", iterations=4, lr_schedule=lambda step, steps: 1 - step).run([0])
+
+
+def test_a_run_starts_from_given_images_and_sees_given_views(model, seed):
+    noise, views = torch.randn(2, 3, 8, 8), torch.tensor([[1, 3, 1], [0, 0, 0], [7, 2, 0]])
+    seen = []
+
+    class OfSeen(deep_inversion):
+        def loss(self, outputs, targets):
+            seen.append(outputs.seen()[0].detach())
+            return super().loss(outputs, targets)
+
+    options = {"stopping": "dense", "iterations": 3, "lr": 1e-6, "objective": OfSeen(0.0), "clamp": False}
+    quiet(model, views=lambda iterations, generator: views, **options).run([0, 1], start=noise)
+    for found, view in zip(seen, views.tolist(), strict=True):
+        torch.testing.assert_close(found, apply_view(noise, view), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"start is \(1, 3, 8, 8\)"):
+        quiet(model, stopping="dense", iterations=1).run([0, 1], start=noise[:1])
+    with pytest.raises(ValueError, match=r"views returned \(2, 3\)"):
+        quiet(model, stopping="dense", iterations=3, views=lambda *_: views[:2]).run([0])
+
+
+def test_shifts_in_pixels_are_whole_multiples(seed):
+    generator = torch.Generator().manual_seed(seed)
+    views = random_views(500, (32, 64), jitter=5, generator=generator, multiple=2)
+    assert views[:, :2].unique().tolist() == [-4, -2, 0, 2, 4]
+    with_share = random_views(500, (32, 64), jitter=1 / 8, generator=generator)
+    assert (with_share[:, 0].max(), with_share[:, 1].max()) == (4, 8)

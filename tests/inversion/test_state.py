@@ -9,7 +9,7 @@ import pytest
 import torch
 from inversion_cases import small_model
 
-from smi_fast import Inverter, Mass, deep_inversion
+from smi_fast import Inverter, Mass, RebirthSchedule, Until, WarmupCosine, deep_inversion
 from smi_fast.models import cifar10_vit
 
 OPTIONS = {"iterations": 8, "lr": 0.05, "jitter": 1 / 2, "objective": deep_inversion(1e-2, 1e-3), "progress": False}
@@ -23,6 +23,9 @@ RUNS = {
     "bfloat16": {"stopping": {5: 0.3}, "dtype": torch.bfloat16},
     "float16": {"stopping": {5: 0.3}, "dtype": torch.float16},
     "norms": {"stopping": {5: Mass(0.8)}, "objective": deep_inversion(1e-2, 1e-3, norm="image")},
+    "rebirth": {"stopping": RebirthSchedule(4)},
+    "schedule": {"stopping": {3: 0.3}, "lr_schedule": WarmupCosine(3), "clamp": False},
+    "until": {"stopping": {2: 0.3}, "until": Until(0.25, checks=2, every=2)},
     "triton": {"stopping": {1: Mass(0.8)}, "iterations": 3, "backend": "triton"},
 }
 
