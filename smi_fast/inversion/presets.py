@@ -47,7 +47,7 @@ class InversionSettings:
       class token counts: 47 patches of 196 in the paper's schedule, where the loop ends with 46. A run that ends early
       or never stops a patch has the loop's patches.
     - Schedules that stop patches in two iterations in a row are refused, because the published code would leave out the
-      first of the two stoppings. It selects patches by attention only, and it has no `Mass`, no `Release` and no stream.
+      first of the two stoppings. It selects patches by attention only and has no `Mass`, no `Release` and no stream.
 
     Other habits of that code are habits of every run: one view for the batch, drawn as `random_views` says; the plain
     view in the iteration that measures attention and in the one that stops patches; a clamp after each step; norms over
