@@ -35,7 +35,8 @@ def load_model(
 
     Args:
         name: `cifar10_vit`, `cifar10_student` or `cifar10_resnet20`, which come with the package, a name that timm
-            knows, one such as `torchvision/resnet18`, or a folder with a config.json that `from_huggingface` takes.
+            knows, one such as `torchvision/resnet18`, or a folder that `from_huggingface` takes. Write ./NAME for a
+            folder that is called like a model.
         pretrained: whether to download timm's or torchvision's weights for the model.
         checkpoint: a safetensors file or a torch file with the weights. A torch file is read with weights_only. The
             model gets as many classes as the weights have.
@@ -48,10 +49,9 @@ def load_model(
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"give either {options[0]} or {options[1]}, not both")
-    if (Path(name) / "config.json").is_file():
+    if Path(name).is_dir() and not _is_known(name):
         return _from_folder(name, given=options[0] if pretrained else options[1] if checkpoint is not None else None)
-    if name not in INSIDE:
-        _check_name(name)
+    _check_name(name)
     if checkpoint is not None:
         return _from_checkpoint(name, Path(checkpoint))
     if name in INSIDE:
@@ -75,17 +75,22 @@ def _from_folder(folder: str, given: str | None) -> nn.Module:
         raise ValueError(str(error)) from error
 
 
-def _check_name(name: str) -> None:
+def _is_known(name: str) -> bool:
     if name.startswith(TORCHVISION):
-        library, known = f"torchvision {torchvision_version}", torchvisions.list_models(torchvisions)
-        known = [TORCHVISION + model for model in known]
-        found = name in known
-    else:
-        library, known, found = f"timm {timm.__version__}", [*INSIDE, *timm.list_models()], timm.is_model(name)
-    if not found:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"{library} has no model {name!r}{hint}")
+        return name.removeprefix(TORCHVISION) in torchvisions.list_models(torchvisions)
+    return name in INSIDE or timm.is_model(name)
+
+
+def _check_name(name: str) -> None:
+    if _is_known(name):
+        return
+    library, known = f"timm {timm.__version__}", [*INSIDE, *timm.list_models()]
+    if name.startswith(TORCHVISION):
+        library = f"torchvision {torchvision_version}"
+        known = [TORCHVISION + model for model in torchvisions.list_models(torchvisions)]
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"{library} has no model {name!r}{hint}")
 
 
 def _make(name: str, *, pretrained: bool = False, **overrides) -> nn.Module:

@@ -114,6 +114,12 @@ def test_a_folder_is_no_checkpoint(tmp_path):
         load_model("test_vit", checkpoint=tmp_path)
 
 
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: .*No such file"):
+        load_model(str(tmp_path))
+
+
 def test_a_name_with_an_unknown_tag_is_refused(test_vit, tmp_path):
     torch.save(test_vit.state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"test_vit\.nonsense cannot be made: Invalid pretrained tag"):
