@@ -26,6 +26,7 @@ from smi_fast.inversion.loop import Loop
 from smi_fast.inversion.objectives import Loss, Objective, as_loss, deep_inversion, deep_inversion_cnn, features_of
 from smi_fast.inversion.priors import ImagePrior, PixelLoss
 from smi_fast.inversion.progress import Bar
+from smi_fast.inversion.published import check_published
 from smi_fast.inversion.result import InversionResult, NonFiniteError, Step, finished
 from smi_fast.inversion.schedule import LearningRate, RebirthSchedule, Stop, StoppingSchedule, as_schedule
 from smi_fast.inversion.selection import Scores, check_strategy
@@ -71,6 +72,7 @@ class Inverter:
             integer, in either direction.
         flip: the probability that a view is mirrored.
         view_per_image: draw a view for each image, instead of one for the batch as the published code does.
+        published: do what the published code does where it differs from the paper. `InversionSettings` lists it.
         views: a function of (iterations, generator) that returns the views (dy, dx, flip), (iterations, 3) integers. It
             takes the place of `jitter` and `flip`.
         pooling: maps iterations to factors: from there on, the model sees means of squares of so many pixels a side, as
@@ -113,6 +115,7 @@ class Inverter:
         jitter: float | int = 1 / 8,
         flip: float = 0.5,
         view_per_image: bool = False,
+        published: bool = False,
         views: Views | None = None,
         pooling: Mapping[int, int] | None = None,
         clamp: bool = True,
@@ -146,6 +149,9 @@ class Inverter:
         self.select, self.until = check_strategy(select), as_until(until)
         if select == "lowest" and any(isinstance(stop, Mass) for stop in self.stopping.stops.values()):
             raise ValueError('select="lowest" cannot keep a mass of attention: the schedule has to hold fractions')
+        self.published = published
+        if published:
+            check_published(self.stopping, select)
         self.iterations, self.lr, self.betas, self.lr_schedule = iterations, lr, betas, lr_schedule
         self.jitter, self.flip = check_jitter(jitter, self.image_size), flip
         self.view_per_image, self.views = view_per_image, views
@@ -245,6 +251,8 @@ class Inverter:
                             break
                 except KeyboardInterrupt:
                     interrupted = True
+            if self.published and self.stopping.stops and current.iteration == self.iterations:
+                loop.choose_anew(current)
             return finished(current, interrupted, verifier.records if verifier else ())
 
     def _verifier(self) -> Verifier | None:

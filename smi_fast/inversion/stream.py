@@ -137,6 +137,8 @@ def check_streams(inverter: object, batch_size: int) -> None:
         raise ValueError(
             'images can leave one by one only if none depends on the others, as with deep_inversion(norm="image")'
         )
+    if inverter.published:
+        raise ValueError("images cannot leave one by one with published=True: the published code has no early end")
     if any(isinstance(stop, Mass) for stop in inverter.stopping.stops.values()):
         raise ValueError(
             "images can leave one by one only if they keep equally many patches, which a Mass does not give"

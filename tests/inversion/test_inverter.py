@@ -1,6 +1,7 @@
 """The loop, against a slow dense oracle that shares nothing with it but the random draws."""
 
 import itertools
+import math
 import os
 import signal
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import smi_fast
 from smi_fast import Inverter, Mass, StoppingSchedule, deep_inversion
+from smi_fast.inversion.schedule import RebirthSchedule
 from smi_fast.inversion.views import apply_view, random_views
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -28,61 +30,76 @@ def quiet(model, **options) -> Inverter:
     return Inverter(model, progress=False, **options)
 
 
-def oracle(model, targets, stops: dict, iterations: int, lr: float, tv_l2: float, l2: float, views, noise):
-    """Sparse model inversion as it is published, written out: whole images, torch.roll, timm's modules, masks, and Adam
-    by its formula, in float64."""
+def most_important(importance: torch.Tensor, count: int) -> torch.Tensor:
+    rows = [sorted(range(len(row)), key=lambda i, row=row: -row[i].item())[:count] for row in importance]
+    return torch.tensor([sorted(row) for row in rows])
+
+
+def outputs_of_cells(model, images: torch.Tensor, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and importance of the patches in some cells, by timm's modules."""
+    tokens = model._pos_embed(model.patch_embed(images))
+    kept = tokens[:, 1:].gather(1, cells[..., None].expand(-1, -1, tokens.shape[-1]))
+    x = model.blocks[0](torch.cat((tokens[:, :1], kept), dim=1))
+    attn = model.blocks[1].attn
+    q, k, _ = attn.qkv(model.blocks[1].norm1(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    importance = (q @ k.transpose(-2, -1) * attn.scale).softmax(-1).mean(1)[:, 0, 1:]
+    return model.forward_head(model.norm(model.blocks[1](x))), importance
+
+
+def oracle(model, targets, stops: dict, iterations: int, lr: float, tv_l2: float, l2: float, views, noise, published):
+    """Sparse model inversion written out: whole images, torch.roll, timm's modules, masks, and Adam by its formula, in
+    float64. Stopped pixels stay as they are or, as in the published code, go on moving."""
     model = model.double()
     images = noise.double()
     moment, square = torch.zeros_like(images), torch.zeros_like(images)
-    keep = torch.arange(16).expand(len(targets), 16)
-    low = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64).view(3, 1, 1)
-    high = torch.tensor([(1 - m) / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64).view(3, 1, 1)
-    losses, importance = [], None
+    every = torch.arange(16).expand(len(targets), 16)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    losses, importance, keep = [], None, every
     for iteration in range(iterations):
         if iteration in stops:
             count = int(keep.shape[1] * (1 - stops[iteration]))
-            rows = [sorted(range(keep.shape[1]), key=lambda i: -row[i].item())[:count] for row in importance]
-            keep = keep.gather(1, torch.tensor([sorted(row) for row in rows]))
+            keep = keep.gather(1, most_important(importance, count))
         plain = iteration in stops or iteration + 1 in stops
         dy, dx, flip = (0, 0, 0) if plain else views[iteration].tolist()
-        mask = grid_mask(keep)
+        mask = grid_mask(every if published else keep)
         leaf = images.clone().requires_grad_()
         seen = torch.roll(leaf, (dy, dx), (2, 3))
         seen = torch.flip(seen, (3,)) if flip else seen
         # where each kept patch's centre went, in whole cells
         row = (keep // 4 + (2 * dy + 2) // 4) % 4
         column = (keep % 4 + (2 * dx + 2) // 4) % 4
-        cells = row * 4 + (3 - column if flip else column)
-        tokens = model._pos_embed(model.patch_embed(seen))
-        kept = tokens[:, 1:].gather(1, cells[..., None].expand(-1, -1, tokens.shape[-1]))
-        x = model.blocks[0](torch.cat((tokens[:, :1], kept), dim=1))
-        attn = model.blocks[1].attn
-        q, k, _ = attn.qkv(model.blocks[1].norm1(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
-        importance = (q @ k.transpose(-2, -1) * attn.scale).softmax(-1).mean(1)[:, 0, 1:]
-        logits = model.forward_head(model.norm(model.blocks[1](x)))
+        logits, importance = outputs_of_cells(model, seen, row * 4 + (3 - column if flip else column))
         loss = F.cross_entropy(logits, targets) + tv_l2 * total_variation_by_pairs(leaf, mask)
         loss = loss + l2 * (leaf * mask).norm()
         losses.append(loss.item())
         grad = torch.autograd.grad(loss, leaf)[0] * mask
         moment, square = 0.5 * moment + 0.5 * grad, 0.99 * square + 0.01 * grad**2
         step = moment / (1 - 0.5 ** (iteration + 1)) / ((square / (1 - 0.99 ** (iteration + 1))).sqrt() + 1e-8)
-        images = torch.where(mask, torch.minimum(torch.maximum(images - lr * step, low), high), images)
+        moved = torch.minimum(torch.maximum(images - lr * step, -mean / std), (1 - mean) / std)
+        images = torch.where(mask, moved, images)
+    images = images * std + mean
+    if published and stops:
+        count = int(17 * math.prod(1 - fraction for fraction in stops.values()))
+        keep = most_important(outputs_of_cells(model, images, every)[1], count)
     return images, keep, torch.tensor(losses)
 
 
-@pytest.mark.parametrize("stops", [{}, {2: 0.3, 5: 0.3, 6: 0.3}], ids=["dense", "sparse"])
-def test_the_loop_equals_the_dense_oracle(model, seed, stops):
+@pytest.mark.parametrize(
+    ("stops", "published"),
+    [({}, False), ({2: 0.3, 5: 0.3, 6: 0.3}, False), ({2: 0.3, 5: 0.3}, True), ({}, True)],
+    ids=["dense", "sparse", "published", "published dense"],
+)
+def test_the_loop_equals_the_dense_oracle(model, seed, stops, published):
     targets, iterations = torch.tensor([4, 0, 2]), 10
     options = dict(objective=deep_inversion(1e-2, 1e-3), iterations=iterations, lr=0.05, jitter=1 / 2)
-    result = quiet(model, stopping=StoppingSchedule(stops), **options).run(targets, seed)
+    result = quiet(model, stopping=StoppingSchedule(stops), published=published, **options).run(targets, seed)
     generator = torch.Generator().manual_seed(seed)
     views = random_views(iterations, (8, 8), jitter=1 / 2, flip=0.5, generator=generator)
     noise = torch.randn(3, 3, 8, 8, generator=generator)
-    images, keep, losses = oracle(model, targets, stops, iterations, 0.05, 1e-2, 1e-3, views, noise)
+    images, keep, losses = oracle(model, targets, stops, iterations, 0.05, 1e-2, 1e-3, views, noise, published)
     assert torch.equal(result.keep, keep)
     torch.testing.assert_close(result.losses.double(), losses.double(), rtol=1e-4, atol=1e-4)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    expected = (images * std + mean) * grid_mask(keep)
+    expected = images * grid_mask(keep)
     # Adam divides by the gradient's own size: where that is all but zero, rounding decides the step
     assert ((result.images - expected).abs() > 1e-3).float().mean() < 0.01
     assert [(s.start, s.patches) for s in result.history] == [(0, 16), *zip(stops, (11, 7, 4))]  # noqa: B905
@@ -216,6 +233,20 @@ def test_ctrl_c_ends_the_run_with_what_there_is(model):
     assert result.history[-1] == smi_fast.Stage(2, len(result.losses), 8, 9)
 
 
+def test_a_published_run_that_ends_early_has_the_loops_patches(model):
+    seen = []
+
+    def interrupt(step):
+        seen.append(step.keep)
+        if step.iteration == 3:
+            raise KeyboardInterrupt
+
+    inverter = quiet(model, stopping={2: 0.5, 6: 0.5}, iterations=9, published=True)
+    result = inverter.run([0, 1], callback=interrupt)
+    assert torch.equal(result.keep, seen[3])
+    assert (result.images[~grid_mask(seen[3]).expand_as(result.images)] == 0).all()
+
+
 def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
     steps, seconds = [], []
     inverter = quiet(model, stopping=StoppingSchedule({2: 0.5}), iterations=4)
@@ -248,6 +279,10 @@ def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
         ({"std": (1.0, 0.0, 1.0)}, ValueError, "positive"),
         ({"stopping": StoppingSchedule({5: 0.3}), "iterations": 5}, ValueError, "iteration 5, .* only 5 iterations"),
         ({"stopping": StoppingSchedule({1: 0.9, 2: 0.9})}, ValueError, "leaves no patch"),
+        ({"published": True, "stopping": {3: Mass(0.8)}}, ValueError, "got mass=0.8 at iteration 3"),
+        ({"published": True, "stopping": {3: 0.3, 4: 0.3}}, ValueError, "at both iterations 3 and 4"),
+        ({"published": True, "stopping": RebirthSchedule(2)}, ValueError, "got release=2 at iteration"),
+        ({"published": True, "select": "random"}, ValueError, "got select='random'"),
         ({"objective": "loss"}, TypeError, "loss"),
         ({"objective": deep_inversion}, TypeError, "an objective is .* got <class .*deep_inversion'>"),
     ],

@@ -17,6 +17,7 @@ RUNS = {
     "dense": {"stopping": "dense"},
     "sparse": {"stopping": {3: 0.3, 4: 0.3, 6: 0.3}},
     "mass": {"stopping": {3: Mass(0.8), 6: 0.3}},
+    "published": {"stopping": {2: 0.3, 6: 0.3}, "published": True},
     "random": {"stopping": {3: 0.3, 6: 0.3}, "select": "random"},
     "views": {"stopping": {5: 0.3}, "view_per_image": True},
     "bfloat16": {"stopping": {5: 0.3}, "dtype": torch.bfloat16},
@@ -128,6 +129,7 @@ def test_a_state_of_another_run_is_refused_by_what_differs(model, change, messag
         ({"select": "random"}, "select is attention, not random"),
         ({"dtype": torch.float16}, "dtype is torch.float32, not torch.float16"),
         ({"view_per_image": True}, "view_per_image is False, not True"),
+        ({"published": True}, "published is False, not True"),
     ],
 )
 def test_a_run_with_other_settings_does_not_go_on(model, change, message):

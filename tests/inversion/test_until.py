@@ -105,6 +105,7 @@ def test_a_stream_releases_images_too(model, seed):
     ("options", "message"),
     [
         ({"until": None}, "until="),
+        ({"published": True}, "with published=True"),
         ({"objective": deep_inversion(1e-3)}, 'norm="image"'),
         ({"prior": lambda images, kept: images.sum()}, 'norm="image"'),
         ({"stopping": {3: Mass(0.9)}}, "Mass"),
