@@ -9,6 +9,7 @@ import torch
 from smi_fast.inversion.objectives import deep_inversion
 from smi_fast.inversion.presets import (
     CIFAR10_CNN,
+    CNN_DEMO,
     DEMO,
     IMAGENET_CNN,
     PAPER,
@@ -50,7 +51,9 @@ def test_cnns_have_the_published_settings_of_their_images():
     assert (cifar.batch_norm, cifar.first_batch_norm, cifar.tv_l2, cifar.l2) == (10, 1, 2.5e-5, 0)
     assert (CIFAR10_CNN.lr, CIFAR10_CNN.betas, CIFAR10_CNN.jitter, CIFAR10_CNN.flip) == (0.05, (0.9, 0.999), 2, 0)
     assert (CIFAR10_CNN.iterations, CIFAR10_CNN.lr_schedule, CIFAR10_CNN.clamp) == (2000, None, False)
-    assert settings_of("cifar10_resnet20", cifar10_resnet20(pretrained=False)) == CIFAR10_CNN
+    model = cifar10_resnet20(pretrained=False)
+    assert settings_of("another", model) == CIFAR10_CNN
+    assert settings_of("cifar10_resnet20", model) == CNN_DEMO
 
 
 def test_psaq_has_the_published_settings_and_views(seed, vit):
@@ -88,7 +91,7 @@ def test_an_inverter_has_every_setting(vit):
     assert not inverter.progress
 
 
-@pytest.mark.parametrize("settings", [DEMO, PAPER, IMAGENET_CNN, CIFAR10_CNN, PSAQ])
+@pytest.mark.parametrize("settings", [DEMO, PAPER, IMAGENET_CNN, CIFAR10_CNN, CNN_DEMO, PSAQ])
 @pytest.mark.parametrize("stopping", ["paper", "dense", StoppingSchedule({3: 0.4})])
 def test_a_record_is_json_that_names_every_setting(stopping, settings):
     settings = replace(settings, stopping=stopping, until=Until(0.5))

@@ -58,7 +58,7 @@ def test_a_run_ends_when_the_model_is_sure_of_all_images(trained, seed):
 
 
 def test_streamed_images_are_those_of_runs_of_their_own(trained, seed):
-    targets, until = [4, 0, 2, 9, 3], Until(0.6, checks=2, every=3)
+    targets, until = [4, 0, 2, 9, 3], Until(0.8, checks=2, every=3)
     result = Inverter(trained, until=until, **OPTIONS).stream(targets, 2, seed)
     assert result.targets.tolist() == targets
     assert len(set(result.iterations.tolist())) > 1
