@@ -29,6 +29,7 @@ class Outputs:
         patches: the pixels that the model was given, values (T, C * ph * pw) in normalised space with gradients, at
             their cells in the grid, as a view shows them. The inversion loop adds these, so a backbone need not.
         grid: the patch grid of these pixels, which the loop adds too.
+        mean, std: the normalisation of these pixels, one number per channel, which the loop adds too.
     """
 
     logits: Tensor
@@ -37,6 +38,8 @@ class Outputs:
     backend: str = "auto"
     patches: PackedTokens | None = None
     grid: PatchGrid | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Lay the patches out as the model saw them: images (B, C, H, W) in normalised space, 0 where no patch was

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -178,11 +180,7 @@ class Inverter:
         _check_numbers(iterations, lr, betas, jitter, flip)
         self.backbone: Backbone = as_backbone(model, dtype, backend)
         self.stopping = StoppingSchedule.paper() if stopping is None else as_schedule(stopping, iterations)
-        self.objective = deep_inversion() if objective is None else objective
-        self._loss, features = as_loss(self.objective), getattr(self.objective, "features", ())
-        if isinstance(features, str):
-            raise TypeError(f"an objective's features are a sequence of names, got the text {features!r}")
-        self._features = tuple(features)
+        self._minimise(deep_inversion() if objective is None else objective)
         self.prior = getattr(self.objective, "prior", None) if prior is None else prior
         if not (self.prior is None or isinstance(self.prior, ImagePrior) or callable(self.prior)):
             raise TypeError(f"a prior is an ImagePrior or a function of (images, kept), got {self.prior!r}")
@@ -208,6 +206,32 @@ class Inverter:
         self.image_size = tuple(image_size or self.backbone.image_size)
         self.grid = self.backbone.grid(self.image_size)
         self.stages = self._plan()
+        self._check_objective()
+
+    def _minimise(self, objective: Objective | Loss) -> None:
+        self.objective, self._loss = objective, as_loss(objective)
+        features = getattr(objective, "features", ())
+        if isinstance(features, str):
+            raise TypeError(f"an objective's features are a sequence of names, got the text {features!r}")
+        self._features = tuple(features)
+        self._models = (self.backbone, *getattr(objective, "models", ()))
+
+    def _check_objective(self) -> None:
+        check = getattr(self.objective, "check", None)
+        if check is not None:
+            check(self)
+
+    def with_objective(self, objective: Objective | Loss) -> Inverter:
+        """Return an inverter of the same model with another objective and otherwise the same settings, the prior among
+        them.
+
+        Raises:
+            ValueError, TypeError: the objective does not fit.
+        """
+        other = copy.copy(self)
+        other._minimise(objective)
+        other._check_objective()
+        return other
 
     def _plan(self) -> list[Stage]:
         if getattr(self.backbone, "prune", None) and self.stopping.stops:
@@ -355,7 +379,7 @@ class Inverter:
         tokens, inverse = current.gather(number, view, backbone.compute_dtype, backbone.backend)
         patches, images = tokens.values.requires_grad_(), current.pair[number].detach().requires_grad_()
         outputs = self._outputs(tokens, grid_size=self.grid.size, importance=measures, features=self._features)
-        outputs = replace(outputs, patches=tokens, grid=self.grid)
+        outputs = replace(outputs, patches=tokens, grid=self.grid, mean=self.mean, std=self.std)
         loss = self._loss(outputs, images, current.targets)
         if self.prior is not None and not self._fused:
             loss = loss + self.prior(images, current.mask)
@@ -382,10 +406,10 @@ class Inverter:
         return Taped(step) if self.graphs and self._runs_only_known_code() else step
 
     def _seen_of_model(self) -> list:
-        """Return what is compared to see whether a callback has changed the model, so that no iteration of another
-        model is replayed: its modules, their modes and hooks, and its weights."""
+        """Return what is compared to see whether a callback has changed a model, so that no iteration of another model
+        is replayed: its modules, their modes and hooks, and its weights."""
         found: list = []
-        for module in self.backbone.modules():
+        for module in chain.from_iterable(model.modules() for model in self._models):
             found += (id(module), module.training, *module._forward_hooks, *module._forward_pre_hooks)
             for weight in module._parameters.values():
                 if weight is not None:
@@ -401,8 +425,11 @@ class Inverter:
 
     @contextmanager
     def _inverting(self, device: torch.device) -> Iterator[None]:
-        """Freeze the model, cast its weights once, and run on the device's side stream."""
-        with side_stream(device), frozen(self.backbone), self.backbone.cast_weights(pack=not self._compiled):
+        """Freeze the models, cast their weights once, and run on the device's side stream."""
+        with side_stream(device), ExitStack() as stack:
+            for model in self._models:
+                stack.enter_context(frozen(model))
+                stack.enter_context(model.cast_weights(pack=not self._compiled))
             yield
 
     def _result(self, current: InversionState, interrupted: bool = False) -> InversionResult:
@@ -439,12 +466,14 @@ class Inverter:
         return targets.long()
 
     def _check_weights(self) -> None:
-        names, parameters = zip(*self.backbone.named_parameters(), strict=True)
-        counts = torch.stack([parameter.detach().isfinite().logical_not().sum() for parameter in parameters]).tolist()
-        for name, count in zip(names, counts, strict=True):
-            if count:
-                name = name.removeprefix("model.")  # as timm's model calls it
-                raise ValueError(f"the model's weight {name} holds {count} values that are NaN or infinite")
+        for model in self._models:
+            names, parameters = zip(*model.named_parameters(), strict=True)
+            counts = torch.stack([weight.detach().isfinite().logical_not().sum() for weight in parameters]).tolist()
+            for name, count in zip(names, counts, strict=True):
+                if count:
+                    whose = "the model's" if model is self.backbone else f"the objective's {type(model).__name__}'s"
+                    name = name.removeprefix("model.")  # as timm's model calls it
+                    raise ValueError(f"{whose} weight {name} holds {count} values that are NaN or infinite")
 
     def _bar(self, current: InversionState) -> _Bar:
         return _Bar(
