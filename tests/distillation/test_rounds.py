@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_named(seed):
             distill(teacher, student or tiny(), **arguments)
 
     refused("the teacher has classes 5, the student 7", tiny(num_classes=7))
-    refused("the teacher has patches of 4x4, the student 8x8", tiny(patch_size=8))
+    refused("sparse in patches of 4x4, the student takes patches of 8x8", tiny(patch_size=8))
     refused("images have 16x16 pixels, the model takes 32x32", tiny(img_size=32))
     refused("the same model", teacher)
     refused("the same model", smi_fast.accelerate(teacher))
@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_named(seed):
     refused("mean", dataset=make_dataset(metadata={"mean": [0.4] * 3, "std": [0.5] * 3}))
     refused("std", dataset=make_dataset(metadata={"mean": [0.5] * 3, "std": [0.6] * 3}))
     coarse = InvertedDataset.from_images(torch.rand(1, 3, SIZE, SIZE), torch.tensor([[0]]), torch.tensor([0]), (8, 8))
-    refused("the dataset has patches of 8x8, the teacher 4x4", dataset=coarse)
+    refused("sparse in patches of 8x8, the teacher takes patches of 4x4", dataset=coarse)
     grey = InvertedDataset.from_images(torch.rand(1, 1, SIZE, SIZE), torch.tensor([[0]]), torch.tensor([0]), (4, 4))
     refused("the dataset has channels 1, the teacher 3", dataset=grey)
     for name in ("rounds", "samples", "steps", "batch_size"):
