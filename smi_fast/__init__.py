@@ -21,6 +21,7 @@ def _kernels_of_checkout() -> None:
 
 _kernels_of_checkout()
 
+from smi_fast.backbones.cnn import CNN  # noqa: E402
 from smi_fast.backbones.pruning import Drop, Mass, Merge  # noqa: E402
 from smi_fast.backbones.published import SMIAdaptor  # noqa: E402
 from smi_fast.backbones.support import UnsupportedModelError  # noqa: E402
@@ -30,13 +31,14 @@ from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip, normaliz
 from smi_fast.distillation import DistillationResult, Round, distill, transfer_loss  # noqa: E402
 from smi_fast.inversion.competition import competition  # noqa: E402
 from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteError, Stage, Step  # noqa: E402
-from smi_fast.inversion.objectives import Objective, deep_inversion  # noqa: E402
+from smi_fast.inversion.objectives import Objective, deep_inversion, deep_inversion_cnn  # noqa: E402
 from smi_fast.inversion.schedule import StoppingSchedule  # noqa: E402
 from smi_fast.inversion.selection import select_patches  # noqa: E402
 from smi_fast.packed import PackedTokens  # noqa: E402
 from smi_fast.quantization import QuantizedViT, quantize  # noqa: E402
 
 __all__ = [
+    "CNN",
     "AcceleratedViT",
     "DistillationResult",
     "Drop",
@@ -60,6 +62,7 @@ __all__ = [
     "accuracy",
     "competition",
     "deep_inversion",
+    "deep_inversion_cnn",
     "distill",
     "load_data",
     "normalize_patches",

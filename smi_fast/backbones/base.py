@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from smi_fast.backbones.batch_norm import BatchNormStatistics
 from smi_fast.grid import PatchGrid
 from smi_fast.packed import PackedTokens
 
@@ -30,6 +31,8 @@ class Outputs:
             their cells in the grid, as a view shows them. The inversion loop adds these, so a backbone need not.
         grid: the patch grid of these pixels, which the loop adds too.
         mean, std: the normalisation of these pixels, one number per channel, which the loop adds too.
+        batch_norm: the statistics of the BatchNorm layers in the order of the model's modules, if they were requested
+            as the feature "batch_norm".
     """
 
     logits: Tensor
@@ -40,6 +43,7 @@ class Outputs:
     grid: PatchGrid | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    batch_norm: Sequence[BatchNormStatistics] = ()
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Lay the patches out as the model saw them: images (B, C, H, W) in normalised space, 0 where no patch was
@@ -98,13 +102,46 @@ class Backbone(Protocol):
         """Run the model on patches: values (T, C * ph * pw), normalised pixels in the order (C, ph, pw), at their
         positions in a grid of (rows, columns).
 
-        `features` are the names of places in the model, which a backbone chooses. Those of a ViT are in `features.py`.
+        `features` are the names of places in the model, which a backbone chooses. Those of a ViT are in `features.py`,
+        and a `CNN` has "batch_norm".
         """
         ...
 
     def cast_weights(self, *, pack: bool = True) -> AbstractContextManager[None]:
         """Return a context in which the weights do not change, so that they are cast and laid out only once."""
         ...
+
+
+def check_dtype(weight: Tensor, dtype: torch.dtype | None) -> None:
+    """Raise ValueError if a model of such weights cannot compute in this dtype. None is always possible."""
+    if dtype is not None and dtype != weight.dtype and weight.dtype != torch.float32:
+        raise ValueError(f"the weights are {weight.dtype}: dtype must be None or the same, got {dtype}")
+    if dtype not in (None, weight.dtype, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+
+
+def compute_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of matrix products: the one given, bfloat16 for float32 weights on GPUs that have it, or else that
+    of the weights.
+
+    Raises:
+        ValueError: the weights have been cast to another dtype than the one given.
+    """
+    if dtype is not None:
+        if weight.dtype not in (torch.float32, dtype):
+            raise ValueError(f"the weights are {weight.dtype} now, and the model was accelerated for {dtype}")
+        return dtype
+    if weight.dtype == torch.float32 and weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 0):
+        return torch.bfloat16
+    return weight.dtype
+
+
+def autocast_to(weight: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """Return the context that casts to `compute_dtype`. If no dtype was given, the caller's autocast counts."""
+    wanted = compute_dtype(weight, dtype)
+    if wanted != weight.dtype:
+        return torch.autocast(weight.device.type, dtype=wanted)
+    return nullcontext() if dtype is None else torch.autocast(weight.device.type, enabled=False)
 
 
 @contextmanager

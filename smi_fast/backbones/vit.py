@@ -7,7 +7,7 @@ The result is a timm model with the same modules and weights. Only the forward p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType, MethodType, SimpleNamespace
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smi_fast import kernels
 from smi_fast.backbones.attend import Attend
-from smi_fast.backbones.base import Backbone, Outputs
+from smi_fast.backbones.base import Outputs, autocast_to, check_dtype, compute_dtype
 from smi_fast.backbones.casting import cast_weights
 from smi_fast.backbones.embedding import embed
 from smi_fast.backbones.features import parts_of_blocks
@@ -109,10 +109,7 @@ def accelerate(
     check_supported(model)
     parameter = next(model.parameters())
     kernels.resolve_backend(backend, parameter.device)
-    if dtype is not None and dtype != parameter.dtype and parameter.dtype != torch.float32:
-        raise ValueError(f"the weights are {parameter.dtype}: dtype must be None or the same, got {dtype}")
-    if dtype not in (None, parameter.dtype, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    check_dtype(parameter, dtype)
     settings = {"_prune": check_prune(model, prune or {}), "_backend": backend, "_dtype": dtype}
     fast = model
     if not inplace:
@@ -149,20 +146,6 @@ def _with_same_modules(module: nn.Module) -> nn.Module:
             copy.__dict__[name] = MethodType(value.__func__, copy)
     copy._compiled_call_impl = None  # what model.compile() has made of the other one
     return copy
-
-
-def as_backbone(model: nn.Module, dtype: torch.dtype | None = None, backend: str = "auto") -> Backbone:
-    """Return a model that the loop can invert: a `Backbone` unchanged, or the accelerated form of a timm model.
-
-    Raises:
-        ValueError: a dtype or backend is given for a model that is accelerated already.
-        UnsupportedModelError: see `accelerate`.
-    """
-    if not isinstance(model, Backbone):
-        return accelerate(model, dtype=dtype, backend=backend)
-    if dtype is not None or backend != "auto":
-        raise ValueError(f"the model is accelerated already: dtype={dtype} and backend={backend!r} come too late")
-    return model
 
 
 class AcceleratedViT(VisionTransformer):
@@ -220,18 +203,7 @@ class AcceleratedViT(VisionTransformer):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of the matrix products on the device where the weights are now."""
-        weight = self._parameter
-        if self._dtype is not None:
-            if weight.dtype not in (torch.float32, self._dtype):
-                raise ValueError(f"the weights are {weight.dtype} now, and the model was accelerated for {self._dtype}")
-            return self._dtype
-        if (
-            weight.dtype == torch.float32
-            and weight.is_cuda
-            and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-        ):
-            return torch.bfloat16
-        return weight.dtype
+        return compute_dtype(self._parameter, self._dtype)
 
     @property
     def is_plain(self) -> bool:
@@ -337,7 +309,7 @@ class AcceleratedViT(VisionTransformer):
             with self._timms_context(x):
                 return super().forward_features(x, attn_mask, is_causal)
         patches, _, grid, whole = self._patches(x)
-        with self._autocast(x.device):
+        with self._autocast():
             features, *_ = self._features(patches, grid.size, all_tokens=True, whole=whole)
         if features.ndim != 3:
             raise ValueError("the images are left with different numbers of tokens, which have no (B, N, C) features")
@@ -357,7 +329,7 @@ class AcceleratedViT(VisionTransformer):
             with self._timms_context(x):
                 return super().forward_intermediates(x, *args, **kwargs)
         patches, _, grid, whole = self._patches(x)
-        with self._autocast(x.device):
+        with self._autocast():
             tokens = embed(self, patches, grid.size, whole)
             attend = Attend(tokens, self.has_class_token, self.num_prefix_tokens, self.backend)
 
@@ -505,7 +477,7 @@ class AcceleratedViT(VisionTransformer):
         uniform = patches.is_uniform and all(isinstance(how, Merge) or how.equal_counts for how in self._prune.values())
         if not uniform and patches.batch_size > 1 and not self._packs():
             return self._one_by_one(patches, grid_size, importance, features, whole)
-        with self._autocast(patches.values.device):
+        with self._autocast():
             x, attend = self._features(patches, grid_size, importance, features, whole=whole)
             logits = head(self, x, attend.tokens)
         measured = self._importance(attend.rows().mean(0), patches, attend.tokens, grid_size) if importance else None
@@ -613,17 +585,14 @@ class AcceleratedViT(VisionTransformer):
         """Return a context in which weights are cast and laid out only once; see `casting.cast_weights`."""
         return cast_weights(self, self.compute_dtype, pack=pack)
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[None]:
+    def _autocast(self) -> AbstractContextManager[None]:
         """Return the context that casts to the compute dtype. If no dtype was given, the caller's autocast counts."""
-        dtype = self.compute_dtype
-        if dtype != self._parameter.dtype:
-            return torch.autocast(device.type, dtype=dtype)
-        return nullcontext() if self._dtype is None else torch.autocast(device.type, enabled=False)
+        return autocast_to(self._parameter, self._dtype)
 
     def _timms_context(self, x: Tensor | torch.fx.Proxy) -> AbstractContextManager[None]:
         """Return the context in which timm's own forward pass runs."""
         if not isinstance(x, torch.fx.Proxy):
-            return self._autocast(x.device)
+            return self._autocast()
         if self.compute_dtype != self._parameter.dtype:
             raise UnsupportedModelError(f"torch.fx cannot trace autocast: cast the weights to {self.compute_dtype}")
         return leaf_functions(x.tracer)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from smi_fast.backbones.vit import AcceleratedViT, as_backbone
+from smi_fast.backbones.conversion import as_backbone
+from smi_fast.backbones.vit import AcceleratedViT
 from smi_fast.data.sparse import InvertedDataset, Sample, normalize_patches
 from smi_fast.grid import PatchGrid
 from smi_fast.packed import PackedTokens
@@ -27,12 +28,12 @@ class Reader:
         heads: the layers that turn features into logits, which linear probing trains. Empty if they are not known.
 
     Raises:
-        UnsupportedModelError: see `accelerate`.
+        UnsupportedModelError: see `Inverter`.
         ValueError: the model does not take images of this size.
     """
 
     def __init__(self, model: nn.Module, image_size: tuple[int, int], patch_size: tuple[int, int] | None = None):
-        self.fast = as_backbone(model)
+        self.fast = as_backbone(model, image_size=image_size)
         self.device, self.grid = self.fast.device, self.fast.grid(image_size)
         self.given = PatchGrid.of(image_size, patch_size or self.grid.patch_size)
         self.mean, self.std = self.fast.mean, self.fast.std

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smi_fast.backbones.base import Backbone, Outputs
-from smi_fast.backbones.vit import as_backbone
+from smi_fast.backbones.conversion import as_backbone
 from smi_fast.grid import PatchGrid
 from smi_fast.inversion.objectives import Objective
 from smi_fast.packed import PackedTokens

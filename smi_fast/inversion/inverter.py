@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from smi_fast.backbones.base import Backbone, frozen
+from smi_fast.backbones.conversion import as_backbone
 from smi_fast.backbones.pruning import Mass
-from smi_fast.backbones.vit import AcceleratedViT, as_backbone
+from smi_fast.backbones.vit import AcceleratedViT
 from smi_fast.inversion.graphs import Replayed, free_memory, has_graphs, side_stream
 from smi_fast.inversion.objectives import Loss, Objective, as_loss, deep_inversion
 from smi_fast.inversion.priors import ImagePrior, PixelLoss
@@ -178,7 +179,7 @@ class Inverter:
         progress: bool = True,
     ):
         _check_numbers(iterations, lr, betas, jitter, flip)
-        self.backbone: Backbone = as_backbone(model, dtype, backend)
+        self.backbone: Backbone = as_backbone(model, dtype, backend, image_size)
         self.stopping = StoppingSchedule.paper() if stopping is None else as_schedule(stopping, iterations)
         self._minimise(deep_inversion() if objective is None else objective)
         self.prior = getattr(self.objective, "prior", None) if prior is None else prior
