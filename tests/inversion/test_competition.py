@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbone_cases import small_vit
+from distillation_cases import tiny_cnn
 from torch.distributions import Categorical, kl_divergence
 
 import smi_fast
 from smi_fast import Inverter, competition, deep_inversion
 from smi_fast.backbones.base import Outputs
+from smi_fast.backbones.conversion import as_backbone
 from smi_fast.inversion.competition import jensen_shannon
 from smi_fast.packed import PackedTokens
 
@@ -79,6 +81,39 @@ def test_value_and_gradient_equal_a_definition(kept, js, norm, seed):
     assert j.min() > 1e-3
     terms = 1 - (j.mean() if norm == "batch" else j).clamp(0, 1)
     expected = F.cross_entropy(theirs, targets, reduction="mean" if norm == "batch" else "sum") + 7 * terms.sum()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    grads = (torch.autograd.grad(loss, images)[0] for loss in (found, expected))
+    torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-10)
+
+
+def cnn(of: int):
+    return tiny_cnn(MEANS[of], STDS[of], size=(12, 16)).double()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [(cnn, cnn), (cnn, vit), (vit, cnn), (vit, lambda of: vit(of, patch_size=2))],
+    ids=["cnn-cnn", "cnn-vit", "vit-cnn", "other-patches"],
+)
+def test_a_student_of_another_kind_sees_the_whole_images(teacher, student, seed):
+    """Also where the view has moved the patches to other cells."""
+    teacher, student, targets = teacher(0), student(1), torch.tensor([4, 0, 1])
+    backbone = as_backbone(teacher)
+    images, grid = torch.randn(3, 3, 12, 16, dtype=torch.float64).requires_grad_(), backbone.grid((12, 16))
+    cells = torch.stack([torch.randperm(grid.num_patches) for _ in range(3)])
+    packed = PackedTokens.from_batch(None, cells)
+    tokens = PackedTokens(grid.gather(images, packed), packed.positions, packed.cu_seqlens, packed.max_seqlen)
+    outputs = backbone.outputs(tokens, grid_size=grid.size)
+    outputs = Outputs(outputs.logits, patches=tokens, grid=grid, mean=MEANS[0], std=STDS[0])
+    found = competition(deep_inversion(), student, 7, "exact").loss(outputs, targets)
+
+    (mean, other_mean), (std, other_std) = (
+        [torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in values] for values in (MEANS, STDS)
+    )
+    theirs, own = teacher(images), student((images * std + mean - other_mean) / other_std)
+    j = divergence(own, theirs, "exact").mean()
+    assert j > 1e-3
+    expected = F.cross_entropy(theirs, targets) + 7 * (1 - j)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     grads = (torch.autograd.grad(loss, images)[0] for loss in (found, expected))
     torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-10)
