@@ -34,6 +34,7 @@ from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteErro
 from smi_fast.inversion.objectives import Objective, deep_inversion, deep_inversion_cnn  # noqa: E402
 from smi_fast.inversion.schedule import StoppingSchedule  # noqa: E402
 from smi_fast.inversion.selection import select_patches  # noqa: E402
+from smi_fast.inversion.verifier import Verifier  # noqa: E402
 from smi_fast.packed import PackedTokens  # noqa: E402
 from smi_fast.quantization import QuantizedViT, quantize  # noqa: E402
 
@@ -58,6 +59,7 @@ __all__ = [
     "Step",
     "StoppingSchedule",
     "UnsupportedModelError",
+    "Verifier",
     "accelerate",
     "accuracy",
     "competition",

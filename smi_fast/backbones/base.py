@@ -63,6 +63,9 @@ class Backbone(Protocol):
     The model takes patches, each as a row of pixels. A model that needs whole images, such as a CNN, has a grid of one
     patch per image. Its patches are then the images as a view shows them, jittered and mirrored.
 
+    A backbone may have an attribute `patch_dtype`, the dtype of the patches that it is given, if that is not the
+    compute dtype.
+
     Attributes:
         device: the device of the weights, on which the images have to be.
         compute_dtype: the dtype of the matrix products and of the patches that the model takes.
@@ -121,8 +124,8 @@ def check_dtype(weight: Tensor, dtype: torch.dtype | None) -> None:
 
 
 def compute_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of matrix products: the one given, bfloat16 for float32 weights on GPUs that have it, or else that
-    of the weights.
+    """Return the dtype of matrix products: the one given, bfloat16 for float32 weights on GPUs that have it, or else
+    that of the weights.
 
     Raises:
         ValueError: the weights have been cast to another dtype than the one given.

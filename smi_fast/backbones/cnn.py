@@ -97,6 +97,12 @@ class CNN(nn.Module):
         return compute_dtype(self._parameter, self._dtype)
 
     @property
+    def patch_dtype(self) -> torch.dtype:
+        """The dtype of the images, that of the weights: autocast rounds them where a layer wants it, and priors do not
+        see rounded images."""
+        return self._parameter.dtype
+
+    @property
     def channels_last(self) -> bool:
         """Whether images are laid out as (B, H, W, C) on the device where the weights are now."""
         if self._channels_last is not None:
@@ -118,9 +124,9 @@ class CNN(nn.Module):
         return PatchGrid.of(image_size, image_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images (B, C, H, W) to the model's logits (B, num_classes), in the compute dtype."""
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        """Map normalised images (B, C, H, W) of any floating dtype to the model's logits (B, num_classes)."""
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        images = images.to(self.patch_dtype, memory_format=layout)
         with autocast_to(self._parameter, self._dtype):
             return self.model(images)
 

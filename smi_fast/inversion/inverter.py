@@ -52,6 +52,16 @@ class Step:
         """The patches that are still inverted: (B, K) int64, or a list of B index tensors if images differ."""
         return self._state.keep.indices()
 
+    @property
+    def targets(self) -> Tensor:
+        """The targets of the run, on the device."""
+        return self._state.targets
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the run's last iteration."""
+        return self.iteration + 1 == len(self._state.losses)
+
     def images(self) -> Tensor:
         """Return the images as they are now: (B, C, H, W) in [0, 1], with stopped patches black.
 
@@ -377,7 +387,8 @@ class Inverter:
         measures. Everything that differs between iterations is read from the device, so that a CUDA graph of one can be
         replayed for the others."""
         backbone, view = self.backbone, None if plain else views.index_select(0, current.clock)[0]
-        tokens, inverse = current.gather(number, view, backbone.compute_dtype, backbone.backend)
+        dtype = getattr(backbone, "patch_dtype", backbone.compute_dtype)
+        tokens, inverse = current.gather(number, view, dtype, backbone.backend)
         patches, images = tokens.values.requires_grad_(), current.pair[number].detach().requires_grad_()
         outputs = self._outputs(tokens, grid_size=self.grid.size, importance=measures, features=self._features)
         outputs = replace(outputs, patches=tokens, grid=self.grid, mean=self.mean, std=self.std)

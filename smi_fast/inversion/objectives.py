@@ -78,10 +78,10 @@ class deep_inversion_cnn:
     """DeepInversion's loss of a CNN with BatchNorm (Yin et al., CVPR 2020, Eq. 2 to 4): the cross-entropy, the distance
     between the statistics of the batch and those that the BatchNorm layers have learnt, and priors of the images.
 
-    For the input of layer l, the distance r_l is ||running_var - var||_2 + ||running_mean - mean||_2, with the mean and
-    the biased variance of each channel over the batch and all places, and norms over the channels. The term is
-    batch_norm * (first_batch_norm * r_1 + r_2 + r_3 + ...). As in the published code, the priors are those of the images
-    as the model sees them, rolled and mirrored, and the total variation runs over the whole batch.
+    For the input of layer l, the distance r_l is ||running_var - var||_2 + ||running_mean - mean||_2, with the mean
+    and the biased variance of each channel over the batch and all places, and norms over the channels. The term is
+    batch_norm * (first_batch_norm * r_1 + r_2 + r_3 + ...). As in the published code, the priors are those of the
+    images as the model sees them, rolled and mirrored, and the total variation runs over the whole batch.
 
     The defaults are the settings of the published command for ImageNet. The paper's settings for CIFAR-10 are
     `deep_inversion_cnn(batch_norm=10, first_batch_norm=1, tv_l2=2.5e-5, l2=0, l2_norm="batch")`.

@@ -84,8 +84,8 @@ def l2_norm(images: Tensor, kept: Tensor | None = None, norm: str = "batch") -> 
 
 
 def _differences(images: Tensor, kept: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield the differences (B, C, H', W') of the pixel pairs in each direction, 0 where a pair does not count, and which
-    pairs count, (B, 1, H', W') bool, or None if all do."""
+    """Yield the differences (B, C, H', W') of the pixel pairs in each direction, 0 where a pair does not count, and
+    which pairs count, (B, 1, H', W') bool, or None if all do."""
     for dy, dx in NEIGHBOURS:
         first, second = pixel_pairs(images, dy, dx)
         if kept is None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from inversion_cases import total_variation_by_pairs
 
-from smi_fast.inversion.priors import ImagePrior, l2_norm, total_variation
+from smi_fast.inversion.priors import ImagePrior, l2_norm, total_variation, total_variation_l1
 
 
 @pytest.fixture
@@ -28,10 +28,27 @@ def test_total_variation_is_over_pairs_of_kept_pixels(images, share):
         assert (got[~mask.expand_as(got)] == 0).all()
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5, None])
+def test_the_l1_form_is_the_mean_over_pairs_of_kept_pixels(images, share):
+    kept = random_mask(images, share)
+    mask = torch.ones(2, 1, 6, 8, dtype=torch.bool) if kept is None else kept
+    expected = torch.zeros((), dtype=torch.float64)
+    for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        pairs = [
+            (images[b, :, y, x] - images[b, :, y + dy, x + dx]).abs().mean()
+            for b in range(2)
+            for y in range(6 - dy)
+            for x in range(max(0, -dx), 8 - max(0, dx))
+            if mask[b, 0, y, x] and mask[b, 0, y + dy, x + dx]
+        ]
+        expected = expected + sum(pairs) / max(1, len(pairs))
+    torch.testing.assert_close(total_variation_l1(images, kept), expected)
+
+
 @pytest.mark.parametrize("share", [0.5, None])
 def test_norms_over_each_image_are_those_of_the_images_alone(images, share):
     kept = random_mask(images, share)
-    for term in (total_variation, l2_norm):
+    for term in (total_variation, total_variation_l1, l2_norm):
         alone = [term(images[i : i + 1], None if kept is None else kept[i : i + 1]) for i in range(2)]
         torch.testing.assert_close(term(images, kept, norm="image"), sum(alone))
         assert (term(images, kept) - sum(alone)).abs() > 0.1
@@ -51,7 +68,7 @@ def test_gradients_are_zero_not_nan_where_a_norm_is_zero():
 def test_pixels_that_are_not_kept_are_not_read(images):
     kept = random_mask(images, 0.5)
     lost = torch.where(kept, images, float("nan"))
-    for term in (total_variation, l2_norm):
+    for term in (total_variation, total_variation_l1, l2_norm):
         torch.testing.assert_close(term(lost, kept), term(images, kept))
 
 
@@ -63,7 +80,7 @@ def test_a_wrong_prior_is_refused_with_its_value(options, message):
         ImagePrior(**options)
 
 
-@pytest.mark.parametrize("term", [total_variation, l2_norm])
+@pytest.mark.parametrize("term", [total_variation, total_variation_l1, l2_norm])
 def test_a_term_refuses_another_norm(images, term):
     with pytest.raises(ValueError, match="'pixel'"):
         term(images, None, "pixel")

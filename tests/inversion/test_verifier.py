@@ -1,0 +1,63 @@
+"""Verifier: another network's accuracy on the images during a run."""
+
+import pytest
+import torch
+from cnn_cases import at_random, small_cnn
+from torchvision import models as torchvisions
+
+from smi_fast import CNN, Inverter, Verifier, deep_inversion_cnn
+from smi_fast.models import cifar10_vit
+
+
+def run(verifier, seed, **options) -> list[torch.Tensor]:
+    """The images after each iteration of an inversion with the verifier."""
+    images = []
+
+    def callback(step):
+        verifier(step)
+        images.append(step.images())
+
+    options = {"objective": deep_inversion_cnn(), "stopping": "dense", "iterations": 7, "lr": 1.0} | options
+    Inverter(small_cnn(torch.float32), progress=False, **options).run([3, 1, 7, 7, 2, 0], seed, callback)
+    return images
+
+
+def test_records_are_the_accuracies_on_the_plain_images(seed):
+    """The verifier has another mean and std than the inverted network. It was in training mode, and still is."""
+    model = at_random(lambda: torchvisions.mobilenet_v2(num_classes=10), torch.float32).train()
+    for module in model.modules():
+        if hasattr(module, "running_mean"):
+            module.running_mean.zero_()  # so that the classes differ from image to image
+    verifier = Verifier(CNN(model, image_size=(32, 32)), every=3)
+    images = run(verifier, seed)
+    assert model.training
+    assert [iteration for iteration, _ in verifier.records] == [3, 6, 7]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    model.eval()
+    for iteration, accuracy in verifier.records:
+        with torch.no_grad():
+            predicted = model((images[iteration - 1] - mean) / std).argmax(1)
+        right = sum(int(p) == t for p, t in zip(predicted, (3, 1, 7, 7, 2, 0), strict=True))
+        assert accuracy == pytest.approx(right / 6)
+
+
+def test_accuracy_counts_the_targets_that_are_predicted(seed):
+    for model in (small_cnn(torch.float32), small_cnn(torch.float64), cifar10_vit(False, depth=1)):
+        images = torch.rand(8, 3, 32, 32)
+        mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+        with torch.no_grad():
+            predicted = model(((images - mean) / std).to(next(model.parameters()).dtype)).argmax(1)
+        targets = predicted.clone()
+        targets[:2] = (targets[:2] + 1) % 10
+        verifier = Verifier(model)
+        assert verifier.accuracy(images, targets) == pytest.approx(6 / 8)
+        assert verifier.accuracy(images, torch.eye(10)[targets] * 0.9 + 0.01) == pytest.approx(6 / 8)
+
+
+def test_an_unfit_verifier_is_refused_with_the_value(seed):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        Verifier(small_cnn(), every=0)
+    with pytest.raises(ValueError, match="target 7 is no class of the verifier's 5"):
+        run(Verifier(small_cnn(torch.float32, num_classes=5), every=1), seed)
+    with pytest.raises(ValueError, match="32x32 pixels"):
+        run(Verifier(cifar10_vit(False, img_size=64, depth=1), every=1), seed)
