@@ -1,0 +1,179 @@
+"""Teach a small CNN without data: DeepInversion, adaptive DeepInversion and noise, with equal budgets.
+
+    python examples/distill_cifar10.py --data DIR --out RUN_DIR [--arms noise,deep_inversion,adaptive]
+
+A ResNet-20 teaches an untrained ResNet-8. Each arm has the same start, the same number of rounds, of images and of
+training steps; only the images differ:
+
+    noise            Gaussian noise in normalised space, clamped to the range of pixels
+    deep_inversion   images that the teacher is inverted into (Yin et al., CVPR 2020)
+    adaptive         the same, in competition with the student, which learns between the batches
+    adaptive_exact   the same with the exact Jensen-Shannon divergence instead of the published one
+    real             training images, which the other arms do not have: the ceiling
+
+DIR holds `train/<class>/*` and `test/<class>/*` (an ImageFolder of 32x32 images). The test split is only measured on,
+and chooses nothing. RUN_DIR receives for each arm `ARM.json`, `ARM.safetensors` (the student) and `ARM.png` (its last
+images), and when all are there `distillation.json`, `accuracy.png` and `table.md`. A run that was stopped goes on with
+the first arm that has no `ARM.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from smi_fast import InvertedDataset, Inverter, deep_inversion_cnn, distill, load_data
+from smi_fast.backbones.cnn import CNN
+from smi_fast.data.files import write_json
+from smi_fast.data.labelled import accuracy
+from smi_fast.models.loading import load_model, untrained_model
+from smi_fast.studies.pictures import save_grid
+from smi_fast.studies.plots import save_accuracy
+from smi_fast.studies.report import device_name, versions
+
+ARMS = {  # arguments of `distill`
+    "noise": {},
+    "deep_inversion": {},
+    "adaptive": {"adaptive": 10.0},
+    "adaptive_exact": {"adaptive": 10.0, "js": "exact"},
+    "real": {},
+}
+# Yin et al., CVPR 2020, the settings for CIFAR-10. The paper takes 2000 iterations for a batch.
+OBJECTIVE = {"batch_norm": 10.0, "first_batch_norm": 1.0, "tv_l2": 2.5e-5, "l2": 0.0}
+
+
+def invert(teacher: CNN, args: argparse.Namespace) -> Inverter:
+    return Inverter(
+        teacher,
+        objective=deep_inversion_cnn(**OBJECTIVE),
+        stopping="dense",
+        iterations=args.iterations,
+        lr=args.inversion_lr,
+        betas=(0.9, 0.999),
+        jitter=2,
+        flip=0.0,
+        clamp=False,
+        progress=False,
+    )
+
+
+def stored(arm: str, teacher: CNN, args: argparse.Namespace) -> InvertedDataset:
+    """Return as many images as the other arms invert: noise, or images of the training split."""
+    count, generator = args.rounds * args.samples, torch.Generator().manual_seed(args.seed)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (teacher.mean, teacher.std))
+    if arm == "noise":
+        normalised = torch.randn(count, teacher.num_channels, *teacher.image_size, generator=generator)
+    else:
+        data = load_data(args.data, split="train", model=teacher.model)
+        chosen = torch.randperm(len(data), generator=generator)[:count].tolist()
+        normalised = torch.stack([data[number][0] for number in chosen])
+    pixels = (normalised * std + mean).clamp(0, 1)
+    return InvertedDataset.from_images(pixels, None, torch.zeros(count).long(), teacher.image_size)
+
+
+def in_memory(data: torch.utils.data.Dataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(DataLoader(data, 500))
+
+
+def agreement(student: CNN, teacher: CNN, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Share of images that the student puts into the teacher's class."""
+    with torch.no_grad():
+        return accuracy(student, [(x, teacher(x).argmax(1)) for x, _ in batches], progress=False)
+
+
+def run_arm(arm: str, teacher: CNN, args: argparse.Namespace, train: list, test: list) -> dict:
+    """Teach a student with the images of an arm, and write its files."""
+    dtype = getattr(torch, args.dtype)
+    student = CNN(untrained_model(args.student, teacher.model, args.seed), dtype)
+    source = {"inverter": invert(teacher, args)} if "inver" in arm or "adaptive" in arm else {}
+    source = source or {"dataset": stored(arm, teacher, args)}
+    started, agreed = time.perf_counter(), []
+
+    def tell(finished, images) -> None:
+        student.eval()
+        agreed.append(agreement(student, teacher, train))
+        seconds = time.perf_counter() - started
+        print(f"{arm}: round {finished.number}, loss {finished.loss:.3f}, agreement {agreed[-1]:.2%}, "
+              f"accuracy {finished.accuracy:.2%}, {seconds:.0f} s", flush=True)  # fmt: skip
+
+    result = distill(
+        teacher, student, rounds=args.rounds, samples=args.samples, steps=args.steps, batch_size=args.batch_size,
+        temperature=3.0, lr=args.lr, evaluate=test or None, seed=args.seed, callback=tell, progress=False,
+        **source, **ARMS[arm],
+    )  # fmt: skip
+    if result.interrupted:
+        raise KeyboardInterrupt
+    last = result.batches[-1]
+    images = torch.stack([InvertedDataset.collate([last[i]])[0].values.view(3, 32, 32) for i in range(min(40, len(last)))])
+    save_grid(images, args.out / f"{arm}.png", 10)
+    save_file({name: value.contiguous() for name, value in student.model.state_dict().items()}, args.out / f"{arm}.safetensors")
+    rounds = [asdict(r) | {"agreement": a} for r, a in zip(result.history, agreed, strict=True)]
+    return {"arm": arm, "rounds": rounds, "seconds": time.perf_counter() - started}
+
+
+def summarise(found: dict[str, dict], about: dict, out: Path) -> None:
+    """Write all figures, a chart and a table."""
+    write_json(out / "distillation.json", about | {"arms": found})
+    curves = {arm: [(r["samples"], r["accuracy"]) for r in record["rounds"]] for arm, record in found.items()}
+    save_accuracy(curves, out / "accuracy.png")
+    rows = ["| images | accuracy of the student, % | agreement with the teacher, % | minutes |", "|---|---|---|---|"]
+    for arm, record in found.items():
+        last = record["rounds"][-1]
+        figures = 100 * last["accuracy"], 100 * last["agreement"], record["seconds"] / 60
+        rows.append("| {} | {:.2f} | {:.2f} | {:.1f} |".format(arm.replace("_", " "), *figures))
+    (out / "table.md").write_text("\n".join(rows) + "\n")
+    print("\n".join(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", default="noise,deep_inversion,adaptive")
+    parser.add_argument("--model", default="cifar10_resnet20")
+    parser.add_argument("--student", default="cifar10_resnet8")
+    for name, default in (("rounds", 8), ("samples", 256), ("iterations", 200), ("steps", 100), ("batch_size", 128)):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--lr", type=float, default=0.1, help="of the student")
+    parser.add_argument("--inversion-lr", type=float, default=0.1)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    arms = args.arms.split(",")
+    if not set(arms) <= set(ARMS):
+        raise SystemExit(f"--arms: {args.arms} names others than {', '.join(ARMS)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    teacher = CNN(load_model(args.model), getattr(torch, args.dtype))
+    data = load_data(args.data, split="train", model=teacher.model)
+    train = in_memory(Subset(data, range(0, len(data), 25)))
+    test = in_memory(load_data(args.data, split="test", model=teacher.model))
+    settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "arms")}
+    about = {
+        "settings": settings | {"objective": OBJECTIVE}, "device": device_name(teacher.device), "versions": versions(),
+        "teacher_accuracy": accuracy(teacher, test, progress=False),
+    }  # fmt: skip
+    found = {}
+    for arm in arms:
+        file = args.out / f"{arm}.json"
+        if file.exists():
+            record = json.loads(file.read_text())
+            if record["settings"] != settings:
+                raise SystemExit(f"{file} is of a run with other settings: {record['settings']}")
+        else:
+            record = {"settings": settings} | run_arm(arm, teacher, args, train, test)
+            write_json(file, record)
+        found[arm] = record
+    summarise(found, about, args.out)
+
+
+if __name__ == "__main__":
+    main()
