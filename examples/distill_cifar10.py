@@ -34,7 +34,8 @@ from smi_fast import InvertedDataset, Inverter, deep_inversion_cnn, distill, loa
 from smi_fast.backbones.cnn import CNN
 from smi_fast.data.files import write_json
 from smi_fast.data.labelled import accuracy
-from smi_fast.models.loading import load_model, untrained_model
+from smi_fast.models.loading import load_model
+from smi_fast.models.untrained import untrained_model
 from smi_fast.studies.pictures import save_grid
 from smi_fast.studies.plots import save_accuracy
 from smi_fast.studies.report import device_name, versions
@@ -112,9 +113,14 @@ def run_arm(arm: str, teacher: CNN, args: argparse.Namespace, train: list, test:
     if result.interrupted:
         raise KeyboardInterrupt
     last = result.batches[-1]
-    images = torch.stack([InvertedDataset.collate([last[i]])[0].values.view(3, 32, 32) for i in range(min(40, len(last)))])
+    images = torch.stack(
+        [InvertedDataset.collate([last[i]])[0].values.view(3, 32, 32) for i in range(min(40, len(last)))]
+    )
     save_grid(images, args.out / f"{arm}.png", 10)
-    save_file({name: value.contiguous() for name, value in student.model.state_dict().items()}, args.out / f"{arm}.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in student.model.state_dict().items()},
+        args.out / f"{arm}.safetensors",
+    )
     rounds = [asdict(r) | {"agreement": a} for r, a in zip(result.history, agreed, strict=True)]
     return {"arm": arm, "rounds": rounds, "seconds": time.perf_counter() - started}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -10,10 +12,12 @@ from torch import nn
 
 from smi_fast.backbones.base import class_names
 from smi_fast.backbones.conversion import as_backbone
-from smi_fast.models import cifar10_resnet20, cifar10_student, cifar10_vit
-from smi_fast.models.loading import check_name
+from smi_fast.data.files import first_line
+from smi_fast.models import cifar10_resnet20
+from smi_fast.models.loading import INSIDE
 
-INSIDE = {"cifar10_vit": cifar10_vit, "cifar10_student": cifar10_student, "cifar10_resnet20": cifar10_resnet20}
+# Models of the package that come without weights.
+WITHOUT_WEIGHTS = {f"cifar10_resnet{depth}": partial(cifar10_resnet20, depth=depth) for depth in (8, 14)}
 
 
 def untrained_model(name: str, teacher: nn.Module, seed: int = 0) -> nn.Module:
@@ -21,21 +25,33 @@ def untrained_model(name: str, teacher: nn.Module, seed: int = 0) -> nn.Module:
     on the CPU.
 
     Args:
-        name: the name of a model that comes with the package, `cifar10_resnet8` and `cifar10_resnet14` among them, or a
-            name that timm knows.
+        name: `cifar10_resnet8` or `cifar10_resnet14`, the name of a model that comes with the package, or a name that
+            timm knows.
         teacher: a model that `Inverter` takes. The new model gets its number of classes, its image size and its
             normalisation.
         seed: decides the weights.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: timm cannot make a model of that name.
         UnsupportedModelError: the teacher is no model that can be inverted.
     """
     backbone = as_backbone(teacher)
+    options = {"num_classes": backbone.num_classes}
+    model = _make(name, seed, options)
+    if isinstance(model, VisionTransformer):
+        model = _make(name, seed, options | {"img_size": backbone.image_size})
+    model.pretrained_cfg = resolve_data_config(model=teacher) | {
+        "architecture": name, "input_size": (backbone.num_channels, *backbone.image_size), "mean": backbone.mean,
+        "std": backbone.std, "num_classes": backbone.num_classes, "label_names": tuple(class_names(teacher)),
+    }  # fmt: skip
+    return model.eval()
+
+
+def _make(name: str, seed: int, options: dict) -> nn.Module:
+    inside = (INSIDE | WITHOUT_WEIGHTS).get(name)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = _make(name, backbone.num_classes, backbone.num_channels, backbone.image_size)
-    size = (backbone.num_channels, *backbone.image_size)
-    config = resolve_data_config(model=teacher) | {"input_size": size, "mean": backbone.mean, "std": backbone.std}
-    model.pretrained_cfg = config | {"architecture": name, "label_names": tuple(class_names(teacher))}
-    return model.eval()
+        try:
+            return timm.create_model(name, **options) if inside is None else inside(pretrained=False, **options)
+        except (RuntimeError, TypeError, ValueError) as error:  # timm raises the first for a name that it does not know
+            raise ValueError(f"{name} cannot be made untrained: {first_line(error)}") from error
