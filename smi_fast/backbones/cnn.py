@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -81,6 +81,11 @@ class CNN(nn.Module):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UnsupportedModelError(f"the model maps an image of shape {shape} to {found}, expected (1, classes)")
         return logits.shape[1]
+
+    @property
+    def pretrained_cfg(self) -> Mapping:
+        """timm's description of the model and its data, empty for a model without one."""
+        return getattr(self.model, "pretrained_cfg", None) or {}
 
     @property
     def _parameter(self) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""load_model(): load a model by its name, with weights from this package, from timm's download or from a file."""
+"""load_model(): load a model by its name, with weights from this package, from a download or from a file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import timm
 import torch
 from timm.models import load_state_dict
 from torch import nn
+from torchvision import __version__ as torchvision_version
+from torchvision import models as torchvisions
 
 from smi_fast.data.files import first_line
-from smi_fast.models import MODEL_INSIDE, STUDENT_INSIDE, cifar10_student, cifar10_vit
+from smi_fast.models import CNN_INSIDE, MODEL_INSIDE, STUDENT_INSIDE, cifar10_resnet20, cifar10_student, cifar10_vit
 
-INSIDE = {MODEL_INSIDE: cifar10_vit, STUDENT_INSIDE: cifar10_student}
+INSIDE = {MODEL_INSIDE: cifar10_vit, STUDENT_INSIDE: cifar10_student, CNN_INSIDE: cifar10_resnet20}
+TORCHVISION = "torchvision/"  # what the names of torchvision's models begin with
 SHOWN = 3  # A message lists this many names of weights and counts the rest.
 
 
@@ -29,8 +32,9 @@ def load_model(
     """Load a model with its weights, in evaluation mode, on the CPU.
 
     Args:
-        name: `cifar10_vit` or `cifar10_student`, which come with the package, or a name that timm knows.
-        pretrained: whether to download timm's weights for the model.
+        name: `cifar10_vit`, `cifar10_student` or `cifar10_resnet20`, which come with the package, a name that timm
+            knows, or one such as `torchvision/resnet18`.
+        pretrained: whether to download timm's or torchvision's weights for the model.
         checkpoint: a safetensors file or a torch file with the weights. A torch file is read with weights_only. The
             model gets as many classes as the weights have.
         options: the names of the arguments `pretrained` and `checkpoint` in error messages, such as the options of a
@@ -49,32 +53,74 @@ def load_model(
     if name in INSIDE:
         return INSIDE[name]()
     if not pretrained:
-        raise ValueError(f"{name} needs weights: {options[0]} downloads timm's, {options[1]} reads a file")
+        source = "torchvision's" if name.startswith(TORCHVISION) else "timm's"
+        raise ValueError(f"{name} needs weights: {options[0]} downloads {source}, {options[1]} reads a file")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # otherwise each retry prints a line
     try:
-        return timm.create_model(name, pretrained=True).eval()
+        return _make(name, pretrained=True).eval()
     except Exception as error:  # The hub, its client and timm raise a dozen types of errors.
         raise ValueError(f"the pretrained weights of {name} cannot be downloaded: {first_line(error)}") from error
 
 
 def _check_name(name: str) -> None:
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*INSIDE, *timm.list_models()], n=3)
+    if name.startswith(TORCHVISION):
+        library, known = f"torchvision {torchvision_version}", torchvisions.list_models(torchvisions)
+        known = [TORCHVISION + model for model in known]
+        found = name in known
+    else:
+        library, known, found = f"timm {timm.__version__}", [*INSIDE, *timm.list_models()], timm.is_model(name)
+    if not found:
+        near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}")
+        raise ValueError(f"{library} has no model {name!r}{hint}")
+
+
+def _make(name: str, *, pretrained: bool = False, **overrides) -> nn.Module:
+    """Make a model with weights at random or, if it is pretrained, with those of its library."""
+    if name in INSIDE:
+        return INSIDE[name](pretrained=pretrained, **overrides)
+    if name.startswith(TORCHVISION):
+        return _make_torchvisions(name, pretrained, **overrides)
+    return timm.create_model(name, pretrained=pretrained, **overrides)
+
+
+def _make_torchvisions(name: str, pretrained: bool, **overrides) -> nn.Module:
+    """Make a model of torchvision, with its data described in the form of timm's configurations."""
+    known = name.removeprefix(TORCHVISION)
+    weights = torchvisions.get_model_weights(known).DEFAULT
+    model = torchvisions.get_model(known, weights=weights if pretrained else None, **overrides)
+    data, classes = weights.transforms(), weights.meta["categories"]
+    (size,), (resized,) = data.crop_size, data.resize_size
+    model.num_classes = overrides.get("num_classes", len(classes))
+    model.pretrained_cfg = {
+        "architecture": name, "input_size": (3, size, size), "num_classes": model.num_classes,
+        "mean": tuple(data.mean), "std": tuple(data.std), "interpolation": data.interpolation.value,
+        "crop_pct": size / resized, "label_names": tuple(classes),
+    }  # fmt: skip
+    return model
 
 
 def _from_checkpoint(name: str, path: Path) -> nn.Module:
     weights = _read_weights(path)
     try:
-        config = timm.get_pretrained_cfg(name)
-        model = _build(name, weights, "head" if config is None else config.classifier)
+        weight = weights.get(f"{_classifier(name)}.weight")
+        model = _make(name, **({"num_classes": len(weight)} if weight is not None and weight.ndim else {}))
     except RuntimeError as error:  # timm raises it for a name whose tag it does not know.
         raise ValueError(f"{name} cannot be made: {first_line(error)}") from error
     mismatch = _load_weights(model, weights)
     if mismatch is not None:
         raise ValueError(f"the checkpoint {path} does not fit {name}: {mismatch}")
     return model.eval()
+
+
+def _classifier(name: str) -> str | None:
+    """Return the name of the layer whose rows are the classes, the first one if the model has two."""
+    config = None if name in INSIDE or name.startswith(TORCHVISION) else timm.get_pretrained_cfg(name)
+    if config is not None:
+        found = config.classifier
+        return found if isinstance(found, str) else next(iter(found or ()), None)
+    layers = [name for name, layer in _make(name).named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    return layers[-1]
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -94,16 +140,6 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise ValueError(f"the checkpoint {path} holds no state dict")
     return weights
-
-
-def _build(name: str, weights: dict[str, torch.Tensor], classifier: str | tuple[str, ...] | None) -> nn.Module:
-    """Make a model with as many classes as its classifier has in the weights. Of two classifiers the first counts."""
-    first = classifier if isinstance(classifier, str) else next(iter(classifier or ()), None)
-    weight = weights.get(f"{first}.weight")
-    classes = {"num_classes": len(weight)} if weight is not None and weight.ndim else {}
-    if name in INSIDE:
-        return INSIDE[name](pretrained=False, **classes)
-    return timm.create_model(name, **classes)
 
 
 def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> str | None:

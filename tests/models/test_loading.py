@@ -3,13 +3,17 @@
 import secrets
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
+from cnn_cases import at_random
+from PIL import Image
 from safetensors.torch import save_file
 
 from smi_fast.backbones.base import class_names
-from smi_fast.models import CIFAR10_CLASSES, cifar10_student, cifar10_vit
+from smi_fast.models import CIFAR10_CLASSES, cifar10_resnet20, cifar10_student, cifar10_vit
 from smi_fast.models.loading import load_model
 
 
@@ -118,10 +122,16 @@ def test_a_name_with_an_unknown_tag_is_refused(test_vit, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("test_resnet", {"num_classes": 5}), ("cifar10_student", {}), ("deit_tiny_distilled_patch16_224", {})],
+    [
+        ("test_resnet", {"num_classes": 5}),
+        ("cifar10_student", {}),
+        ("cifar10_resnet20", {"num_classes": 4}),
+        ("deit_tiny_distilled_patch16_224", {}),
+    ],
 )
 def test_a_checkpoint_decides_the_number_of_classes(seed, tmp_path, name, options):
-    model = cifar10_student(pretrained=False) if name == "cifar10_student" else timm.create_model(name, **options)
+    build = {"cifar10_student": cifar10_student, "cifar10_resnet20": cifar10_resnet20}.get(name)
+    model = timm.create_model(name, **options) if build is None else build(pretrained=False, **options)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     loaded = load_model(name, checkpoint=tmp_path / "weights.safetensors")
     assert loaded.num_classes == model.num_classes
@@ -146,3 +156,39 @@ def test_damaged_torch_files_are_one_sentence(tmp_path, seed):
         path.write_bytes(damaged)
         with suppress(ValueError):
             load_model("cifar10_vit", checkpoint=path)
+
+
+@pytest.mark.parametrize("classes", [1000, 4])
+def test_torchvisions_models_load_with_their_statistics_and_describe_their_data(tmp_path, seed, classes):
+    model = at_random(lambda: torchvision.models.mobilenet_v2(num_classes=classes), torch.float32)
+    weights = {name: value for name, value in model.state_dict().items() if "num_batches_tracked" not in name}
+    torch.save(weights, tmp_path / "weights.pth")  # torchvision's older files hold no counts of batches
+    loaded = load_model("torchvision/mobilenet_v2", checkpoint=tmp_path / "weights.pth")
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(loaded(images), model(images))
+    assert class_names(loaded)[-1] == ("toilet tissue" if classes == 1000 else "3")
+    config = timm.data.resolve_data_config(model=loaded)
+    expected = torchvision.models.MobileNet_V2_Weights.DEFAULT.transforms()
+    assert config["mean"] == tuple(expected.mean)
+    assert config["input_size"] == (3, 224, 224)
+    assert config["crop_pct"] == pytest.approx(224 / 232)
+    transform, picture = (
+        timm.data.create_transform(**config),
+        Image.fromarray((np.random.rand(300, 300, 3) * 255).astype("uint8")),
+    )
+    torch.testing.assert_close(transform(picture), expected(picture), rtol=0, atol=0.05)
+
+
+def test_torchvisions_names_are_checked():
+    with pytest.raises(ValueError, match=r"torchvision [\d.+a-z]+ has no model 'torchvision/resnet19'; did you mean"):
+        load_model("torchvision/resnet19", pretrained=True)
+    with pytest.raises(ValueError, match="pretrained=True downloads torchvision's"):
+        load_model("torchvision/resnet18")
+
+
+def test_a_checkpoint_of_a_cnn_needs_its_statistics(tmp_path, seed):
+    weights = cifar10_resnet20(False).state_dict()
+    del weights["bn1.running_var"]
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"it lacks bn1\.running_var$"):
+        load_model("cifar10_resnet20", checkpoint=tmp_path / "weights.safetensors")
