@@ -34,8 +34,7 @@ from smi_fast import InvertedDataset, Inverter, deep_inversion_cnn, distill, loa
 from smi_fast.backbones.cnn import CNN
 from smi_fast.data.files import write_json
 from smi_fast.data.labelled import accuracy
-from smi_fast.models.loading import load_model
-from smi_fast.models.untrained import untrained_model
+from smi_fast.models.loading import load_model, untrained_model
 from smi_fast.studies.pictures import save_grid
 from smi_fast.studies.plots import save_accuracy
 from smi_fast.studies.report import device_name, versions

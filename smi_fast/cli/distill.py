@@ -20,7 +20,7 @@ from smi_fast.data.sparse import InvertedDataset
 from smi_fast.distillation import Round, distill
 from smi_fast.inversion.presets import InversionSettings
 from smi_fast.models import CNN_INSIDE, STUDENT_INSIDE
-from smi_fast.models.untrained import WITHOUT_WEIGHTS, untrained_model
+from smi_fast.models.loading import WITHOUT_WEIGHTS, untrained_model
 from smi_fast.studies.plots import save_accuracy
 from smi_fast.studies.report import as_text, device_name, versions
 

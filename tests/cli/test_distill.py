@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from smi_fast.cli import main
 from smi_fast.models import cifar10_vit
-from smi_fast.models.untrained import untrained_model
+from smi_fast.models.loading import untrained_model
 
 pytest.importorskip("matplotlib")
 
@@ -120,7 +120,7 @@ def test_a_damaged_dataset_is_found_before_anything_is_written(student, data, in
         (["--dataset", "INVERTED", "--adaptive", "10"], "--adaptive is a setting of an inversion"),
         (["--js", "exact"], "--js is a setting of the competition"),
         (["--student-untrained", "--student-pretrained"], "either --student-untrained or --student-pretrained"),
-        (["--student", "resnet_of_none", "--student-untrained"], "resnet_of_none cannot be made untrained"),
+        (["--student", "resnet_of_none", "--student-untrained"], "has no model 'resnet_of_none'"),
         (["--student", "cifar10_resnet8"], "sparse in patches of 4x4, the student takes patches of 32x32"),
         (["--samples", "2147483647"], "--samples: 2147483647 images take"),
     ],
