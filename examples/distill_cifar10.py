@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from smi_fast import InvertedDataset, Inverter, deep_inversion_cnn, distill, load_data
