@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Subset
 
-from smi_fast import InvertedDataset, Inverter, deep_inversion_cnn, distill, load_data
+from smi_fast import InvertedDataset, Inverter, Round, deep_inversion_cnn, distill, load_data
 from smi_fast.backbones.cnn import CNN
 from smi_fast.data.files import write_json
 from smi_fast.data.labelled import accuracy
@@ -38,6 +38,7 @@ from smi_fast.studies.pictures import save_grid
 from smi_fast.studies.plots import save_accuracy
 from smi_fast.studies.report import device_name, versions
 
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
 ARMS = {  # arguments of `distill`
     "noise": {},
     "deep_inversion": {},
@@ -49,7 +50,7 @@ ARMS = {  # arguments of `distill`
 OBJECTIVE = {"batch_norm": 10.0, "first_batch_norm": 1.0, "tv_l2": 2.5e-5, "l2": 0.0}
 
 
-def invert(teacher: CNN, args: argparse.Namespace) -> Inverter:
+def inverter(teacher: CNN, args: argparse.Namespace) -> Inverter:
     return Inverter(
         teacher,
         objective=deep_inversion_cnn(**OBJECTIVE),
@@ -57,14 +58,13 @@ def invert(teacher: CNN, args: argparse.Namespace) -> Inverter:
         iterations=args.iterations,
         lr=args.inversion_lr,
         betas=(0.9, 0.999),
-        jitter=2,
+        jitter=2 / 32,
         flip=0.0,
-        clamp=False,
         progress=False,
     )
 
 
-def stored(arm: str, teacher: CNN, args: argparse.Namespace) -> InvertedDataset:
+def dataset(arm: str, teacher: CNN, args: argparse.Namespace) -> InvertedDataset:
     """Return as many images as the other arms invert: noise, or images of the training split."""
     count, generator = args.rounds * args.samples, torch.Generator().manual_seed(args.seed)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (teacher.mean, teacher.std))
@@ -75,29 +75,27 @@ def stored(arm: str, teacher: CNN, args: argparse.Namespace) -> InvertedDataset:
         chosen = torch.randperm(len(data), generator=generator)[:count].tolist()
         normalised = torch.stack([data[number][0] for number in chosen])
     pixels = (normalised * std + mean).clamp(0, 1)
-    return InvertedDataset.from_images(pixels, None, torch.zeros(count).long(), teacher.image_size)
+    return InvertedDataset.from_images(pixels, None, torch.zeros(len(pixels)).long(), teacher.image_size)
 
 
-def in_memory(data: torch.utils.data.Dataset) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def in_memory(data: torch.utils.data.Dataset) -> Batches:
     return list(DataLoader(data, 500))
 
 
-def agreement(student: CNN, teacher: CNN, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def agreement(student: CNN, teacher: CNN, batches: Batches) -> float:
     """Share of images that the student puts into the teacher's class."""
     with torch.no_grad():
         return accuracy(student, [(x, teacher(x).argmax(1)) for x, _ in batches], progress=False)
 
 
-def run_arm(arm: str, teacher: CNN, args: argparse.Namespace, train: list, test: list) -> dict:
+def run_arm(arm: str, teacher: CNN, args: argparse.Namespace, train: Batches, test: Batches) -> dict:
     """Teach a student with the images of an arm, and write its files."""
-    dtype = getattr(torch, args.dtype)
-    student = CNN(untrained_model(args.student, teacher.model, args.seed), dtype)
-    source = {"inverter": invert(teacher, args)} if "inver" in arm or "adaptive" in arm else {}
-    source = source or {"dataset": stored(arm, teacher, args)}
+    student = CNN(untrained_model(args.student, teacher.model, args.seed), getattr(torch, args.dtype))
+    stored = arm in ("noise", "real")
+    source = {"dataset": dataset(arm, teacher, args)} if stored else {"inverter": inverter(teacher, args)}
     started, agreed = time.perf_counter(), []
 
-    def tell(finished, images) -> None:
-        student.eval()
+    def tell(finished: Round, images: torch.utils.data.Dataset) -> None:
         agreed.append(agreement(student, teacher, train))
         seconds = time.perf_counter() - started
         print(f"{arm}: round {finished.number}, loss {finished.loss:.3f}, agreement {agreed[-1]:.2%}, "
@@ -105,7 +103,7 @@ def run_arm(arm: str, teacher: CNN, args: argparse.Namespace, train: list, test:
 
     result = distill(
         teacher, student, rounds=args.rounds, samples=args.samples, steps=args.steps, batch_size=args.batch_size,
-        temperature=3.0, lr=args.lr, evaluate=test or None, seed=args.seed, callback=tell, progress=False,
+        temperature=3.0, lr=args.lr, evaluate=test, seed=args.seed, callback=tell, progress=False,
         **source, **ARMS[arm],
     )  # fmt: skip
     if result.interrupted:
