@@ -85,7 +85,7 @@ def pixel_step(
     pixel_grad: Tensor | None = None,
     *,
     patch_size: int | tuple[int, int],
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     tv_l2: float = 0.0,
@@ -116,7 +116,9 @@ def pixel_step(
         pixel_grad: (T, C * ph * pw) or (T, C, ph, pw) of the images' dtype, a further gradient of the kept pixels in
             the plain view, such as that of a loss that reads the images themselves.
         patch_size: (ph, pw), which divide (H, W).
-        lr, betas, eps: the settings of Adam.
+        lr: the learning rate, or a schedule (steps,) float32 on the images' device, from which an image takes the
+            element of its own number of steps. Its last element serves all later steps.
+        betas, eps: further settings of Adam.
         tv_l2, l2: the weights of the prior.
         norm: "batch": each norm in the prior runs over the whole batch, as published. "image": each norm runs over one
             image, and the prior is the sum over the images. The step of an image then depends on no other image.
@@ -129,6 +131,12 @@ def pixel_step(
         ValueError: if an argument has another shape, dtype, device, layout or value.
     """
     patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    lrs = None
+    if isinstance(lr, Tensor):
+        if lr.dim() != 1 or not lr.numel() or lr.dtype != torch.float32 or lr.device != images.device:
+            found = f"{tuple(lr.shape)} {lr.dtype} on {lr.device}"
+            raise ValueError(f"lr is {found}, not a number or (steps,) torch.float32 on {images.device}")
+        lr, lrs = 1.0, lr.contiguous()
     _check_numbers(lr, betas, eps, tv_l2, l2, norm)
     _check_state(next_images, exp_avg, exp_avg_sq, step, images, sites, lowest, highest, patch_size)
     _check_gradients(images, grad, sites, inverse, view, pixel_grad, patch_size)
@@ -141,7 +149,7 @@ def pixel_step(
         run = pixel_step_in_cpp
     return run(
         next_images, exp_avg, exp_avg_sq, step, images, grad, sites, lowest, highest, inverse, view, *numbers,
-        pixel_grad, norm,
+        pixel_grad, norm, lrs,
     )  # fmt: skip
 
 
@@ -218,7 +226,7 @@ def pixel_step_reference(
     inverse: Tensor | None, view: Tensor | None,
     ph: int, pw: int,
     lr: float, beta1: float, beta2: float, eps: float, tv_l2: float, l2: float,
-    pixel_grad: Tensor | None = None, norm: str = "batch",
+    pixel_grad: Tensor | None = None, norm: str = "batch", lrs: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Define `pixel_step` in plain torch."""
     batch, channels, height, width = images.shape
@@ -241,6 +249,7 @@ def pixel_step_reference(
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     n = step.double().view(-1)
+    lr = _rates(lr, lrs, step)
     corrections = torch.stack((lr / (1 - beta1**n), (1 - beta2**n).sqrt())).to(images.dtype)  # (2, B) or (2, 1)
     step_size, correction = corrections.expand(2, batch)[:, image, None]  # (T, 1) each
     denominator = exp_avg_sq.sqrt().div_(correction).add_(eps)
@@ -249,6 +258,11 @@ def pixel_step_reference(
     pixels = torch.minimum(torch.maximum(pixels, lowest[:, None]), highest[:, None])
     next_images.view(-1, pw).index_copy_(0, runs, pixels.view(-1, pw))
     return prior
+
+
+def _rates(lr: float, lrs: Tensor | None, step: Tensor) -> float | Tensor:
+    """Return the learning rate of each count of steps, which are at least 1: a number, or (counts,) float64."""
+    return lr if lrs is None else lr * lrs.double()[step.long().view(-1).clamp(max=len(lrs)) - 1]
 
 
 def _suits_cpp(images: Tensor, grad: Tensor) -> bool:
@@ -261,7 +275,7 @@ def pixel_step_in_cpp(
     inverse: Tensor | None, view: Tensor | None,
     ph: int, pw: int,
     lr: float, beta1: float, beta2: float, eps: float, tv_l2: float, l2: float,
-    pixel_grad: Tensor | None = None, norm: str = "batch",
+    pixel_grad: Tensor | None = None, norm: str = "batch", lrs: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Do what `pixel_step_reference` does on a CPU in C++."""
     batch, channels, height, width = images.shape
@@ -285,6 +299,7 @@ def pixel_step_in_cpp(
         scales = scales.to(images.dtype)
     step += 1
     n = step.double().view(-1)
+    lr = _rates(lr, lrs, step)
     corrections = torch.stack((lr / (1 - beta1**n), (1 - beta2**n).rsqrt()), 1).to(images.dtype)  # (B, 2) or (1, 2)
     call_cpp(
         "pixel_step", next_images, exp_avg, exp_avg_sq, images, grad.contiguous(),
@@ -469,16 +484,17 @@ def _difference(pixels, source, kept, bit):
     return tl.where(mask, pixels - tl.load(source, mask=mask, other=0.0), 0.0)
 
 
-@jit(do_not_specialize=["patches", "halvings", "counts"])
+@jit(do_not_specialize=["patches", "halvings", "counts", "scheduled"])
 def _prior_sums_kernel(
     sums, corrections, step,
-    images, sites,
-    patches, halvings, counts, lr, log_beta1: tl.float64, log_beta2: tl.float64,
+    images, sites, lrs,
+    patches, halvings, counts, scheduled, lr, log_beta1: tl.float64, log_beta2: tl.float64,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    TV: tl.constexpr, IMAGE_NORM: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
+    TV: tl.constexpr, IMAGE_NORM: tl.constexpr, SCHEDULE: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """sums = sum over kept p of x[p]^2, and of (x[p] - x[p + d])^2 for each direction d in which p + d is kept as well;
-    step = t + 1; corrections = lr / (1 - beta1^(t + 1)) and 1 / sqrt(1 - beta2^(t + 1)), where t is the old step.
+    step = t + 1; corrections = lr / (1 - beta1^(t + 1)) and 1 / sqrt(1 - beta2^(t + 1)), where t is the old step. With
+    a schedule, lr is multiplied by its element t.
 
     `prior_reference` defines them, after R_prior in Yin et al., CVPR 2020, and `pixel_step_reference`, after Kingma &
     Ba 2015, Algorithm 1. The grid is (images or 1, blocks of a patch, programs that share the patches). All programs
@@ -529,7 +545,11 @@ def _prior_sums_kernel(
             # products than repeated squaring, and no state beside the count.
             power = tl.exp(n.to(tl.float64) * tl.where(is_second, log_beta2, log_beta1))
             bias = (1.0 - power).to(tl.float32)
-            correction = tl.div_rn(tl.where(is_second, 1.0, lr), tl.where(is_second, tl.sqrt_rn(bias), bias))
+            rate = lr
+            if SCHEDULE:
+                place = tl.where(n > scheduled, scheduled, n) - 1
+                rate = lr * tl.load(lrs + place, mask=counted, other=0.0)
+            correction = tl.div_rn(tl.where(is_second, 1.0, rate), tl.where(is_second, tl.sqrt_rn(bias), bias))
             tl.store(corrections + each, correction, mask=counted)
 
 
@@ -703,7 +723,7 @@ def launch_pixel_step(
     inverse: Tensor | None, view: Tensor | None,
     ph: int, pw: int,
     lr: float, beta1: float, beta2: float, eps: float, tv_l2: float, l2: float,
-    pixel_grad: Tensor | None = None, norm: str = "batch",
+    pixel_grad: Tensor | None = None, norm: str = "batch", lrs: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Do what `pixel_step_reference` does in two launches, and in a third one if priors of images are added up."""
     batch, channels, height, width = images.shape
@@ -722,10 +742,10 @@ def launch_pixel_step(
     prior, sums, corrections = _scratch(images, groups, parts, step.numel())
     launch(
         _prior_sums_kernel, grid,
-        sums=sums, corrections=corrections, step=step, images=images, sites=sites,
-        patches=patches, halvings=halvings, counts=step.numel(), lr=lr,
+        sums=sums, corrections=corrections, step=step, images=images, sites=sites, lrs=lrs,
+        patches=patches, halvings=halvings, counts=step.numel(), scheduled=0 if lrs is None else len(lrs), lr=lr,
         log_beta1=math.log(beta1) if beta1 else -math.inf, log_beta2=math.log(beta2) if beta2 else -math.inf,
-        **shape, TV=has_tv, IMAGE_NORM=image_norm, **tiles,
+        **shape, TV=has_tv, IMAGE_NORM=image_norm, SCHEDULE=lrs is not None, **tiles,
     )  # fmt: skip
     tiles, blocks, sharing = _tiles("pixel_step", images.device, size, groups)
     grid = groups, blocks, max(1, min(sharing, cdiv(len(sites), tiles["BT"])))

@@ -63,12 +63,10 @@ class Backbone(Protocol):
     The model takes patches, each as a row of pixels. A model that needs whole images, such as a CNN, has a grid of one
     patch per image. Its patches are then the images as a view shows them, jittered and mirrored.
 
-    A backbone may have an attribute `patch_dtype`, the dtype of the patches that it is given, if that is not the
-    compute dtype.
-
     Attributes:
         device: the device of the weights, on which the images have to be.
-        compute_dtype: the dtype of the matrix products and of the patches that the model takes.
+        compute_dtype: the dtype of the matrix products. The loss is scaled if it is float16.
+        patch_dtype: the dtype of the patches that the model takes.
         backend: the backend of the kernels around the model: "auto", "triton" or "torch".
         num_channels, image_size: C and (H, W) in pixels of the images.
         mean, std: the normalisation of the images that the model was trained on, one number per channel.
@@ -78,6 +76,7 @@ class Backbone(Protocol):
 
     device: torch.device
     compute_dtype: torch.dtype
+    patch_dtype: torch.dtype
     backend: str
     num_channels: int
     image_size: tuple[int, int]

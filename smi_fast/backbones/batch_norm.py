@@ -57,7 +57,9 @@ class _Moments(torch.autograd.Function):
         count = z.numel() // z.shape[1]
         slope = 2 * grad_var / count
         offset = grad_mean / count - slope * mean
-        return torch.addcmul(offset[:, None, None], z, slope[:, None, None]).to(z.dtype)
+        zeros = torch.zeros_like(mean)
+        # slope * z + offset, in torch's fastest operation of this kind
+        return torch.batch_norm(z, slope, offset, zeros, zeros + 1, False, 0.0, 0.0, False)
 
 
 @contextmanager

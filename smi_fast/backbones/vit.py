@@ -206,6 +206,11 @@ class AcceleratedViT(VisionTransformer):
         return compute_dtype(self._parameter, self._dtype)
 
     @property
+    def patch_dtype(self) -> torch.dtype:
+        """The dtype of the patches that the inversion loop hands over."""
+        return self.compute_dtype
+
+    @property
     def is_plain(self) -> bool:
         """Whether all modules are timm's and torch's own, without hooks or methods of others."""
         model, *parts = self.modules()

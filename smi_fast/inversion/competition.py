@@ -115,7 +115,7 @@ class competition:
         """Return the pixels that the inverted model was given, as the student takes them."""
         patches = outputs.grid.recut(outputs.patches, grid)
         values = renormalised(patches.values, (outputs.mean, outputs.std), (self.student.mean, self.student.std))
-        return replace(patches, values=values.to(self.student.compute_dtype))
+        return replace(patches, values=values.to(self.student.patch_dtype))
 
 
 def renormalised(pixels: Tensor, given: Normalisation, wanted: Normalisation) -> Tensor:

@@ -88,7 +88,7 @@ class Replayed:
             self.works = False
             self.graphs.clear()
             reason = (str(error).splitlines() or [""])[0]
-            warnings.warn(f"iterations run without a CUDA graph: one cannot be captured, {reason}", stacklevel=4)
+            warnings.warn(f"iterations run without a CUDA graph: one cannot be captured, {reason}", stacklevel=5)
 
 
 def capture(function: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smi_fast.backbones.base import Outputs
 from smi_fast.backbones.batch_norm import BatchNormStatistics
-from smi_fast.inversion.priors import NORMS, ImagePrior, check_weight, l2_norm, total_variation, total_variation_l1
+from smi_fast.inversion.priors import NORMS, ImagePrior, check_coefficient, l2_norm, total_variation, total_variation_l1
 from smi_fast.kernels import cross_entropy
 from smi_fast.kernels.norm import MAX_CHANNELS
 
@@ -34,9 +34,19 @@ class Objective(Protocol):
 
         Args:
             outputs: the model's outputs for the images as they are seen through this iteration's view.
-            targets: (B,) int64, the classes.
+            targets: (B,) int64, the classes, or (B, classes) float32, soft labels.
         """
         ...
+
+
+def classification(outputs: Outputs, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy of the logits and the targets, (B,) classes or (B, classes) soft labels, as the "mean"
+    or "sum" over the images."""
+    if targets.is_floating_point():
+        exact = torch.promote_types(outputs.logits.dtype, torch.float32)
+        return F.cross_entropy(outputs.logits.to(exact), targets.to(exact), reduction=reduction)
+    backend = outputs.backend if outputs.logits.shape[1] <= MAX_CHANNELS else "auto"  # which has no limit
+    return cross_entropy(outputs.logits, targets, reduction=reduction, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,7 @@ class deep_inversion:
 
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
         """Return the cross-entropy of the targets."""
-        reduction = "mean" if self.norm == "batch" else "sum"
-        backend = outputs.backend if outputs.logits.shape[1] <= MAX_CHANNELS else "auto"  # which has no limit
-        return cross_entropy(outputs.logits, targets, reduction=reduction, backend=backend)
+        return classification(outputs, targets, "mean" if self.norm == "batch" else "sum")
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ class deep_inversion_cnn:
 
     def __post_init__(self):
         for name in ("batch_norm", "first_batch_norm", "tv_l1", "tv_l2", "l2"):
-            check_weight(name, getattr(self, name))
+            check_coefficient(name, getattr(self, name))
         if self.l2_norm not in NORMS:
             raise ValueError(f"l2_norm must be one of {', '.join(NORMS)}, got {self.l2_norm!r}")
 
@@ -117,7 +125,7 @@ class deep_inversion_cnn:
 
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
         """Return the loss of the targets: (B,) int64, or soft labels (B, num_classes)."""
-        loss = self._classification(outputs, targets)
+        loss = classification(outputs, targets)
         if self.batch_norm:
             if not outputs.batch_norm:
                 raise ValueError(
@@ -128,13 +136,6 @@ class deep_inversion_cnn:
         if self.tv_l1 or self.tv_l2 or self.l2:
             loss = loss + self._prior(outputs)
         return loss
-
-    def _classification(self, outputs: Outputs, targets: Tensor) -> Tensor:
-        if targets.is_floating_point():
-            exact = torch.promote_types(outputs.logits.dtype, torch.float32)
-            return F.cross_entropy(outputs.logits.to(exact), targets.to(exact))
-        backend = outputs.backend if outputs.logits.shape[1] <= MAX_CHANNELS else "auto"
-        return cross_entropy(outputs.logits, targets, backend=backend)
 
     def _prior(self, outputs: Outputs) -> Tensor:
         images, kept = outputs.seen()
@@ -156,6 +157,18 @@ def _distance(layer: BatchNormStatistics) -> Tensor:
     mean, var = layer.mean, layer.var
     of_var = torch.linalg.vector_norm(layer.running_var.to(var.dtype) - var)
     return of_var + torch.linalg.vector_norm(layer.running_mean.to(mean.dtype) - mean)
+
+
+def features_of(objective: Objective | Loss) -> tuple[str, ...]:
+    """Return the names of the places in the model that an objective reads.
+
+    Raises:
+        TypeError: they are given as one text.
+    """
+    features = getattr(objective, "features", ())
+    if isinstance(features, str):
+        raise TypeError(f"an objective's features are a sequence of names, got the text {features!r}")
+    return tuple(features)
 
 
 def as_loss(objective: Objective | Loss) -> Callable[[Outputs, Tensor, Tensor], Tensor]:

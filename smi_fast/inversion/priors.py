@@ -37,7 +37,7 @@ class ImagePrior:
 
     def __post_init__(self):
         for name, value in (("tv_l2", self.tv_l2), ("l2", self.l2)):
-            check_weight(name, value)
+            check_coefficient(name, value)
         _check_norm(self.norm)
 
 
@@ -100,7 +100,7 @@ def _norm(x: Tensor, norm: str) -> Tensor:
     return torch.linalg.vector_norm(x) if norm == "batch" else torch.linalg.vector_norm(x.flatten(1), dim=1).sum()
 
 
-def check_weight(name: str, value: float) -> None:
+def check_coefficient(name: str, value: float) -> None:
     """Raise ValueError, naming the weight of a term, if it is negative or not finite."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")

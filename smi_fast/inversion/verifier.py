@@ -46,8 +46,15 @@ class Verifier:
     def __call__(self, step: Any) -> None:
         """Record the accuracy after this `Step`, if it is due."""
         done = step.iteration + 1
-        if done % self.every == 0 or step.is_last:
-            self.records.append((done, self.accuracy(step.images(), step.targets)))
+        if done % self.every == 0 or done == len(step._state.losses):
+            self.record(step)
+
+    def record(self, step: Any) -> None:
+        """Record the accuracy after this `Step`."""
+        images, targets = step.images(), step.targets
+        if len(images) > len(targets):  # images that were released earlier, in the order of the targets
+            targets = targets.repeat(len(images) // len(targets), *[1] * (targets.ndim - 1))
+        self.records.append((step.iteration + 1, self.accuracy(images, targets)))
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, targets: Tensor) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,23 +12,34 @@ from smi_fast.kernels import view_cells
 __all__ = ["apply_view", "random_views", "view_cells"]
 
 
+Views = Callable[[int, torch.Generator], Tensor]  # a function of the number of iterations and of a generator
+
+
 def random_views(
-    count: int, image_size: tuple[int, int], *, jitter: float = 1 / 8, flip: float = 0.5, generator: torch.Generator
+    count: int,
+    image_size: tuple[int, int],
+    *,
+    jitter: float | int = 1 / 8,
+    flip: float = 0.5,
+    generator: torch.Generator,
+    multiple: int = 1,
 ) -> Tensor:
     """Draw `count` views (dy, dx, flip), as the published code does.
 
     Args:
         image_size: (H, W) in pixels.
-        jitter: offsets are uniform over the integers from -int(side * jitter) to int(side * jitter), both included.
+        jitter: offsets are uniform over the integers from -int(side * jitter) to int(side * jitter), both included, or
+            from -jitter to jitter if it is an integer.
         flip: the probability that a view is mirrored.
+        multiple: offsets are the multiples of this number among these.
 
     Returns:
         (count, 3) int32 on the CPU.
     """
     views = torch.zeros(count, 3, dtype=torch.int32)
     for axis, side in enumerate(image_size):
-        limit = int(side * jitter)
-        views[:, axis] = torch.randint(-limit, limit + 1, (count,), generator=generator)
+        limit = (jitter if isinstance(jitter, int) else int(side * jitter)) // multiple
+        views[:, axis] = multiple * torch.randint(-limit, limit + 1, (count,), generator=generator)
     views[:, 2] = torch.rand(count, generator=generator) < flip
     return views
 

@@ -1,5 +1,5 @@
-"""The models that come with the package, all for CIFAR-10: a small ViT, a student for it that was trained without labels,
-and a ResNet-20.
+"""The models that come with the package, all for CIFAR-10: a small ViT, a student that was trained without labels, and
+a ResNet-20.
 
 They let every command and example run without a download. `README.md` beside this file holds their model cards, and
 `examples/train_cifar10.py` and `examples/pretrain_student.py` hold the recipes that trained them.

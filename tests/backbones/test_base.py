@@ -18,7 +18,7 @@ from smi_fast.inversion.views import apply_view, random_views
 class SmallCNN(nn.Module):
     """A CNN with BatchNorm: an image is one patch of its grid, so that it arrives whole, jittered and mirrored."""
 
-    device, compute_dtype, backend = torch.device("cpu"), torch.float32, "auto"
+    device, compute_dtype, patch_dtype, backend = torch.device("cpu"), torch.float32, torch.float32, "auto"
     num_channels, image_size, num_classes, num_prefix_tokens = 3, (8, 8), 4, 0
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

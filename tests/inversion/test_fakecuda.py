@@ -145,7 +145,7 @@ def test_an_iteration_is_a_few_nodes_and_none_of_them_fills_copies_or_casts(play
     found, events = play("nodes")
     for name, counts in found.items():
         blocks = 12 if "12 blocks" in name else 3
-        assert set(counts) == {35 + 16 * (blocks - 1)}, name
+        assert set(counts) == {36 + 16 * (blocks - 1)}, name
     captured = [event for event in events if event.capture and event.kind != "wait"]
     assert captured
     assert {event.kind for event in captured} == {"kernel"}

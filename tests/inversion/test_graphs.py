@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import smi_fast
 from smi_fast import Inverter, Mass, StoppingSchedule, deep_inversion
 from smi_fast.inversion import graphs
-from smi_fast.inversion import inverter as inverter_module
+from smi_fast.inversion import loop as loop_module
 from smi_fast.inversion.graphs import Replayed
 from smi_fast.models import cifar10_vit
 
@@ -89,8 +89,8 @@ def test_a_replayed_iteration_gives_the_same_bits(model, monkeypatch, options):
         "progress": False, "backend": "torch", **options,
     }  # fmt: skip
     expected = Inverter(model, **options).run([0, 3])
-    monkeypatch.setattr(inverter_module, "has_graphs", lambda device: True)
-    monkeypatch.setattr(inverter_module, "Replayed", Taped)
+    monkeypatch.setattr(loop_module, "has_graphs", lambda device: True)
+    monkeypatch.setattr(loop_module, "Replayed", Taped)
     Taped.replays = 0
     replayed = Inverter(model, **options).run([0, 3])
     assert Taped.replays >= 5
@@ -99,8 +99,8 @@ def test_a_replayed_iteration_gives_the_same_bits(model, monkeypatch, options):
 
 
 def test_the_tape_sees_a_loss_that_waits_for_the_host(model, monkeypatch):
-    monkeypatch.setattr(inverter_module, "has_graphs", lambda device: True)
-    monkeypatch.setattr(inverter_module, "Replayed", Taped)
+    monkeypatch.setattr(loop_module, "has_graphs", lambda device: True)
+    monkeypatch.setattr(loop_module, "Replayed", Taped)
     inverter = Inverter(model, objective=lambda logits, images, targets: logits.mean() * logits.mean().item(),
                         stopping=StoppingSchedule.dense(), iterations=4, progress=False)  # fmt: skip
     with pytest.raises(AssertionError, match="_local_scalar_dense"):
@@ -213,7 +213,7 @@ def test_the_warning_names_the_line_that_runs_the_inversion(model, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", tuple)
     monkeypatch.setattr(graphs, "capture", fails)
-    monkeypatch.setattr(inverter_module, "has_graphs", lambda device: True)
+    monkeypatch.setattr(loop_module, "has_graphs", lambda device: True)
     inverter = Inverter(model, stopping="dense", iterations=4, progress=False)
     with pytest.warns(UserWarning, match="without a CUDA graph") as caught:
         inverter.run([0])

@@ -154,7 +154,8 @@ def test_an_objective_sees_the_images_as_the_model_does(model, seed):
     generator = torch.Generator().manual_seed(seed)
     views = random_views(5, (8, 8), jitter=1 / 2, flip=0.5, generator=generator)
     (images, kept), before = found[0], torch.randn(2, 3, 8, 8, generator=generator)
-    assert kept.all() and torch.equal(images, apply_view(before, views[0].tolist()))
+    assert kept.all()
+    assert torch.equal(images, apply_view(before, views[0].tolist()))
     images, kept = found[4]
     assert kept.float().mean() == 0.5
     seen = apply_view(steps[3]["images"], views[4].tolist())

@@ -8,7 +8,7 @@ from smi_fast.kernels.cpu import call_cpp, library, recording
 from torch import nn
 
 from smi_fast import Inverter, Mass, StoppingSchedule, deep_inversion
-from smi_fast.inversion import inverter as inverter_module
+from smi_fast.inversion import loop as loop_module
 from smi_fast.inversion.tape import Tape, Taped
 from smi_fast.models import cifar10_vit
 
@@ -32,7 +32,7 @@ class Counted(Taped):
 
 @pytest.fixture
 def counted(monkeypatch):
-    monkeypatch.setattr(inverter_module, "Taped", Counted)
+    monkeypatch.setattr(loop_module, "Taped", Counted)
     Counted.calls = 0
 
 

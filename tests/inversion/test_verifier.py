@@ -1,5 +1,7 @@
 """Verifier: another network's accuracy on the images during a run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cnn_cases import at_random, small_cnn
@@ -52,6 +54,17 @@ def test_accuracy_counts_the_targets_that_are_predicted(seed):
         verifier = Verifier(model)
         assert verifier.accuracy(images, targets) == pytest.approx(6 / 8)
         assert verifier.accuracy(images, torch.eye(10)[targets] * 0.9 + 0.01) == pytest.approx(6 / 8)
+
+
+def test_images_that_were_released_earlier_have_the_same_targets(seed):
+    model, images = small_cnn(torch.float32), torch.rand(6, 3, 32, 32)
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        predicted = model((images - mean) / std).argmax(1)
+    verifier = Verifier(model)
+    verifier.record(SimpleNamespace(iteration=4, images=lambda: images, targets=predicted[:2]))
+    right = (predicted == predicted[[0, 1, 0, 1, 0, 1]]).sum().item()
+    assert verifier.records == [(5, pytest.approx(right / 6))]
 
 
 def test_an_unfit_verifier_is_refused_with_the_value(seed):

@@ -155,7 +155,8 @@ class Case:
         sets = [slice(None)] if norm == "batch" else [slice(image, image + 1) for image in range(batch)]
         patches = cut(canvas, self.positions, self.lengths, self.patch).split(self.lengths)
         patches = [torch.nn.Parameter(part.clone()) for part in patches]
-        optimizers = [torch.optim.Adam([part], lr=lr, betas=betas, eps=eps) for part in patches]
+        rates = lr.tolist() if isinstance(lr, torch.Tensor) else [lr]
+        optimizers = [torch.optim.Adam([part], lr=rates[0], betas=betas, eps=eps) for part in patches]
         for optimizer, part, count in zip(optimizers, patches, self.counts.expand(batch).tolist(), strict=True):
             moments = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[part] = {"step": torch.tensor(float(count)), **moments}
@@ -173,6 +174,8 @@ class Case:
                 loss = loss + (torch.cat(patches).flatten(1) * pixel_grad.to(dtype)).sum()
             for optimizer, part, part_grad in zip(optimizers, patches, torch.autograd.grad(loss, patches), strict=True):
                 part.grad = part_grad
+                taken = int(optimizer.state[part]["step"])
+                optimizer.param_groups[0]["lr"] = rates[min(taken, len(rates) - 1)]
                 optimizer.step()
             with torch.no_grad():
                 for part in patches:
@@ -304,6 +307,16 @@ def test_adams_bias_is_corrected_exactly_at_any_step(betas, backend, device):
     second = [math.sqrt((1 - beta2) / (1 - beta2**n)) * g for n in counts]
     expected = [-lr / (1 - beta1**n) * (1 - beta1) * g / (v + 1e-8) for n, v in zip(counts, second, strict=True)]
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_schedule_gives_each_image_the_rate_of_its_own_step(backend, device, seed):
+    """Compared with torch.optim.Adam at the rate that each image has in its step."""
+    rates = torch.tensor([0.25, 0.1, 0.5, 0.02], device=device)
+    each = Case(3, (3, 3), (4, 4), [4, 2, 6, 3], device, views=[(1, 2, 1), None], counts=[0, 2, 3, 7])
+    each.assert_matches(backend, lr=rates, betas=(0.5, 0.99), tv_l2=1e-2, norm="image")
+    together = Case(3, (3, 3), (4, 4), [4, 2], device, steps=5)
+    together.assert_matches(backend, lr=rates, betas=(0.5, 0.99), l2=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -550,6 +563,8 @@ def test_operator_passes_opcheck(view, device, seed):
             r"inverse is \(2, 4\)",
         ),
         ({"lr": -1.0}, "lr .* -1.0"),
+        ({"lr": torch.ones(3, dtype=torch.float64)}, r"lr is \(3,\) torch.float64"),
+        ({"lr": torch.ones(0)}, r"lr is \(0,\)"),
         ({"tv_l2": math.nan}, "tv_l2 .* nan"),
         ({"betas": (0.5, 1.0)}, r"betas .*\(0.5, 1.0\)"),
         ({"norm": "patch"}, "norm .* 'patch'"),

@@ -88,6 +88,7 @@ def step(n: int) -> None:
             for norm in ("batch", "image"):
                 numbers = 4, 4, 0.25, 0.5, 0.99, 1e-8, 1e-4, 1e-5
                 launch_pixel_step(*state, sites, bounds, bounds, inverse, view, *numbers, moments, norm)
+            launch_pixel_step(*state, sites, bounds, bounds, inverse, view, *numbers, None, "batch", torch.empty(n))
 
 
 def surround(n: int) -> None:

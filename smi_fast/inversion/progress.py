@@ -1,0 +1,46 @@
+"""The progress bar of an inversion."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from smi_fast.inversion.state import Stage
+
+
+class Bar(tqdm):
+    """A progress bar that shows the loss a few times a second. It never waits for a loss to arrive on the host."""
+
+    _asked = 0.0  # when the loss was last asked for
+    _loss: Tensor | None = None  # on the host
+    _arrived: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, total: int, initial: int, shown: bool, unit: str = "it") -> Bar:
+        """Return a bar for so many iterations or images, of which some are done."""
+        return cls(
+            total=total,
+            initial=initial,
+            disable=not shown,
+            desc="inverting",
+            unit=unit,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    def advance(self, stage: Stage, loss: Tensor) -> None:
+        if self.disable:
+            return
+        if self._loss is None and (time.monotonic() - self._asked > 0.5 or self.n + 1 == self.total):
+            self._asked = time.monotonic()
+            self._loss = torch.empty((), pin_memory=loss.is_cuda).copy_(loss, non_blocking=True)
+            if loss.is_cuda:
+                self._arrived = torch.cuda.Event()
+                self._arrived.record()
+        if self._loss is not None and (self._arrived is None or self._arrived.query()):
+            self.set_postfix(tokens=stage.tokens, loss=f"{self._loss.item():.3f}", refresh=False)
+            self._loss = None
+        self.update()

@@ -1,0 +1,142 @@
+"""Slots: many images through a few places of a batch. A finished image leaves, and the next one takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from smi_fast.backbones.pruning import Mass
+from smi_fast.inversion.loop import Loop
+from smi_fast.inversion.priors import ImagePrior
+from smi_fast.inversion.progress import Bar
+from smi_fast.inversion.result import InversionResult, Step, finished
+from smi_fast.inversion.state import InversionState
+
+
+class Slots:
+    """The images of a run that have passed the last stopping, in the slots of one batch.
+
+    Images begin in batches and go through the stoppings together. After the last one they all keep equally many
+    patches, so that an image can take the place of another without a change of shapes.
+
+    Args:
+        loop: the loop of an inverter that has an `Until`.
+        targets: (N,) or (N, classes), of all images.
+        batch_size: the number of slots.
+        seed: the seed of the run.
+        callback: called with a `Step` after every iteration, or None.
+    """
+
+    def __init__(
+        self, loop: Loop, targets: Tensor, batch_size: int, seed: int, callback: Callable[[Step], None] | None
+    ):
+        self.loop, self.targets, self.batch_size, self.seed = loop, targets, batch_size, seed
+        self.tell = callback or (lambda step: None)
+        self.begun = 0  # images that have left the queue
+        self.waiting: list[int] = []  # rows of `reserve` that no slot has taken yet
+        self.reserve: InversionState | None = None
+        self.state = self._settled()
+        self.results: dict[int, InversionResult] = {}  # by the number of the image
+        # No slot takes more than all iterations of its share of the images, and of one more.
+        longest = loop.settings.iterations * (len(targets) // batch_size + 2)
+        self.state.losses = torch.cat((self.state.losses, self.state.losses.new_zeros(longest)))
+
+    def _settled(self) -> InversionState:
+        """Take the next images from the queue, and bring them to the last stage."""
+        numbers = range(self.begun, min(self.begun + self.batch_size, len(self.targets)))
+        state = self.loop.begin_each(self.targets[numbers.start : numbers.stop], self.seed, numbers)
+        *earlier, last = self.loop.settings.stages
+        for step in self.loop.iterations(state, earlier):
+            self.tell(step)
+        self.loop.enter(state, last)
+        self.begun += len(numbers)
+        return state
+
+    def run(self, bar: Bar) -> None:
+        """Invert all images until the model is sure of them, or their iterations are over."""
+        until, iterations = self.loop.settings.until, self.loop.settings.iterations
+        replayed, since = self.loop.replayed(partial(self.loop.step, self.state)), 0
+        while self.state.batch_size:
+            state = self.state
+            for _ in range(min(until.every - since, iterations - max(state.ages))):
+                replayed(state.current)
+                state.advance()
+                since += 1
+                loss = state.losses[state.iteration - 1]
+                self.tell(Step(state.iteration - 1, state.history[-1], loss, state, self.loop.started))
+            if since == until.every:
+                state.confident, since = self.loop.check(state), 0
+            pairs = enumerate(zip(state.confident, state.ages, strict=True))
+            leaving = [slot for slot, (checks, age) in pairs if checks >= until.checks or age >= iterations]
+            self._leave(leaving)
+            bar.update(len(leaving))
+            if self.state is not state:
+                replayed = self.loop.replayed(partial(self.loop.step, self.state))
+
+    def _leave(self, slots: Sequence[int]) -> None:
+        """Keep the results of some slots, and give these to the next images. Without one, the batch gets smaller."""
+        empty = []
+        for slot in slots:
+            self.results[self.state.numbers[slot]] = self._result(slot)
+            if not self.waiting and self.begun < len(self.targets):
+                self.reserve = self._settled()
+                self.waiting = list(range(self.reserve.batch_size))
+            if self.waiting:
+                self.state.put(slot, self.reserve, self.waiting.pop(0))
+            else:
+                empty.append(slot)
+        if empty:
+            self.state = self.state.take([slot for slot in range(self.state.batch_size) if slot not in empty])
+
+    def _result(self, slot: int) -> InversionResult:
+        return finished(self.state.take([slot]), False, ())
+
+    def result(self, interrupted: bool) -> InversionResult:
+        """Return the results of all images in the order of the targets. Images that still have a slot are returned as
+        they are."""
+        found = self.results | {
+            number: self._result(slot) for slot, number in enumerate(self.state.numbers) if number not in self.results
+        }
+        parts = [found[number] for number in sorted(found)]
+        copies = range(len(parts[0].images))
+        keep = [part.keep[copy] for copy in copies for part in parts]
+        return InversionResult(
+            images=torch.stack([part.images[copy] for copy in copies for part in parts]),
+            keep=torch.stack(keep) if len({len(row) for row in keep}) == 1 else keep,
+            targets=torch.stack([part.targets[copy] for copy in copies for part in parts]),
+            losses=self.state.losses[: self.state.iteration].cpu(),
+            history=parts[0].history,
+            patch_size=parts[0].patch_size,
+            interrupted=interrupted,
+            iterations=torch.stack([part.iterations[copy] for copy in copies for part in parts]),
+        )
+
+
+def check_streams(inverter: object, batch_size: int) -> None:
+    """Check that the images of an inverter can leave one by one.
+
+    Raises:
+        TypeError, ValueError: they cannot. The message says why.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size must be an integer, got {batch_size!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if inverter.until is None:
+        raise ValueError("images can leave one by one only if until= says when they are finished")
+    fused = inverter.prior is None or (isinstance(inverter.prior, ImagePrior) and inverter.prior.norm == "image")
+    if getattr(inverter.objective, "norm", None) != "image" or not fused:
+        raise ValueError(
+            'images can leave one by one only if none depends on the others, as with deep_inversion(norm="image")'
+        )
+    if any(isinstance(stop, Mass) for stop in inverter.stopping.stops.values()):
+        raise ValueError(
+            "images can leave one by one only if they keep equally many patches, which a Mass does not give"
+        )
+    if inverter.views is not None or inverter.verifier is not None:
+        raise ValueError(
+            "images that leave one by one have views of their own and no verifier: leave views= and verifier= out"
+        )
