@@ -58,8 +58,9 @@ def inverter(teacher: CNN, args: argparse.Namespace) -> Inverter:
         iterations=args.iterations,
         lr=args.inversion_lr,
         betas=(0.9, 0.999),
-        jitter=2 / 32,
+        jitter=2,
         flip=0.0,
+        clamp=False,
         progress=False,
     )
 

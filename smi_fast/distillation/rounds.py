@@ -135,7 +135,7 @@ def distill(
     _check_settings(counts, seed, temperature, lr, momentum, weight_decay)
     if (inverter is None) == (dataset is None):
         raise ValueError("give either an inverter or a dataset")
-    grid, iterations = (dataset.grid, 0) if inverter is None else (inverter.grid, inverter.iterations)
+    grid = dataset.grid if inverter is None else inverter.grid
     teacher_reader, student_reader = (Reader(model, grid.image_size, grid.patch_size) for model in (teacher, student))
     linear_probing = len(student_reader.heads) > 0 if linear_probing is None else linear_probing
     _check_fit(teacher_reader, student_reader, inverter, dataset, linear_probing)
@@ -149,7 +149,7 @@ def distill(
         inverter = inverter.with_objective(competition(inverter.objective, student_reader.fast, adaptive, js))
     image_size = (teacher_reader.fast.num_channels, *grid.image_size)
     mirror = RandomHorizontalFlip(image_size, grid.patch_size, p=1) if flip else None
-    total = rounds * (iterations + steps)
+    total = rounds * (steps + (0 if inverter is None else inverter.iterations))
     bar = tqdm(total=total, disable=not progress, unit="it", dynamic_ncols=True, mininterval=0.5)
 
     with frozen(teacher_reader.fast), frozen(student_reader.fast), _own_randomness(seed, student_reader.device), bar:
@@ -163,19 +163,20 @@ def distill(
             fresh = partial(_stored, dataset, order, samples or len(dataset))
         else:
             fresh = partial(_inverted, inverter, samples or 128, seed, bar)
-        history, batches, interrupted = [], [], False
+        history, batches, iterations, interrupted = [], [], 0, False
         finished = copy.deepcopy(trainable.state_dict())  # as the last finished round left it
         try:
             measure = _measure(evaluate, student, student_reader, linear_probing, progress)
             for number in range(1, rounds + 1):
                 bar.set_description(f"round {number} of {rounds}")
                 started = time.perf_counter()
-                images = fresh(number - 1)  # inverted, or taken from the dataset
+                images, ran = fresh(number - 1)  # inverted, or taken from the dataset
+                iterations += ran
                 inverted = time.perf_counter()
                 pool.add(images)
                 loss = _train(pool, optimizer, steps, temperature, generator, bar)
                 record = Round(
-                    number, samples=len(pool), iterations=number * iterations, steps=number * steps, loss=loss,
+                    number, samples=len(pool), iterations=iterations, steps=number * steps, loss=loss,
                     accuracy=measure(), inversion_seconds=inverted - started,
                     transfer_seconds=time.perf_counter() - inverted,
                 )  # fmt: skip
@@ -195,8 +196,9 @@ def distill(
     return DistillationResult(history, batches, interrupted)
 
 
-def _inverted(inverter: Inverter, count: int, seed: int, bar: tqdm, number: int) -> InvertedDataset:
-    """Invert the images of round `number`, counted from 0: `count` images of all classes in turn."""
+def _inverted(inverter: Inverter, count: int, seed: int, bar: tqdm, number: int) -> tuple[InvertedDataset, int]:
+    """Invert the images of round `number`, counted from 0: `count` images of all classes in turn. Return them and the
+    number of iterations that ran."""
     targets = torch.arange(number * count, (number + 1) * count) % inverter.backbone.num_classes
     shown, inverter.progress = inverter.progress, False  # `bar` counts its iterations
     try:
@@ -206,12 +208,14 @@ def _inverted(inverter: Inverter, count: int, seed: int, bar: tqdm, number: int)
     if result.interrupted:
         raise KeyboardInterrupt
     metadata = {"mean": inverter.mean, "std": inverter.std, "seed": batch_seed(seed, number)}
-    return InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
+    images = InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
+    return images, len(result.losses)
 
 
-def _stored(dataset: InvertedDataset, order: Tensor, count: int, number: int) -> Subset:
-    """Return the images of round `number`, counted from 0: the next `count` in `order`, or none once all are used."""
-    return Subset(dataset, order[number * count : (number + 1) * count].tolist())
+def _stored(dataset: InvertedDataset, order: Tensor, count: int, number: int) -> tuple[Subset, int]:
+    """Return the images of round `number`, counted from 0, the next `count` in `order` or none once all are used; and
+    0, the number of iterations."""
+    return Subset(dataset, order[number * count : (number + 1) * count].tolist()), 0
 
 
 def _train(

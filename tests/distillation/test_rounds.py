@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import smi_fast
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.distillation.rounds import distill
+from smi_fast.inversion.until import Until
 from smi_fast.seeds import batch_seed
 
 QUIET = {"progress": False}
@@ -191,6 +192,16 @@ def test_the_pool_grows_from_round_to_round(seed):
     alone = inverter.run([number % CLASSES for number in range(7, 14)], seed=batch_seed(3, 1))
     assert torch.equal(second, alone.images)
     assert all(r.inversion_seconds > 0 and r.transfer_seconds > 0 for r in result.history)
+
+
+def test_an_inversion_that_ends_early_counts_what_it_ran(seed):
+    """Of a model that is sure of anything after a check."""
+    teacher, student = tiny(), tiny()
+    inverter = smi_fast.Inverter(teacher, stopping="dense", iterations=90, until=Until(1e-9, every=10), progress=False)
+    result = distill(teacher, student, inverter=inverter, rounds=2, samples=3, steps=1, **QUIET)
+    ran = len(inverter.run([0], 0).losses)
+    assert ran < 90
+    assert [r.iterations for r in result.history] == [ran, 2 * ran]
 
 
 def test_the_inverters_own_bar_is_hidden(seed, capsys):
