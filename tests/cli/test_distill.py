@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smi_fast.cli import main
-from smi_fast.models import cifar10_vit
-from smi_fast.models.loading import untrained_model
+from smi_fast.models import cifar10_resnet20, cifar10_vit
+from smi_fast.models.loading import load_model, untrained_model
 
 pytest.importorskip("matplotlib")
 
@@ -69,6 +69,17 @@ def test_an_untrained_cnn_competes_and_learns_as_a_whole(data, accuracy_by_hand,
     assert not any(torch.equal(value, trained[name]) for name, value in student.state_dict().items())
     student.load_state_dict(trained)
     assert record["rounds"][-1]["accuracy"] == accuracy_by_hand(student)
+
+
+def test_the_cnn_inside_teaches_an_untrained_resnet_8(data, tmp_path):
+    save_file(cifar10_resnet20(False).state_dict(), tmp_path / "teacher.safetensors")
+    teacher = ["--model", "cifar10_resnet20", "--checkpoint", str(tmp_path / "teacher.safetensors")]
+    how = ["--stopping", "dense", "--iterations", "2", "--samples", "4", "--rounds", "1", "--steps", "1"]
+    out = tmp_path / "out"
+    assert main(["distill", *teacher, *how, "--data", str(data), "--out", str(out), "--quiet"]) == 0
+    record = json.loads((out / "report.json").read_text())
+    assert (record["student"], record["student_untrained"], record["fine_tune"]) == ("cifar10_resnet8", True, True)
+    load_model("cifar10_resnet8", checkpoint=out / "student.safetensors")
 
 
 def test_a_vit_competes_on_sparse_images(data, tmp_path):
