@@ -40,6 +40,7 @@ SMALL = {
     "embedding": "written_out",
     "mlp": "layout",
     "norm": "first_tokens or lie_apart",
+    "patch_entropy": "negative_positions",
     "patches": "strides",
     "pixels": "neither_read",
     "selection": "strides",

@@ -19,6 +19,7 @@ from smi_fast.kernels.dispatch import choice_of, override, padded_head_dim, tabl
 from smi_fast.kernels.embedding import launch_embed_tokens, launch_embed_tokens_backward
 from smi_fast.kernels.mlp import FORMS, launch_bias_gelu, launch_bias_gelu_backward
 from smi_fast.kernels.norm import launch_residual_norm, launch_residual_norm_backward
+from smi_fast.kernels.patch_entropy import launch_patch_entropy, launch_patch_entropy_backward
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
 from smi_fast.kernels.pixels import launch_pixel_step
 from smi_fast.kernels.selection import launch_count_mass, launch_select, launch_select_backward
@@ -229,6 +230,28 @@ def _cross_entropy_backward(row: Row) -> Cases:
         yield recorded(launch_cross_entropy_backward, _empty(), *inputs, "mean")
 
 
+def _patch_entropy_cases(row: Row) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+    """x, positions, cumulative lengths and the length of the longest sequence: for channels of which the row's tile is
+    full or not, with 3 heads, with 16, which are specialised, and without heads. The plainest case comes first."""
+    half = row["up_to"] // 2
+    shapes = ((3, 2 * half), (3, half + 4), (16, 2 * half), (2 * half,), (1, half + 8), (3, half // 2), (3, half - 8))
+    for shape in shapes[:5] if half > 32 else shapes:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32) if shape == shapes[0] else (torch.bfloat16,):
+            yield _empty(376, *shape, dtype=dtype), _integers(376), _integers(9), 47
+
+
+def _patch_entropy(row: Row) -> Cases:
+    for case in _patch_entropy_cases(row):
+        for diagonal in (True, False):
+            yield recorded(launch_patch_entropy, *case, 0.01, 10, diagonal)
+
+
+def _patch_entropy_backward(row: Row) -> Cases:
+    for x, positions, cu_seqlens, longest in _patch_entropy_cases(row):
+        statistics = _empty(376, x.shape[-1]), _empty(376), _empty(10), _empty(8, 10)
+        yield recorded(launch_patch_entropy_backward, _empty(8), x, positions, cu_seqlens, *statistics, longest, 0.01)
+
+
 def _gelu_cases(row: Row) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, str]]:
     """The input, the bias and the form, for widths that allow to read 16 bytes at a time, and for others."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -268,6 +291,8 @@ CASES = {
     "cross_entropy_backward": _cross_entropy_backward,
     "bias_gelu": _bias_gelu,
     "bias_gelu_backward": _bias_gelu_backward,
+    "patch_entropy": _patch_entropy,
+    "patch_entropy_backward": _patch_entropy_backward,
     "prior_sums": _only("pixels.prior_sums", _pixel_step),
     "pixel_step": _only("pixels.pixel_step", _pixel_step),
 }

@@ -36,6 +36,7 @@ from smi_fast.kernels.dispatch import choice_of, override
 from smi_fast.kernels.embedding import launch_embed_tokens, launch_embed_tokens_backward
 from smi_fast.kernels.mlp import launch_bias_gelu, launch_bias_gelu_backward
 from smi_fast.kernels.norm import launch_residual_norm, launch_residual_norm_backward
+from smi_fast.kernels.patch_entropy import launch_patch_entropy, launch_patch_entropy_backward
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
 from smi_fast.kernels.pixels import launch_pixel_step, patch_sites
 from smi_fast.kernels.rows import uniform_lengths
@@ -53,6 +54,7 @@ ACCESSES = {2**31 - 1: 48}  # how many accesses of 16 bytes a row of channels ta
 PATCHES = {192: (3, 8, 8), 256: (1, 16, 16), 640: (3, 14, 14), 768: (3, 16, 16), 2**31 - 1: (3, 32, 32)}
 PIXELS = {2**31 - 1: (3, 16, 16)}
 WIDTHS = {256: 192, 512: 384, 1024: 768, 2048: 1408, 4096: 3072}  # channels of a row that one program computes
+HEAD_DIMS = {64: 64, 128: 128}  # channels of a patch, on average over heads
 HIDDEN = {2**31 - 1: 1536}  # channels between the products of an MLP
 OPERATIONS = {
     "attention_forward": TOKENS,
@@ -69,6 +71,8 @@ OPERATIONS = {
     "embed_tokens_backward": WIDTHS,
     "cross_entropy": WIDTHS,
     "cross_entropy_backward": WIDTHS,
+    "patch_entropy": HEAD_DIMS,
+    "patch_entropy_backward": HEAD_DIMS,
     "bias_gelu": HIDDEN,
     "bias_gelu_backward": HIDDEN,
     "prior_sums": PIXELS,
@@ -100,6 +104,10 @@ def candidates(operation: str, purpose: Row) -> Iterator[Row]:
     if OPERATIONS[operation] is WIDTHS:
         least = max(1, size // 512)  # 16 channels a thread, so that one warp sums up to 512 without waiting for another
         yield from ({"BC": size, "num_warps": num_warps} for num_warps in (least, 2 * least, 4 * least))
+        return
+    if OPERATIONS[operation] is HEAD_DIMS:
+        shapes = ((32, 4), (32, 8), (16, 4), (64, 8))
+        yield from ({"BN": BN, "num_warps": num_warps} for BN, num_warps in shapes if BN * size <= 512 * num_warps)
         return
     if operation.startswith("bias_gelu"):
         yield from ({"BE": BE, "num_warps": num_warps} for BE, num_warps in ((1024, 4), (2048, 4), (2048, 8), (512, 2)))
@@ -305,6 +313,8 @@ def call_of(operation: str, row: Row, device: torch.device) -> Callable[[], obje
         return embedding_call(operation, representative, device)
     if operation.startswith("cross_entropy"):
         return entropy_call(operation, representative, device)
+    if operation.startswith("patch_entropy"):
+        return similarity_call(operation, representative, device)
     if operation.startswith("bias_gelu"):
         return gelu_call(operation, representative, device)
     return pixels_call(representative, device)
@@ -369,6 +379,18 @@ def entropy_call(operation: str, classes: int, device: torch.device) -> Callable
         return partial(launch_cross_entropy, logits, targets, "mean")
     statistics = torch.ones(BATCH, 2, device=device)
     return partial(launch_cross_entropy_backward, torch.ones((), device=device), logits, targets, statistics, "mean")
+
+
+def similarity_call(operation: str, channels: int, device: torch.device) -> Callable[[], object]:
+    """Of images that are thinned to 95 patches, with a class token."""
+    x = torch.randn(BATCH * 96, HEADS, channels, device=device).bfloat16()
+    positions = torch.arange(-1, 95, device=device, dtype=torch.int32).repeat(BATCH)
+    packed = x, positions, uniform_lengths(BATCH, 96, device)
+    call = partial(launch_patch_entropy, *packed, 96, 0.01, 10, True)
+    if operation == "patch_entropy":
+        return call
+    entropies, *statistics = call()
+    return partial(launch_patch_entropy_backward, torch.randn_like(entropies), *packed, *statistics, 96, 0.01)
 
 
 def gelu_call(operation: str, channels: int, device: torch.device) -> Callable[[], object]:

@@ -14,6 +14,7 @@ if __name__ == "smi_fast.kernels":
     from .embedding import embed_tokens
     from .mlp import bias_gelu
     from .norm import residual_norm, residual_norm_of_first
+    from .patch_entropy import patch_entropy
     from .patches import gather_patches, view_cells
     from .pixels import patch_sites, pixel_step
     from .selection import select_tokens
@@ -29,6 +30,7 @@ __all__ = [
     "cross_entropy",
     "embed_tokens",
     "gather_patches",
+    "patch_entropy",
     "patch_sites",
     "pixel_step",
     "residual_norm",

@@ -22,9 +22,11 @@ def _kernels_of_checkout() -> None:
 _kernels_of_checkout()
 
 from smi_fast.backbones.cnn import CNN  # noqa: E402
+from smi_fast.backbones.huggingface import from_huggingface  # noqa: E402
 from smi_fast.backbones.pruning import Drop, Mass, Merge  # noqa: E402
 from smi_fast.backbones.published import SMIAdaptor  # noqa: E402
 from smi_fast.backbones.support import UnsupportedModelError  # noqa: E402
+from smi_fast.backbones.torchvision import from_torchvision  # noqa: E402
 from smi_fast.backbones.vit import AcceleratedViT, accelerate, restore  # noqa: E402
 from smi_fast.data.labelled import accuracy, load_data  # noqa: E402
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip, normalize_patches  # noqa: E402
@@ -32,6 +34,7 @@ from smi_fast.distillation import DistillationResult, Round, distill, transfer_l
 from smi_fast.inversion.competition import competition  # noqa: E402
 from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteError, Stage, Step  # noqa: E402
 from smi_fast.inversion.objectives import Objective, deep_inversion, deep_inversion_cnn  # noqa: E402
+from smi_fast.inversion.psaq import psaq  # noqa: E402
 from smi_fast.inversion.schedule import StoppingSchedule  # noqa: E402
 from smi_fast.inversion.selection import select_patches  # noqa: E402
 from smi_fast.inversion.verifier import Verifier  # noqa: E402
@@ -66,8 +69,11 @@ __all__ = [
     "deep_inversion",
     "deep_inversion_cnn",
     "distill",
+    "from_huggingface",
+    "from_torchvision",
     "load_data",
     "normalize_patches",
+    "psaq",
     "quantize",
     "restore",
     "select_patches",

@@ -46,12 +46,13 @@ from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
 from smi_fast import kernels
+from smi_fast.backbones.readouts import ClassAndMean, CosineLogits
 
 MODELS = (VisionTransformer, VisionTransformerDistilled)
 TIMM_BLOCKS = (Block, DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock)
 TIMM_ATTENTIONS = (Attention, DiffAttention)
 HEAD_NORMS = ("q_norm", "k_norm", "sub_norm")
-POOLS = (AttentionPoolLatent, AttentionPoolPrr)
+POOLS = (AttentionPoolLatent, AttentionPoolPrr, ClassAndMean)
 LINEAR, MLP = (nn.Linear,), (Mlp,)
 DROPS, PATCH_DROPS = (nn.Dropout, nn.Identity), (PatchDropout, nn.Identity)
 NORMS = (nn.Identity, nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm)
@@ -61,9 +62,13 @@ BRANCH = ("norm", "attn", "ls", "drop_path")  # the parts of a branch in a Paral
 TOKENWISE = frozenset(  # modules that process each token by itself
     (nn.Linear, Mlp, GluMlp, SwiGLU, LayerScale, DropPath, nn.Sequential, nn.ModuleList, *DROPS, *NORMS, *ACTIVATIONS)
 )
-PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS, *TIMM_ATTENTIONS, *POOLS}
+PLAIN = TOKENWISE | {*MODELS, PatchEmbed, nn.Conv2d, PatchDropout, *TIMM_BLOCKS, *TIMM_ATTENTIONS, *POOLS, CosineLogits}
 WEIGHTED = (nn.Linear, nn.Conv2d)  # modules whose weights are read
 WEIGHTS = (nn.Parameter, Tensor, FakeTensor, type(None))  # a replica of nn.DataParallel holds its weights as tensors
+CONVERTERS = {  # the beginning of the name of another library's module -> the function that takes its models
+    "transformers.": "from_huggingface",
+    "torchvision.models.vision_transformer": "from_torchvision",
+}
 OWN_MODULES = ("timm.models.vision_transformer", "timm.models.deit", "smi_fast.backbones.vit")
 MODEL_METHODS = ("forward", "forward_features", "_pos_embed", "forward_head", "pool")
 GLOBAL_HOOKS = (
@@ -304,7 +309,9 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{part} is a {type(found).__module__}.{type(found).__name__}, not {known}")
 
     if type(model) not in MODELS:
-        refuse("the model", model, "timm's VisionTransformer or VisionTransformerDistilled")
+        known, owner = "timm's VisionTransformer or VisionTransformerDistilled", type(model).__module__
+        ways = [name for start, name in CONVERTERS.items() if owner.startswith(start)]
+        refuse("the model", model, known + "".join(f", which smi_fast.{name}(model) makes of it" for name in ways))
     if (reason := changed_method(model, "forward")) is not None:
         raise UnsupportedModelError(f"the model{reason}, which nothing can accelerate")
     check_bypassed(model)

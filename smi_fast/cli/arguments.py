@@ -92,7 +92,7 @@ def add_numbers(group: argparse._ActionsContainer, **options: tuple[Callable, fl
 
 def add_model(
     parser: argparse.ArgumentParser,
-    what: str = "name of a timm ViT or DeiT, or of the small ViT that comes with smi-fast",
+    what: str = "name of a timm ViT or DeiT or of the small ViT that comes with smi-fast, or a folder of transformers",
     *,
     role: str = "model",
     default: str = MODEL_INSIDE,

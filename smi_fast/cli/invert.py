@@ -19,6 +19,7 @@ from smi_fast.data.files import write_json
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteError, Step
 from smi_fast.inversion.meter import StageCost, StageMeter, confidences, iteration_flops
+from smi_fast.models.loading import INSIDE
 from smi_fast.seeds import batch_seed
 from smi_fast.studies.pictures import save_grid, save_process
 from smi_fast.studies.plots import save_curve
@@ -67,9 +68,10 @@ def run(args: argparse.Namespace) -> int:
     inversion = invert(inverter, targets.split(args.batch_size), args.seed)
     if not inversion.costs:
         raise KeyboardInterrupt
+    weights = "inside" if args.model in INSIDE else "folder"
     about = {
         "model": args.model,
-        "weights": str(args.checkpoint) if args.checkpoint else "pretrained" if args.pretrained else "inside",
+        "weights": str(args.checkpoint) if args.checkpoint else "pretrained" if args.pretrained else weights,
         "mean": inverter.mean,
         "std": inverter.std,
         "stopping": str(inverter.stopping),
@@ -215,6 +217,8 @@ def parse_classes(text: str, names: Sequence[str]) -> list[int]:
     Raises:
         ValueError: a part of the list is not the name or number of a class.
     """
+    if not names:
+        raise ValueError("--classes: the model has no classes, because it has no classifier")
     if text.strip() in ("all", "first ten"):
         return list(range(len(names)))[: 10 if text.strip() == "first ten" else None]
     classes: list[int] = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smi_fast.backbones.base import Backbone
+from smi_fast.backbones.cnn import CNN
 from smi_fast.backbones.conversion import as_backbone
 from smi_fast.backbones.pruning import Mass
 from smi_fast.inversion.checks import (
@@ -23,7 +24,7 @@ from smi_fast.inversion.checks import (
     check_weights,
 )
 from smi_fast.inversion.loop import Loop
-from smi_fast.inversion.objectives import Loss, Objective, as_loss, deep_inversion, features_of
+from smi_fast.inversion.objectives import Loss, Objective, as_loss, deep_inversion, deep_inversion_cnn, features_of
 from smi_fast.inversion.priors import ImagePrior, PixelLoss
 from smi_fast.inversion.progress import Bar
 from smi_fast.inversion.result import InversionResult, NonFiniteError, Step, finished
@@ -47,14 +48,15 @@ class Inverter:
     and keep their pixels for good.
 
     Args:
-        model: a timm model that `accelerate` takes, an `AcceleratedViT`, or another `Backbone`. While `run` runs, it is
-            in evaluation mode and its weights are frozen. Both are restored afterwards.
+        model: a timm model that `accelerate` takes, an `AcceleratedViT`, a CNN with BatchNorm2d (timm's, torchvision's
+            or another), or another `Backbone`. While `run` runs, it is in evaluation mode and its weights are frozen.
+            Both are restored afterwards.
         stopping: when patches are stopped: a `StoppingSchedule`, a `RebirthSchedule`, a mapping such as {50: 0.3}, or a
             text that `StoppingSchedule.parse` reads. "paper" is the paper's schedule, scaled to the number of
             iterations. None: the paper's schedule without scaling, {50: 0.3, 100: 0.3, 200: 0.3, 300: 0.3}, or no
             stopping if the model sees an image as a single patch, as CNNs do.
         objective: the loss of the model's outputs: `deep_inversion(...)`, a function of (logits, images, targets), or
-            an `Objective`.
+            an `Objective`. None: `deep_inversion()`, or `deep_inversion_cnn()` for a CNN.
         prior: the loss of the pixels: an `ImagePrior`, or a function of (images, kept) with images (B, C, H, W) in the
             model's normalised space and kept (B, 1, H, W) bool, the pixels that are still inverted. None: the
             objective's own prior, such as that of `deep_inversion`, if it has one.
@@ -134,7 +136,9 @@ class Inverter:
         if stopping is None:
             stopping = StoppingSchedule.dense() if self.grid.num_patches == 1 else StoppingSchedule.paper()
         self.stopping = as_schedule(stopping, iterations)
-        self._minimise(deep_inversion() if objective is None else objective)
+        if objective is None:
+            objective = deep_inversion_cnn() if isinstance(self.backbone, CNN) else deep_inversion()
+        self._minimise(objective)
         self.prior = getattr(self.objective, "prior", None) if prior is None else prior
         if not (self.prior is None or isinstance(self.prior, ImagePrior) or callable(self.prior)):
             raise TypeError(f"a prior is an ImagePrior or a function of (images, kept), got {self.prior!r}")

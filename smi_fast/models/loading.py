@@ -1,5 +1,5 @@
-"""Models by their names: load_model() with weights from this package, from a download or from a file, and
-untrained_model() with random weights."""
+"""Models by their names: load_model() with weights from this package, from a download, from a file or from a folder
+that transformers has written; untrained_model() with random weights."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torchvision import models as torchvisions
 
 from smi_fast.backbones.base import class_names
 from smi_fast.backbones.conversion import as_backbone
+from smi_fast.backbones.huggingface import from_huggingface
 from smi_fast.data.files import first_line
 from smi_fast.models import CNN_INSIDE, MODEL_INSIDE, STUDENT_INSIDE, cifar10_resnet20, cifar10_student, cifar10_vit
 
@@ -41,7 +42,7 @@ def load_model(
 
     Args:
         name: `cifar10_vit`, `cifar10_student` or `cifar10_resnet20`, which come with the package, a name that timm
-            knows, or one such as `torchvision/resnet18`.
+            knows, one such as `torchvision/resnet18`, or a folder with a config.json that `from_huggingface` takes.
         pretrained: whether to download timm's or torchvision's weights for the model.
         checkpoint: a safetensors file or a torch file with the weights. A torch file is read with weights_only. The
             model gets as many classes as the weights have.
@@ -54,6 +55,8 @@ def load_model(
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"give either {options[0]} or {options[1]}, not both")
+    if (Path(name) / "config.json").is_file():
+        return _from_folder(name, given=options[0] if pretrained else options[1] if checkpoint is not None else None)
     _check_name(name)
     if checkpoint is not None:
         return _from_checkpoint(name, Path(checkpoint))
@@ -101,6 +104,15 @@ def untrained_model(name: str, teacher: nn.Module, seed: int = 0) -> nn.Module:
         "std": backbone.std, "num_classes": backbone.num_classes, "label_names": tuple(class_names(teacher)),
     }  # fmt: skip
     return model.eval()
+
+
+def _from_folder(folder: str, given: str | None) -> nn.Module:
+    if given is not None:
+        raise ValueError(f"the folder {folder} holds its weights: leave {given} out")
+    try:
+        return from_huggingface(folder).eval()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_name(name: str) -> None:

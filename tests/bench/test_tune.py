@@ -123,6 +123,7 @@ def test_without_a_usable_candidate_nothing_is_entered(tune, monkeypatch):
     "select_tokens", "select_tokens_backward", "gather_patches", "gather_patches_backward", "pixel_step",
     "residual_norm", "residual_norm_backward", "bias_gelu", "bias_gelu_backward",
     "embed_tokens", "embed_tokens_backward", "cross_entropy", "cross_entropy_backward",
+    "patch_entropy", "patch_entropy_backward",
 ])  # fmt: skip
 def test_timed_calls_run_and_give_the_shapes_of_the_operation(operation, tune, monkeypatch, seed):
     for name, value in (("BATCH", 2), ("HEADS", 1), ("CHANNELS", 16)):
@@ -151,6 +152,8 @@ def test_timed_calls_run_and_give_the_shapes_of_the_operation(operation, tune, m
         "embed_tokens_backward": (2 * 46, 20),
         "cross_entropy": (),
         "cross_entropy_backward": (2, 20),
+        "patch_entropy": (2,),
+        "patch_entropy_backward": (2 * 96, 1, 20),
     }
     assert main.shape == expected[operation]
 

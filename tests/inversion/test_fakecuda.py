@@ -113,6 +113,16 @@ def test_nothing_waits_for_the_device_within_a_stage(play):
                 assert not [event for event in iteration if event.kind == "wait"], number
 
 
+def test_psaq_is_replayed_too_and_waits_for_nothing_within_a_stage(play):
+    _, events = play("patches_that_differ")
+    check_replays(events)
+    for number, iteration in enumerate(iterations_of(events), start=1):
+        if number not in STOPS and not any(event.capture for event in iteration):
+            assert not [event for event in iteration if event.kind == "wait"], number
+    names = {event.name for event in events if event.capture}
+    assert {f"_{name}_kernel" for name in ("unit", "range", "sum", "entropy", "backward")} <= names
+
+
 def test_memory_stays_flat_over_stages_and_runs(play):
     found, _ = play("memory")
     first, *others = found["reserved"]

@@ -22,6 +22,7 @@ MODULES = [
     "embedding",
     "mlp",
     "norm",
+    "patch_entropy",
     "patches",
     "pixels",
     "selection",

@@ -13,6 +13,7 @@ from smi_fast.kernels import (
     cross_entropy,
     embed_tokens,
     gather_patches,
+    patch_entropy,
     residual_norm,
     residual_norm_of_first,
     select_tokens,
@@ -88,6 +89,14 @@ def classify(x, backend):
     return cross_entropy(x, torch.tensor([3, 0, 1], device=x.device), backend=backend)[None]
 
 
+def compare_patches(x, backend):
+    """Beside an image of opposite patches. Its similarities are the batch's bounds, which are detached."""
+    x = torch.cat((x.new_tensor([1, -1, 1])[:, None, None].expand(3, *x.shape[1:]), x))
+    positions = torch.tensor([0, 1, 2, -1, 0, 1, 2], dtype=torch.int32, device=x.device)
+    cu_seqlens = cu_seqlens_of([3, 4], x.device)
+    return patch_entropy(x, positions, cu_seqlens, 4, bandwidth=0.5, points=5, backend=backend)[1:]
+
+
 def activate(x, backend):
     bias = torch.linspace(-1, 1, x.shape[-1], device=x.device).to(x.dtype)
     return bias_gelu(x, bias, approximate="tanh", backend=backend)
@@ -105,6 +114,7 @@ SHAPES = {
     add_and_normalise_first: (2, 2, 3, 4),
     embed: (5, 4),
     classify: (3, 4),
+    compare_patches: (4, 2, 4),
     activate: (3, 4),
 }
 
@@ -137,6 +147,12 @@ def naive(operation, x: Tensor) -> Tensor:
         prefix, first, *others = torch.linspace(-1, 2, 28, device=x.device).to(x.dtype).view(7, 4)
         tokens = x + torch.stack([others[cell] for cell in (4, 0, 2, 1, 3)])
         return torch.cat([(prefix + first)[None], tokens[:2], (prefix + first)[None], tokens[2:]])
+    if operation is compare_patches:
+        a = x[1:].mean(1)
+        n = a / a.square().sum(1, keepdim=True).sqrt()
+        at = torch.linspace(-1, 1, 5, dtype=x.dtype, device=x.device)
+        q = (-2 * ((n @ n.T)[..., None] - at) ** 2).exp().mean((0, 1)) / (torch.pi / 2) ** 0.5 + 1e-4
+        return torch.trapezoid(-q * q.log(), at)[None]
     if operation is activate:
         z = x + torch.linspace(-1, 1, x.shape[-1], device=x.device).to(x.dtype)
         return z * torch.sigmoid((8 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))

@@ -18,6 +18,7 @@ from smi_fast.kernels.dispatch import choice_of, override, table
 from smi_fast.kernels.embedding import launch_embed_tokens, launch_embed_tokens_backward
 from smi_fast.kernels.mlp import launch_bias_gelu, launch_bias_gelu_backward
 from smi_fast.kernels.norm import launch_residual_norm, launch_residual_norm_backward
+from smi_fast.kernels.patch_entropy import launch_patch_entropy, launch_patch_entropy_backward
 from smi_fast.kernels.patches import launch_gather_patches, launch_gather_patches_backward
 from smi_fast.kernels.pixels import launch_pixel_step
 from smi_fast.kernels.selection import launch_count_mass, launch_select, launch_select_backward
@@ -59,6 +60,10 @@ def attend(n: int) -> None:
         q, kv = out[: len(lengths)].contiguous(), qkv[:, 1:].contiguous()
         _, _, statistics = launch_class_attention(q, kv, cu_seqlens, LONGEST, scale)
         launch_class_attention_backward(q, q, kv, statistics, cu_seqlens, LONGEST, scale)
+        # How many blocks the longest sequence has does not count either.
+        positions, longest = torch.zeros(n, dtype=torch.int32), max(lengths)
+        entropies, *statistics = launch_patch_entropy(out, positions, cu_seqlens, longest, 0.01, 10, True)
+        launch_patch_entropy_backward(entropies, out, positions, cu_seqlens, *statistics, longest, 0.01)
 
 
 def select(n: int) -> None:

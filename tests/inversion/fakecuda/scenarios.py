@@ -19,7 +19,7 @@ from torch import nn
 from triton.runtime.jit import JITFunction
 
 import smi_fast
-from smi_fast import Inverter
+from smi_fast import Inverter, psaq
 from smi_fast.models import cifar10_vit
 
 runtime = ctypes.CDLL(os.environ["FAKECUDA_RUNTIME"])
@@ -66,6 +66,11 @@ def stages(device: torch.device) -> dict:
     student = small_model().to(device)
     student.pretrained_cfg = student.pretrained_cfg | {"mean": (0.5, 0.4, 0.3)}
     run(small_model().to(device), objective=smi_fast.competition(smi_fast.deep_inversion(), student))
+    return {}
+
+
+def patches_that_differ(device: torch.device) -> dict:
+    run(small_model().to(device), objective=psaq())
     return {}
 
 
@@ -127,7 +132,10 @@ if __name__ == "__main__":
     scenario, log, name = sys.argv[1:]
     warnings.simplefilter("error", UserWarning)  # that iterations run without a graph is one
     runtime.fake_log(log.encode())
-    scenarios = {function.__name__: function for function in (stages, memory, failed_capture, threads, nodes)}
+    scenarios = {
+        function.__name__: function
+        for function in (stages, patches_that_differ, memory, failed_capture, threads, nodes)
+    }
     found = scenarios[scenario](torch.device(name))
     runtime.fake_log(None)
     print(json.dumps(found), flush=True)

@@ -1,0 +1,105 @@
+"""Reading a folder that transformers' save_pretrained has written: a model, and how its images are preprocessed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from smi_fast.backbones.support import UnsupportedModelError
+
+RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by PIL's numbers
+
+
+def read_folder(folder: Path, known: Collection[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a model of one of the `known` classes, and what timm's data config says of its preprocessing. Nothing is
+    downloaded, and only safetensors are read.
+
+    Raises:
+        UnsupportedModelError: the model is of another class, or its images do not lie in [0, 1].
+        ValueError: a file is missing or damaged, or lacks weights.
+        ImportError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("reading a folder needs transformers: pip install smi-fast[transformers]") from error
+    kind = next(iter(_json(folder / "config.json").get("architectures") or ()), None)
+    if kind not in known or not hasattr(transformers, kind):
+        names = ", ".join(name for name in known if hasattr(transformers, name))
+        raise UnsupportedModelError(f"the architecture in {folder / 'config.json'} is {kind!r}, not one of {names}")
+    try:
+        with _quiet(transformers.utils.logging):
+            model, found = getattr(transformers, kind).from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, torch_dtype="auto", output_loading_info=True
+            )
+    except Exception as error:  # transformers and safetensors raise many types of errors
+        raise ValueError(f"{folder} cannot be read: {' '.join(str(error).split())}") from error
+    missing, other = set(found["missing_keys"]), sorted(map(str, found["mismatched_keys"]))
+    without_pooler = sorted(name for name in missing if not name.startswith("pooler."))
+    if without_pooler or other:
+        raise ValueError(f"{folder} cannot be read: {(without_pooler + other)[0]} is missing or has another shape")
+    if missing:  # DINO's ViT, say, was trained without a pooler, and transformers makes up a random one
+        model.pooler = None
+    path = folder / "preprocessor_config.json"
+    return model, preprocessing(_json(path)) if path.is_file() else {}
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Let transformers log no more than errors, and draw no progress bars."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+def preprocessing(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what a preprocessor_config.json says in the words of timm's data config, and the `crop_size` (H, W).
+
+    Raises:
+        UnsupportedModelError: images do not lie in [0, 1] before they are normalised.
+    """
+    rescale, factor = given.get("do_rescale", True), given.get("rescale_factor", 1 / 255)
+    if not rescale or abs(factor * 255 - 1) > 1e-6:
+        raise UnsupportedModelError(
+            f"do_rescale is {rescale} and rescale_factor is {factor}, so images lie not in [0, 1] before normalisation"
+        )
+    found: dict[str, Any] = {}
+    if not given.get("do_normalize", True):
+        found |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    else:
+        found |= {name: given[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in given}
+    if given.get("resample") in range(len(RESAMPLING)):
+        found["interpolation"] = RESAMPLING[given["resample"]]
+    size, crop = given.get("size"), given.get("crop_size")
+    if crop is not None and given.get("do_center_crop", True):
+        found["crop_size"] = _height_and_width(crop)
+        edge = size.get("shortest_edge") if isinstance(size, dict) else size
+        return found | ({"crop_pct": found["crop_size"][0] / edge} if edge else {})
+    if isinstance(size, int) or (isinstance(size, dict) and "height" in size):
+        found |= {"crop_size": _height_and_width(size), "crop_mode": "squash", "crop_pct": 1.0}
+    return found
+
+
+def _height_and_width(size: int | dict[str, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
