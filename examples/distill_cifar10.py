@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from smi_fast import InvertedDataset, Inverter, Round, deep_inversion_cnn, distill, load_data
@@ -48,6 +49,11 @@ ARMS = {  # arguments of `distill`
 }
 # Yin et al., CVPR 2020, the settings for CIFAR-10. The paper takes 2000 iterations for a batch.
 OBJECTIVE = {"batch_norm": 10.0, "first_batch_norm": 1.0, "tv_l2": 2.5e-5, "l2": 0.0}
+
+
+def wrapped(model: nn.Module, args: argparse.Namespace) -> CNN:
+    """Return a model in the dtype of the run, and in the layout that a CPU prefers for networks of few channels."""
+    return CNN(model, getattr(torch, args.dtype), channels_last=True)
 
 
 def inverter(teacher: CNN, args: argparse.Namespace) -> Inverter:
@@ -91,7 +97,7 @@ def agreement(student: CNN, teacher: CNN, batches: Batches) -> float:
 
 def run_arm(arm: str, teacher: CNN, args: argparse.Namespace, train: Batches, test: Batches) -> dict:
     """Teach a student with the images of an arm, and write its files."""
-    student = CNN(untrained_model(args.student, teacher.model, args.seed), getattr(torch, args.dtype))
+    student = wrapped(untrained_model(args.student, teacher.model, args.seed), args)
     stored = arm in ("noise", "real")
     source = {"dataset": dataset(arm, teacher, args)} if stored else {"inverter": inverter(teacher, args)}
     started, agreed = time.perf_counter(), []
@@ -110,14 +116,9 @@ def run_arm(arm: str, teacher: CNN, args: argparse.Namespace, train: Batches, te
     if result.interrupted:
         raise KeyboardInterrupt
     last = result.batches[-1]
-    images = torch.stack(
-        [InvertedDataset.collate([last[i]])[0].values.view(3, 32, 32) for i in range(min(40, len(last)))]
-    )
-    save_grid(images, args.out / f"{arm}.png", 10)
-    save_file(
-        {name: value.contiguous() for name, value in student.model.state_dict().items()},
-        args.out / f"{arm}.safetensors",
-    )
+    images = torch.stack([last[number][0] for number in range(min(40, len(last)))])  # each is one patch
+    save_grid(images.view(-1, 3, *teacher.image_size), args.out / f"{arm}.png", 10)
+    save_file(student.model.state_dict(), args.out / f"{arm}.safetensors")
     rounds = [asdict(r) | {"agreement": a} for r, a in zip(result.history, agreed, strict=True)]
     return {"arm": arm, "rounds": rounds, "seconds": time.perf_counter() - started}
 
@@ -147,7 +148,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=0.1, help="of the student")
     parser.add_argument("--inversion-lr", type=float, default=0.1)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     arms = args.arms.split(",")
@@ -155,7 +156,7 @@ def main() -> None:
         raise SystemExit(f"--arms: {args.arms} names others than {', '.join(ARMS)}")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    teacher = CNN(load_model(args.model), getattr(torch, args.dtype))
+    teacher = wrapped(load_model(args.model), args)
     data = load_data(args.data, split="train", model=teacher.model)
     train = in_memory(Subset(data, range(0, len(data), 25)))
     test = in_memory(load_data(args.data, split="test", model=teacher.model))
