@@ -30,10 +30,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from smi_fast import InvertedDataset, Inverter, Round, deep_inversion_cnn, distill, load_data
+from smi_fast import InvertedDataset, Round, distill, load_data
 from smi_fast.backbones.cnn import CNN
 from smi_fast.data.files import write_json
 from smi_fast.data.labelled import accuracy
+from smi_fast.inversion.presets import CIFAR10_CNN, InversionSettings
 from smi_fast.models.loading import load_model, untrained_model
 from smi_fast.studies.pictures import save_grid
 from smi_fast.studies.plots import save_accuracy
@@ -47,8 +48,6 @@ ARMS = {  # arguments of `distill`
     "adaptive_exact": {"adaptive": 10.0, "js": "exact"},
     "real": {},
 }
-# Yin et al., CVPR 2020, the settings for CIFAR-10. The paper takes 2000 iterations for a batch.
-OBJECTIVE = {"batch_norm": 10.0, "first_batch_norm": 1.0, "tv_l2": 2.5e-5, "l2": 0.0}
 
 
 def wrapped(model: nn.Module, args: argparse.Namespace) -> CNN:
@@ -56,19 +55,9 @@ def wrapped(model: nn.Module, args: argparse.Namespace) -> CNN:
     return CNN(model, getattr(torch, args.dtype), channels_last=True)
 
 
-def inverter(teacher: CNN, args: argparse.Namespace) -> Inverter:
-    return Inverter(
-        teacher,
-        objective=deep_inversion_cnn(**OBJECTIVE),
-        stopping="dense",
-        iterations=args.iterations,
-        lr=args.inversion_lr,
-        betas=(0.9, 0.999),
-        jitter=2,
-        flip=0.0,
-        clamp=False,
-        progress=False,
-    )
+def inversion(args: argparse.Namespace) -> InversionSettings:
+    given = {"iterations": args.iterations, "lr": args.inversion_lr, "batch_norm": args.batch_norm}
+    return CIFAR10_CNN.replaced(given)
 
 
 def dataset(arm: str, teacher: CNN, args: argparse.Namespace) -> InvertedDataset:
@@ -98,8 +87,10 @@ def agreement(student: CNN, teacher: CNN, batches: Batches) -> float:
 def run_arm(arm: str, teacher: CNN, args: argparse.Namespace, train: Batches, test: Batches) -> dict:
     """Teach a student with the images of an arm, and write its files."""
     student = wrapped(untrained_model(args.student, teacher.model, args.seed), args)
-    stored = arm in ("noise", "real")
-    source = {"dataset": dataset(arm, teacher, args)} if stored else {"inverter": inverter(teacher, args)}
+    if arm in ("noise", "real"):
+        source = {"dataset": dataset(arm, teacher, args)}
+    else:
+        source = {"inverter": inversion(args).inverter(teacher, progress=False)}
     started, agreed = time.perf_counter(), []
 
     def tell(finished: Round, images: torch.utils.data.Dataset) -> None:
@@ -148,6 +139,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=0.1, help="of the student")
     parser.add_argument("--inversion-lr", type=float, default=0.1)
+    parser.add_argument("--batch-norm", type=float, default=10.0, help="weight of the statistics of BatchNorm")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -162,8 +154,8 @@ def main() -> None:
     test = in_memory(load_data(args.data, split="test", model=teacher.model))
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "arms")}
     about = {
-        "settings": settings | {"objective": OBJECTIVE}, "device": device_name(teacher.device), "versions": versions(),
-        "teacher_accuracy": accuracy(teacher, test, progress=False),
+        "settings": settings, "inversion": inversion(args).record(), "device": device_name(teacher.device),
+        "versions": versions(), "teacher_accuracy": accuracy(teacher, test, progress=False),
     }  # fmt: skip
     found = {}
     for arm in arms:

@@ -118,8 +118,8 @@ def from_huggingface(
     without a pooler gives its normalised class token. A model without a classifier has `num_classes` 0. With
     `text_embeddings` CLIP and SigLIP become zero-shot classifiers, whose logits are those of `logits_per_image`.
 
-    Weights are copied and keep their device and dtype; hooks and dropout are not. The result is in the mode, training or
-    evaluation, of the model. `accelerate` and `Inverter` take it like any other model of timm.
+    Weights are copied and keep their device and dtype; hooks and dropout are not. The result is in the mode of the
+    model, training or evaluation. `accelerate` and `Inverter` take it like any other model of timm.
 
     Args:
         model_or_folder: a ViTModel, ViTForImageClassification, DeiTModel, DeiTForImageClassification,

@@ -16,7 +16,10 @@ from torch.utils.data import DataLoader, Subset
 
 from smi_fast.data.files import first_line
 from smi_fast.data.labelled import accuracy, load_data
-from smi_fast.inversion.presets import DEMO, PAPER, InversionSettings, settings_of
+from smi_fast.inversion.presets import DEMO, OBJECTIVES, PAPER, InversionSettings, settings_of
+from smi_fast.inversion.priors import NORMS
+from smi_fast.inversion.schedule import WarmupCosine
+from smi_fast.inversion.until import Until
 from smi_fast.models import MODEL_INSIDE
 from smi_fast.models.loading import load_model
 from smi_fast.seeds import check_seed
@@ -95,7 +98,7 @@ def add_model(
     what: str = "name of a timm ViT or DeiT or of the small ViT that comes with smi-fast, or a folder of transformers",
     *,
     role: str = "model",
-    default: str = MODEL_INSIDE,
+    default: str | None = MODEL_INSIDE,
 ) -> argparse._ArgumentGroup:
     """Add --model, --pretrained and --checkpoint, or --ROLE, --ROLE-pretrained and --ROLE-checkpoint."""
     group, prefix = parser.add_argument_group(role), "" if role == "model" else f"{role}-"
@@ -122,34 +125,57 @@ INVERSION = {  # setting -> the type of its option, and what the help says about
     "iterations": (count, "number of iterations of an inversion"),
     "lr": (finite, "learning rate of the pixels"),
     "tv_l2": (finite, "weight of the total variation prior, which smooths the images"),
+    "tv_l1": (finite, "weight of the total variation of absolute differences, for CNNs"),
     "l2": (finite, "weight of the l2 prior, which keeps pixels near the mean"),
+    "batch_norm": (finite, "weight of the distance to the statistics of BatchNorm, for CNNs"),
+    "until": (finite, "end as soon as the model gives the targets this probability, in several checks in a row"),
+    "checks": (count, f"number of these checks in a row (default: {Until.checks})"),
+    "every": (count, f"number of iterations between two checks (default: {Until.every})"),
 }
+OPTIONS = {"every": "check-every"}  # the names of options that are not those of their settings
+LR_SCHEDULES = {"constant": None, "cosine": WarmupCosine()}
 
 
 def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
     """Add the settings of an inversion. `lr` is the name of the option for its learning rate."""
+    what = "what is minimised; it also decides the defaults below (default: deep_inversion for a ViT, else _cnn)"
+    group.add_argument("--objective", choices=OBJECTIVES, help=what)
     for field, (kind, what) in INVERSION.items():
-        option = lr if field == "lr" else f"--{field.replace('_', '-')}"
-        paper, demo = getattr(PAPER, field), getattr(DEMO, field)
-        what += f" (default: {paper:g}" + (")" if demo == paper else f", for {MODEL_INSIDE} {demo:g})")
+        option = lr if field == "lr" else f"--{OPTIONS.get(field, field).replace('_', '-')}"
+        if field in ("iterations", "lr"):
+            paper, demo = getattr(PAPER, field), getattr(DEMO, field)
+            what += f" (default: {paper:g} for a ViT, {demo:g} for {MODEL_INSIDE})"
         group.add_argument(option, dest=f"inversion_{field}", type=kind, metavar="N", help=what)
+    what = "how the learning rate changes: not at all, or by a warm-up and a cosine"
+    group.add_argument("--lr-schedule", dest="inversion_lr_schedule", choices=LR_SCHEDULES, help=what)
+    what = 'norms of the priors run over the "batch" (default), or over each "image", so that none depends on others'
+    group.add_argument("--norm", dest="inversion_norm", choices=NORMS, help=what)
     what = (
         "when patches stop: ITERATION:FRACTION or ITERATION:mass=SHARE, such as 50:0.3,100:mass=0.9; paper for the "
-        "published schedule, scaled to the number of iterations; or dense to stop none (default: paper)"
+        "published schedule, scaled to the number of iterations; rebirth=V for V disjoint sparse images of each "
+        "target; or dense to stop none (default: paper for deep_inversion, else dense)"
     )
     group.add_argument("--stopping", dest="inversion_stopping", metavar="SCHEDULE", help=what)
 
 
-def inversion_settings(args: argparse.Namespace) -> InversionSettings:
+def inversion_settings(args: argparse.Namespace, model: nn.Module) -> InversionSettings:
     """Return the settings for the command's model, replaced by those options of `add_inversion` that were given."""
-    settings = replace(settings_of(args.model), **given_inversion(args))
+    given = given_inversion(args)
+    checks = {name: given.pop(name) for name in ("checks", "every") if name in given}
+    if "until" in given:
+        given["until"] = Until(given["until"], **checks)
+    elif checks:
+        raise ValueError(f"--{OPTIONS.get(*[next(iter(checks))] * 2)} is a setting of the end that --until asks for")
+    if "lr_schedule" in given:
+        given["lr_schedule"] = LR_SCHEDULES[given["lr_schedule"]]
+    settings = settings_of(args.model, model, args.objective).replaced(given)
     return replace(settings, stopping=settings.schedule)  # a schedule that cannot be read is refused here
 
 
 def given_inversion(args: argparse.Namespace) -> dict:
     """Return the options of `add_inversion` that were given, by the names of the settings."""
-    values = {field: getattr(args, f"inversion_{field}") for field in (*INVERSION, "stopping")}
-    return {field: value for field, value in values.items() if value is not None}
+    values = {name: getattr(args, f"inversion_{name}") for name in (*INVERSION, "lr_schedule", "norm", "stopping")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def add_data(

@@ -69,9 +69,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    results, inversion = Results(args, FILES), arguments.inversion_settings(args)
-    teacher = arguments.model_of(args)
-    student = student_of(args, teacher)
+    results, teacher = Results(args, FILES), arguments.model_of(args)
+    inversion, student = arguments.inversion_settings(args, teacher), student_of(args, teacher)
     linear_probing = not (args.fine_tune or args.student_untrained or isinstance(as_backbone(student), CNN))
     source = image_source(args, teacher, inversion)
     test = arguments.load_test_images(args, student)
@@ -127,9 +126,9 @@ def image_source(args: argparse.Namespace, teacher: nn.Module, inversion: Invers
         arguments.check_memory("--samples", args.samples or 1, (len(inverter.mean), *inverter.image_size))
         competing = {} if args.adaptive is None else {"adaptive": args.adaptive, "js": args.js or "published"}
         return {"inverter": inverter, **competing}
-    given = [*arguments.given_inversion(args), *([] if args.adaptive is None else ["adaptive"])]
-    for name in given:
-        option = "inversion-lr" if name == "lr" else name.replace("_", "-")
+    given = [name for name in ("objective", "adaptive") if getattr(args, name) is not None]
+    for name in (*given, *arguments.given_inversion(args)):
+        option = "inversion-lr" if name == "lr" else arguments.OPTIONS.get(name, name).replace("_", "-")
         raise ValueError(f"--{option} is a setting of an inversion, but the images of --dataset are inverted already")
     dataset = InvertedDataset.load(args.dataset)
     dataset.verify()

@@ -19,6 +19,7 @@ from smi_fast.data.files import write_json
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteError, Step
 from smi_fast.inversion.meter import StageCost, StageMeter, confidences, iteration_flops
+from smi_fast.inversion.state import Stage
 from smi_fast.models.loading import INSIDE
 from smi_fast.seeds import batch_seed
 from smi_fast.studies.pictures import save_grid, save_process
@@ -45,6 +46,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     loop = parser.add_argument_group("inversion")
     arguments.add_inversion(loop)
     arguments.add_numbers(loop, seed=(arguments.seed, 0, "seed for the initial noise and the views"))
+    what = "another model, which classifies the images now and then; its accuracy is reported"
+    arguments.add_model(parser, what, role="verifier", default=None)
     machine = arguments.add_device(parser)
     what = "dtype of the matrix products (default: bfloat16 on a GPU that has it in hardware, otherwise float32)"
     machine.add_argument("--dtype", choices=DTYPES, help=what)
@@ -54,18 +57,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    results, settings = Results(args, FILES), arguments.inversion_settings(args)
-    model = arguments.model_of(args)
+    results, model = Results(args, FILES), arguments.model_of(args)
+    settings = arguments.inversion_settings(args, model)
     names = class_names(model)
     classes = parse_classes(args.classes, names)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    inverter = settings.inverter(model, dtype=dtype, backend=args.backend, progress=not args.quiet)
+    verifier = None if args.verifier is None else arguments.model_of(args, "verifier")
+    inverter = settings.inverter(model, dtype=dtype, backend=args.backend, verifier=verifier, progress=not args.quiet)
     count, shape = len(classes) * args.images_per_class, (len(inverter.mean), *inverter.image_size)
     arguments.check_memory("--images-per-class", count, shape)
     targets = torch.tensor(classes).repeat_interleave(args.images_per_class)
     print(f"inverting {count} images of {len(classes)} classes with {args.model} on {device_name(args.device)}")
 
-    inversion = invert(inverter, targets.split(args.batch_size), args.seed)
+    inversion = invert(inverter, targets, args.batch_size, args.seed)
     if not inversion.costs:
         raise KeyboardInterrupt
     weights = "inside" if args.model in INSIDE else "folder"
@@ -104,20 +108,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def invert(inverter: Inverter, batches: Sequence[Tensor], seed: int) -> Inversion:
-    """Invert batches of targets one after the other, until one is interrupted or its attention is not finite."""
-    meter = StageMeter(inverter.backbone.device)
-    inversion = Inversion(inverter, snapshots=Snapshots(batches[0]))
+def invert(inverter: Inverter, targets: Tensor, batch_size: int, seed: int) -> Inversion:
+    """Invert batches of targets one after the other, until one is interrupted or its attention is not finite. Images
+    that can leave one by one go through the places of one batch."""
+    meter, batches = StageMeter(inverter.backbone.device), targets.split(batch_size)
+    inversion = Inversion(inverter, snapshots=Snapshots(batches[0], inverter.stages))
+    streams = inverter.until is not None and getattr(inverter.objective, "norm", None) == "image"
     started = time.perf_counter()
-    for number, targets in enumerate(batches):
+    for number, batch in enumerate([targets] if streams else batches):
         callbacks = [meter] if number else [meter, inversion.snapshots]
+        options = {
+            "seed": batch_seed(seed, number),
+            "callback": lambda step, to=callbacks: [callback(step) for callback in to],
+        }
         try:
             with meter.batch():
-                result = inverter.run(
-                    targets,
-                    seed=batch_seed(seed, number),
-                    callback=lambda step, to=callbacks: [callback(step) for callback in to],
-                )
+                result = inverter.stream(batch, batch_size, **options) if streams else inverter.run(batch, **options)
         except NonFiniteError as error:
             inversion.error, result = error, error.result
         inversion.batches.append(result)
@@ -131,18 +137,25 @@ def invert(inverter: Inverter, batches: Sequence[Tensor], seed: int) -> Inversio
 
 
 class Snapshots:
-    """A callback that keeps the first image of each class at the end of each stage, for up to ten classes."""
+    """A callback that keeps the first image of each class, for up to ten classes, at the end of each stage. If no patch
+    stops, it does so at four moments of the run."""
 
-    def __init__(self, targets: Tensor):
+    def __init__(self, targets: Tensor, stages: Sequence[Stage]):
+        end = stages[-1].end
+        self.moments = {stage.end for stage in stages} | ({end // 20, end // 4, end // 2} if len(stages) < 3 else set())
+        self.count, self.is_sparse = len(targets), stages[0].patches != 1
         first_of_class = {int(target): number for number, target in reversed(list(enumerate(targets)))}
         self.rows = torch.tensor(sorted(first_of_class.values())[:MAX_COLUMNS])
         self.images: list[Tensor] = []
         self.titles: list[str] = []
 
     def __call__(self, step: Step) -> None:
-        if step.iteration + 1 == step.stage.end:
-            self.images.append(step.images().cpu()[self.rows])
-            self.titles.append(f"iteration {step.stage.end} · {step.stage.patches:.4g} patches")
+        done = step.iteration + 1
+        if done in self.moments:
+            self.moments.remove(done)
+            going_on = step.images()[-self.count :]  # without those that were released before
+            self.images.append(going_on.cpu()[self.rows])
+            self.titles.append(f"iteration {done}" + f" · {step.stage.patches:.4g} patches" * self.is_sparse)
 
 
 @dataclass
@@ -177,7 +190,10 @@ class Inversion:
                 for t, p, c in zip(self.targets, predicted, confidence, strict=True)
             ],
             "loss": self.batches[0].losses.tolist(),
+            "iterations": [int(count) for batch in self.batches for count in batch.iterations],
+            "verified": [list(batch.verified) for batch in self.batches],
             "seconds": self.seconds,
+            "images_per_hour": len(self.targets) / self.seconds * 3600,
             "stages": stage_records(self.costs),
         }
 
@@ -195,7 +211,8 @@ class Inversion:
         results.write("grid.png", lambda path: save_grid(grid, path, columns, labels))
         if self.snapshots.images:
             results.write("process.png", lambda path: save_process(self.snapshots.images, path, self.snapshots.titles))
-        tokens = [stage.tokens for stage in first.history for _ in range(stage.start, stage.end)]
+        tokens = [stage.tokens for stage in first.history for _ in range(stage.start, stage.end)][: len(first.losses)]
+        tokens += tokens[-1:] * (len(first.losses) - len(tokens))
         if tokens:
             results.write("curve.png", lambda path: save_curve(first.losses.tolist(), tokens, path))
 
@@ -204,11 +221,13 @@ def _summary(report: dict) -> str:
     images = report["images"]
     right = sum(image["predicted"] == image["target"] for image in images)
     least = min(image["confidence"] for image in images)
-    return (
+    text = (
         f"From its kept patches alone, the model classifies {right} of {len(images)} images as their target, with a "
         f"confidence of {report['mean_confidence']:.3f} on average and at least {least:.3f}. "
-        f"The inversion took {report['seconds']:.1f} s."
+        f"The inversion took {report['seconds']:.1f} s, which is {report['images_per_hour']:.0f} images per hour."
     )
+    checked = [records[-1][1] for records in report["verified"] if records]
+    return text + (f" The verifier classifies {sum(checked) / len(checked):.1%} as their target." if checked else "")
 
 
 def parse_classes(text: str, names: Sequence[str]) -> list[int]:

@@ -76,6 +76,8 @@ class StageMeter:
             self._end_stage()
 
     def __call__(self, step: Step) -> None:
+        if self._stage is not None and self._stage.start != step.stage.start:  # images of a stream begin anew
+            self._end_stage()
         self._moments.append(self._now())
         self._stage = step.stage
         if step.iteration + 1 == step.stage.end:

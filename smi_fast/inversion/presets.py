@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
-from torch import nn
+import torch
+from timm.data import resolve_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from smi_fast.inversion.inverter import Inverter
-from smi_fast.inversion.objectives import deep_inversion
-from smi_fast.inversion.schedule import StoppingSchedule, as_schedule
+from smi_fast.inversion.objectives import Objective, deep_inversion, deep_inversion_cnn
+from smi_fast.inversion.psaq import psaq
+from smi_fast.inversion.schedule import LearningRate, RebirthSchedule, StoppingSchedule, WarmupCosine, as_schedule
+from smi_fast.inversion.until import Until
+from smi_fast.inversion.views import Views
 from smi_fast.models import MODEL_INSIDE
+
+SMALL = 64  # images of fewer pixels a side have the settings for CIFAR-10
+PSAQ_JITTER = (15, 30)  # pixels, in the first and in the second half of the iterations
+
+
+def psaq_views(iterations: int, generator: torch.Generator) -> Tensor:
+    """Draw the views of PSAQ-ViT's published code: the same shift along both axes, of up to 15 pixels in the first half
+    of the iterations and up to 30 in the second one, and a mirror with probability 1/2. (iterations, 3) int32."""
+    limits = torch.full((iterations,), PSAQ_JITTER[0])
+    limits[iterations // 2 :] = PSAQ_JITTER[1]
+    shifts = torch.floor(torch.rand(iterations, generator=generator) * (2 * limits + 1)) - limits
+    flips = torch.rand(iterations, generator=generator) < 0.5
+    return torch.stack((shifts, shifts, flips), 1).int()
 
 
 @dataclass(frozen=True)
 class InversionSettings:
     """The settings of an inversion. The defaults are those of Sparse Model Inversion (Hu et al., ICML 2024)."""
 
+    objective: Objective = field(default_factory=deep_inversion)
     iterations: int = 4000
     lr: float = 0.25  # Adam's step size, in normalised pixel space
     betas: tuple[float, float] = (0.5, 0.99)  # of Adam
-    tv_l2: float = 1e-4  # weight of the total variation prior
-    l2: float = 0.0  # weight of the l2 prior
-    norm: str = "batch"  # the norms of the priors run over the "batch", as published, or over each "image"
-    jitter: float = 1 / 8  # largest shift of a view, as a share of the image's side
+    lr_schedule: LearningRate | None = None  # factors of the step size
+    jitter: float | int = 1 / 8  # largest shift of a view, as a share of the image's side or in pixels
     flip: float = 0.5  # probability that a view is mirrored
-    stopping: StoppingSchedule | str = "paper"  # when patches stop, as `Inverter` takes it
+    views: Views | None = None  # draws the views instead
+    pooling: Mapping[int, int] = field(default_factory=dict)  # from which iterations the model sees smaller images
+    clamp: bool = True  # whether pixels stay in the range of real images
+    stopping: StoppingSchedule | RebirthSchedule | str = "paper"  # when patches stop, as `Inverter` takes it
+    until: Until | float | None = None  # when an image is finished before the last iteration
 
     @property
     def schedule(self) -> StoppingSchedule:
@@ -33,28 +57,94 @@ class InversionSettings:
 
     def inverter(self, model: nn.Module, **options) -> Inverter:
         """Make an `Inverter` of the model with these settings. `options` are further arguments of `Inverter`."""
-        return Inverter(
-            model,
-            stopping=self.schedule,
-            objective=deep_inversion(self.tv_l2, self.l2, self.norm),
-            iterations=self.iterations,
-            lr=self.lr,
-            betas=self.betas,
-            jitter=self.jitter,
-            flip=self.flip,
-            **options,
-        )
+        own = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        return Inverter(model, **own | {"stopping": self.schedule} | options)
+
+    def replaced(self, values: Mapping[str, Any]) -> InversionSettings:
+        """Return the settings with other values, by the names of settings of the run or of its objective. If the number
+        of iterations changes, the iterations at which the resolution changes are scaled with it.
+
+        Raises:
+            ValueError: neither has a setting of this name, or a value is out of range.
+        """
+        own, of_objective = {setting.name for setting in fields(self)}, {}
+        for name in set(values) - own:
+            if name not in {setting.name for setting in fields(self.objective)}:
+                raise ValueError(f"the objective {type(self.objective).__name__} has no setting {name}")
+            of_objective[name] = values[name]
+        settings = replace(self, **{name: value for name, value in values.items() if name in own})
+        scale = settings.iterations / self.iterations
+        if scale != 1 and "pooling" not in values:
+            starts = {round(start * scale): factor for start, factor in self.pooling.items()}
+            settings = replace(settings, pooling={at: f for at, f in starts.items() if at < settings.iterations})
+        return replace(settings, objective=replace(self.objective, **of_objective)) if of_objective else settings
 
     def record(self) -> dict:
         """Return the settings for a report, as values that JSON can hold."""
-        return asdict(self) | {"betas": list(self.betas), "stopping": str(self.schedule)}
+        return {setting.name: _recorded(getattr(self, setting.name)) for setting in fields(self)} | {
+            "stopping": str(self.schedule)
+        }
+
+
+def _recorded(value: Any) -> Any:
+    if is_dataclass(value):
+        return {"name": type(value).__name__} | {name: _recorded(part) for name, part in asdict(value).items()}
+    if isinstance(value, Mapping):
+        return {str(key): _recorded(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return getattr(value, "__name__", str(value)) if callable(value) else value
 
 
 PAPER = InversionSettings()
 # A small model of small images becomes sure of its targets sooner, and needs a stronger prior and smaller steps.
-DEMO = InversionSettings(iterations=600, lr=0.1, tv_l2=1e-3)
+DEMO = InversionSettings(deep_inversion(tv_l2=1e-3), iterations=600, lr=0.1)
+# DeepInversion (Yin et al., CVPR 2020): the published command for ImageNet, and the paper's settings for CIFAR-10.
+IMAGENET_CNN = InversionSettings(
+    deep_inversion_cnn(),
+    iterations=3000,
+    betas=(0.5, 0.9),
+    lr_schedule=WarmupCosine(100),
+    jitter=30,
+    pooling={0: 2, 2000: 1},
+    stopping="dense",
+)
+CIFAR10_CNN = InversionSettings(
+    deep_inversion_cnn(batch_norm=10.0, first_batch_norm=1.0, tv_l2=2.5e-5, l2=0.0, l2_norm="batch"),
+    iterations=2000,
+    lr=0.05,
+    betas=(0.9, 0.999),
+    jitter=2,
+    flip=0.0,
+    clamp=False,
+    stopping="dense",
+)
+# PSAQ-ViT (Li et al., ECCV 2022), its published code. The learning rate begins anew in the second half, Adam does not.
+PSAQ = InversionSettings(
+    psaq(), iterations=1000, lr=0.2, betas=(0.5, 0.9), lr_schedule=WarmupCosine(100, 500), views=psaq_views,
+    stopping="dense",
+)  # fmt: skip
+OBJECTIVES = ("deep_inversion", "deep_inversion_cnn", "psaq")
 
 
-def settings_of(model: str) -> InversionSettings:
-    """Return the settings for a model's name: the demo's for the model in this package, the paper's for any other."""
-    return DEMO if model == MODEL_INSIDE else PAPER
+def settings_of(name: str, model: nn.Module, objective: str | None = None) -> InversionSettings:
+    """Return the settings of a method for a model.
+
+    Args:
+        name: the model's name. The ViT in this package has the settings of the demo.
+        model: the model. A CNN for images of fewer than 64 pixels a side has the settings for CIFAR-10.
+        objective: one of OBJECTIVES. None: "deep_inversion" for a ViT, "deep_inversion_cnn" for any other model.
+
+    Raises:
+        ValueError: the objective is unknown.
+    """
+    if objective is None:
+        objective = "deep_inversion" if isinstance(model, VisionTransformer) else "deep_inversion_cnn"
+    if objective == "deep_inversion":
+        return DEMO if name == MODEL_INSIDE else PAPER
+    if objective == "psaq":
+        return PSAQ
+    if objective != "deep_inversion_cnn":
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    small = min(resolve_data_config(model=model)["input_size"][1:]) < SMALL
+    return CIFAR10_CNN if small else IMAGENET_CNN

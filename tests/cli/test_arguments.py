@@ -1,9 +1,28 @@
 """Options become the same settings in every command that inverts."""
 
+from dataclasses import replace
+
 import pytest
+import timm
 
 from smi_fast.cli import main
-from smi_fast.models import cifar10_vit
+from smi_fast.inversion.objectives import deep_inversion, deep_inversion_cnn
+from smi_fast.inversion.presets import CIFAR10_CNN, DEMO, IMAGENET_CNN, PSAQ
+from smi_fast.inversion.schedule import RebirthSchedule, WarmupCosine
+from smi_fast.inversion.until import Until
+from smi_fast.models import cifar10_resnet20, cifar10_vit
+
+EARLY = replace(DEMO, objective=deep_inversion(1e-3, norm="image"), until=Until(0.8, 2, 7))
+REBIRTH = replace(DEMO, stopping=RebirthSchedule(4), lr_schedule=WarmupCosine())
+WEIGHTED = replace(
+    CIFAR10_CNN, objective=deep_inversion_cnn(3.0, 1.0, tv_l1=0.5, tv_l2=2.5e-5, l2=0.0, l2_norm="batch")
+)
+SHORT = replace(IMAGENET_CNN, iterations=30, pooling={0: 2, 20: 1})
+
+
+def timm_resnet(pretrained):
+    return timm.create_model("resnet18", pretrained=pretrained)
+
 
 PUBLISHED, SCALED = "50:0.3,100:0.3,200:0.3,300:0.3", "8:0.3,15:0.3,30:0.3,45:0.3"
 
@@ -24,7 +43,9 @@ def test_settings_are_the_models_or_those_given(command, arguments, expected, mo
     made = []
 
     def inverter(settings, model, **options):
-        made.append((settings.iterations, settings.lr, settings.tv_l2, settings.l2, str(settings.schedule)))
+        made.append(
+            (settings.iterations, settings.lr, settings.objective.tv_l2, settings.objective.l2, str(settings.schedule))
+        )
         raise KeyboardInterrupt
 
     monkeypatch.setattr("smi_fast.inversion.presets.InversionSettings.inverter", inverter)
@@ -33,3 +54,47 @@ def test_settings_are_the_models_or_those_given(command, arguments, expected, mo
     arguments = [lr if argument == "--LR" else argument for argument in arguments]
     assert main([command, *arguments, *data, "--out", str(tmp_path / "out")]) == 130
     assert made == [expected]
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "expected"),
+    [
+        (cifar10_vit, ["--objective", "psaq"], PSAQ),
+        (cifar10_vit, ["--norm", "image", "--until", "0.8", "--checks", "2", "--check-every", "7"], EARLY),
+        (cifar10_vit, ["--stopping", "rebirth=4", "--lr-schedule", "cosine"], REBIRTH),
+        (cifar10_resnet20, [], CIFAR10_CNN),
+        (cifar10_resnet20, ["--batch-norm", "3", "--tv-l1", "0.5"], WEIGHTED),
+        (timm_resnet, ["--iterations", "30"], SHORT),
+    ],
+    ids=["psaq", "until", "rebirth", "small CNN", "weights", "CNN"],
+)
+def test_a_method_has_its_own_settings(model, arguments, expected, monkeypatch, tmp_path):
+    made = []
+
+    def inverter(settings, model, **options):
+        made.append(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smi_fast.inversion.presets.InversionSettings.inverter", inverter)
+    monkeypatch.setattr("smi_fast.cli.arguments.model_of", lambda *args: model(pretrained=False))
+    assert main(["invert", *arguments, "--out", str(tmp_path / "out")]) == 130
+    assert made == [replace(expected, stopping=expected.schedule)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--objective", "psaq", "--l2", "1"], "the objective psaq has no setting l2"),
+        (["--check-every", "3"], "--check-every is a setting of the end that --until asks for"),
+        (["--until", "1.5"], "must lie in (0, 1), got 1.5"),
+        (["--stopping", "rebirth=65"], "64 patches cannot be released in 65 parts"),
+        (["--stopping", "rebirth=1"], "at least 2 parts"),
+        (["--batch-norm", "1"], "the objective deep_inversion has no setting batch_norm"),
+        (["--objective", "deep_inversion_cnn"], "'batch_norm'"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence(arguments, message, capsys, tmp_path):
+    assert main(["invert", *arguments, "--quiet", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

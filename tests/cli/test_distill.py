@@ -48,8 +48,10 @@ def test_the_report_records_the_inversion_unless_images_are_stored(data, inverte
     assert main(["distill", "--iterations", "3", "--tv-l2", "0.5", *how, "--out", str(tmp_path / "fresh")]) == 0
     assert main(["distill", "--dataset", str(inverted), *how, "--out", str(tmp_path / "stored")]) == 0
     fresh, stored = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("fresh", "stored"))
-    expected = {"iterations": 3, "lr": 0.1, "tv_l2": 0.5, "l2": 0.0, "stopping": "1:0.3,2:0.3"}
+    expected = {"iterations": 3, "lr": 0.1, "stopping": "1:0.3,2:0.3", "adaptive": None}
     assert fresh["inversion"] | expected == fresh["inversion"]
+    objective = {"name": "deep_inversion", "tv_l2": 0.5, "l2": 0.0, "norm": "batch"}
+    assert fresh["inversion"]["objective"] == objective
     assert fresh["images"] == "inverted, stopping 1:0.3,2:0.3, 3 iterations"
     assert "inversion" not in stored
     assert stored["images"] == str(inverted)
@@ -129,6 +131,8 @@ def test_a_damaged_dataset_is_found_before_anything_is_written(student, data, in
         ),
         (["--adaptive", "-1"], "weight must be at least 0 and finite, got -1"),
         (["--dataset", "INVERTED", "--adaptive", "10"], "--adaptive is a setting of an inversion"),
+        (["--dataset", "INVERTED", "--objective", "psaq"], "--objective is a setting of an inversion"),
+        (["--dataset", "INVERTED", "--until", "0.9", "--check-every", "5"], "--until is a setting of an inversion"),
         (["--js", "exact"], "--js is a setting of the competition"),
         (["--student-untrained", "--student-pretrained"], "either --student-untrained or --student-pretrained"),
         (["--student", "resnet_of_none", "--student-untrained"], "has no model 'resnet_of_none'"),
