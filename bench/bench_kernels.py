@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from duel import OURS, Round
+from smi_fast.kernels.patch_entropy import patch_entropy_reference
 from smi_fast.kernels.pixels import patch_sites, pixel_step_reference
 from smi_fast.kernels.rows import padding, sequence_of_tokens
 from torch import Tensor
@@ -899,3 +900,47 @@ def test_cross_entropy_forward(case, device, enter):
 def test_cross_entropy_forward_backward(case, device, enter):
     rounds, facts = partial(entropy_rounds, case, device, backward=True), case.facts(backward=True)
     enter("cross-entropy, forward and backward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])
+
+
+def similarity_rounds(case: Tokens, device: torch.device, backward: bool) -> dict[str, Callable | str]:
+    """Attention outputs (T, H, D), each sequence with its class token -> entropies (B,)."""
+    sequences = case.sequences(device)
+    cu_seqlens, longest, tokens = sequences.cu_seqlens, sequences.longest, sequences.tokens
+    first = torch.arange(tokens, device=device) == cu_seqlens[sequence_of_tokens(cu_seqlens, tokens)]
+    positions = torch.where(first, -1, 0).int()
+    inputs = ((case.randn(tokens, device=device) + torch.randn(case.head_dim, device=device)).to(case.dtype),)
+    grads = (torch.ones(case.batch, device=device),) if backward else None
+
+    def ours(x: Tensor) -> Tensor:
+        return kernels.patch_entropy(x, positions, cu_seqlens, longest)
+
+    def plain(x: Tensor) -> Tensor:
+        return patch_entropy_reference(x, positions, cu_seqlens, longest, 0.01, 10, True)
+
+    return elementwise_rounds(ours, plain, inputs, grads)
+
+
+def facts_of_similarities(case: Tokens, backward: bool) -> dict[str, float]:
+    """x is read, and backward read again and its gradient written. Each unordered pair of tokens has a product of D
+    channels, in the backward pass once more and two for the gradient."""
+    pairs = sum(length**2 for length in case.lengths) / 2
+    facts = case.facts(rows=3 if backward else 1, products=1)
+    return facts | {"floor_flops": 2 * pairs * case.head_dim * (4 if backward else 1)}
+
+
+SIMILARITIES = {
+    "cpu": [Tokens(8, 197, 3, dtype=torch.float32), Tokens(8, 47, 3, dtype=torch.float32)],
+    "cuda": [Tokens(b, n, h) for h in (3, 12) for b in (32, 128) for n in (47, 197)],
+}
+
+
+@pytest.mark.contest(contestants=ELEMENTWISE, **SIMILARITIES)
+def test_patch_entropy_forward(case, device, enter):
+    rounds, facts = partial(similarity_rounds, case, device, backward=False), facts_of_similarities(case, False)
+    enter("patch entropy, forward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])
+
+
+@pytest.mark.contest(contestants=ELEMENTWISE, **SIMILARITIES)
+def test_patch_entropy_forward_backward(case, device, enter):
+    rounds, facts = partial(similarity_rounds, case, device, backward=True), facts_of_similarities(case, True)
+    enter("patch entropy, forward and backward", rounds, facts=facts, tolerance=TOLERANCE[case.dtype])

@@ -676,18 +676,18 @@ const char* prior_squares(double* sums, const float* images, const int32_t* site
 }
 
 // `scales` (5,) or (B, 5) are weight / norm of each sum, `corrections` (2,) or (B, 2) the step size and the factor of
-// sqrt(v) in Adam; strides of 0 share them. `scales` is null without a prior.
+// sqrt(v) in Adam; strides of 0 share them. `scales` is null without a prior. `grad` has the rows of the `seen` patches.
 const char* pixel_step(float* next_images, float* exp_avg, float* exp_avg_sq, const float* images, void* grad,
                        int64_t type,
                 const float* pixel_grad, const int32_t* sites, const float* lowest, const float* highest,
                 const int32_t* inverse, const int64_t* views, int64_t view_stride, const float* scales,
                 int64_t scales_stride, const float* corrections, int64_t corrections_stride, float weight1,
-                float beta2, float weight2, float eps, int64_t count, int64_t batch, int64_t channels, int64_t rows,
-                int64_t columns, int64_t ph, int64_t pw, int64_t threads) {
+                float beta2, float weight2, float eps, int64_t seen, int64_t count, int64_t batch, int64_t channels,
+                int64_t rows, int64_t columns, int64_t ph, int64_t pw, int64_t threads) {
   const Grid g{channels, rows, columns, ph, pw};
   if (const char* wrong = check_sites(sites, count, batch, g)) return wrong;
   if (views != nullptr)
-    if (const char* wrong = check_inverse(inverse, batch * rows * columns, count)) return wrong;
+    if (const char* wrong = check_inverse(inverse, batch * rows * columns, seen)) return wrong;
   const Rows grads{static_cast<char*>(grad), Type(type), g.elements()};
   const int64_t plane = g.height() * g.width(), area = ph * pw, bordered = (ph + 2) * (pw + 2);
 #pragma omp parallel for num_threads(threads)

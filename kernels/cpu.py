@@ -42,7 +42,7 @@ ARGUMENTS = {
     "attention_backward": "rrprpiiiif",
     "gather_patches": "rpppppp" + 8 * "i",
     "prior_squares": "ppp" + 7 * "i",
-    "pixel_step": "pppprppppppipipi" + "ffff" + 7 * "i",
+    "pixel_step": "pppprppppppipipi" + "ffff" + 8 * "i",
 }
 CTYPES = {
     "r": (ctypes.c_void_p, ctypes.c_int64),

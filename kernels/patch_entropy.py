@@ -264,13 +264,14 @@ def _unit_kernel(unit, inverse, x, cu_seqlens, blocks, heads, D: tl.constexpr, B
     """
     start, length, block = locate(cu_seqlens, blocks)
     tokens = block.to(tl.int32) * BN + tl.arange(0, BN)  # [BN]
-    mean = tl.zeros([BN, BD], tl.float32)  # [BN, BD]
+    total = tl.zeros([BN, BD], tl.float32)  # [BN, BD], heads times the mean, which has the same direction
+    x += start * heads * D
     for head in range(heads):
-        mean += load_rows(x + (start * heads + head) * D, tokens, length, heads * D, D, BD).to(tl.float32)
-    mean = tl.div_rn(mean, 1.0 * heads)
-    norm = tl.maximum(tl.sqrt_rn(tl.sum(mean * mean, 1)), 1e-8)  # [BN]
-    store_rows(unit + start * D, tl.div_rn(mean, norm[:, None]), tokens, length, D, D, BD)
-    tl.store(inverse + start + tokens, 1 / norm, mask=tokens < length)
+        total += load_rows(x + head * D, tokens, length, heads * D, D, BD).to(tl.float32)
+    norm = tl.sqrt(tl.sum(total * total, 1))  # [BN]
+    least = 1e-8 * heads
+    store_rows(unit + start * D, total / tl.maximum(norm, least)[:, None], tokens, length, D, D, BD)
+    tl.store(inverse + start + tokens, tl.where(norm > least, heads / norm, 1e8), mask=tokens < length)
 
 
 @jit(do_not_specialize=["blocks"])
@@ -462,8 +463,9 @@ def _backward_kernel(
     reciprocal = tl.load(inverse + start + m, mask=m < length, other=0.0)  # [BN]
     along = tl.where(reciprocal < 1e8, tl.sum(acc * rows, 1), 0.0)  # [BN], 0 where the norm is the least one
     acc = (acc - rows * along[:, None]) * (reciprocal * factor * tl.load(grad + image).to(tl.float32))[:, None]
+    grad_x += start * heads * D
     for head in range(heads):
-        store_rows(grad_x + (start * heads + head) * D, acc, m, length, heads * D, D, BD)
+        store_rows(grad_x + head * D, acc, m, length, heads * D, D, BD)
 
 
 def launch_patch_entropy(

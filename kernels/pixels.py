@@ -107,7 +107,8 @@ def pixel_step(
             element is a count that all images share.
         images: (B, C, H, W) float32, contiguous; not written. Pixels of stopped patches are not read.
         grad: (T, C * ph * pw) or (T, C, ph, pw) of any floating dtype, the gradient of the model's loss. Without a view
-            it belongs to the kept patches; with a view, to the patches that `gather_patches` saw through it.
+            it belongs to the kept patches; with a view, to the patches that `gather_patches` saw through it, which may
+            be fewer than those that take the step.
         sites: (T, 4), made by `patch_sites`.
         lowest, highest: (C,), the range of each channel.
         inverse: (B, rows, columns) int32, made by `gather_patches`; needed with a view, and only then.
@@ -203,8 +204,10 @@ def _check_gradients(images, grad, sites, inverse, view, pixel_grad, patch_size)
     batch, channels, height, width = images.shape
     ph, pw = patch_size
     shapes = (len(sites), channels * ph * pw), (len(sites), channels, ph, pw)
-    if grad.shape not in shapes or not grad.is_floating_point():
-        raise ValueError(f"grad is {tuple(grad.shape)} {grad.dtype}, not floats {shapes[0]} or {shapes[1]}")
+    seen = (sites if view is None else grad).shape[:1]
+    flat, square = ((*seen, *shape[1:]) for shape in shapes)
+    if grad.shape not in (flat, square) or not grad.is_floating_point():
+        raise ValueError(f"grad is {tuple(grad.shape)} {grad.dtype}, not floats {flat} or {square}")
     if pixel_grad is not None and (pixel_grad.shape not in shapes or pixel_grad.dtype != images.dtype):
         found, wanted = f"{tuple(pixel_grad.shape)} {pixel_grad.dtype}", f"{shapes[0]} or {shapes[1]} {images.dtype}"
         raise ValueError(f"pixel_grad is {found}, not {wanted}")
@@ -305,7 +308,7 @@ def pixel_step_in_cpp(
         "pixel_step", next_images, exp_avg, exp_avg_sq, images, grad.contiguous(),
         None if pixel_grad is None else pixel_grad.contiguous(), sites, lowest, highest,
         None if inverse is None else inverse.contiguous(), *cpu_view(view), scales, SUMS if norm == "image" else 0,
-        corrections, 2 if len(corrections) > 1 else 0, 1 - beta1, beta2, 1 - beta2, eps, *shape,
+        corrections, 2 if len(corrections) > 1 else 0, 1 - beta1, beta2, 1 - beta2, eps, len(grad), *shape,
     )  # fmt: skip
     torch.autograd.graph.increment_version([x for x in (next_images, exp_avg, exp_avg_sq) if not x.is_inference()])
     return prior

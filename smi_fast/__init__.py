@@ -35,8 +35,9 @@ from smi_fast.inversion.competition import competition  # noqa: E402
 from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteError, Stage, Step  # noqa: E402
 from smi_fast.inversion.objectives import Objective, deep_inversion, deep_inversion_cnn  # noqa: E402
 from smi_fast.inversion.psaq import psaq  # noqa: E402
-from smi_fast.inversion.schedule import StoppingSchedule  # noqa: E402
+from smi_fast.inversion.schedule import RebirthSchedule, Release, StoppingSchedule, WarmupCosine  # noqa: E402
 from smi_fast.inversion.selection import select_patches  # noqa: E402
+from smi_fast.inversion.until import Until  # noqa: E402
 from smi_fast.inversion.verifier import Verifier  # noqa: E402
 from smi_fast.packed import PackedTokens  # noqa: E402
 from smi_fast.quantization import QuantizedViT, quantize  # noqa: E402
@@ -56,13 +57,17 @@ __all__ = [
     "PackedTokens",
     "QuantizedViT",
     "RandomHorizontalFlip",
+    "RebirthSchedule",
+    "Release",
     "Round",
     "SMIAdaptor",
     "Stage",
     "Step",
     "StoppingSchedule",
     "UnsupportedModelError",
+    "Until",
     "Verifier",
+    "WarmupCosine",
     "accelerate",
     "accuracy",
     "competition",

@@ -43,4 +43,4 @@ def as_backbone(
     except UnsupportedModelError as error:
         if isinstance(model, VisionTransformer):
             raise
-        raise UnsupportedModelError(f"{error}, and it has no BatchNorm2d, as a CNN would have") from None
+        raise UnsupportedModelError(f"{error}; nor is it a CNN with BatchNorm2d") from None

@@ -118,7 +118,7 @@ def from_huggingface(
     without a pooler gives its normalised class token. A model without a classifier has `num_classes` 0. With
     `text_embeddings` CLIP and SigLIP become zero-shot classifiers, whose logits are those of `logits_per_image`.
 
-    Weights are copied and keep their device and dtype; hooks and dropout are not. The result is in the mode of the
+    Weights are copied and keep their device and dtype; hooks and dropout are left out. The result is in the mode of the
     model, training or evaluation. `accelerate` and `Inverter` take it like any other model of timm.
 
     Args:
@@ -136,7 +136,7 @@ def from_huggingface(
             which transformers ignores, do not belong to it: a SigLIP for 384 pixels and patches of 14 takes 378.
         mean, std: the normalisation of images, one number per channel. None: the folder's, otherwise that with which
             the first models of the family were published.
-        class_names: None: those of the model's config, if it has any.
+        class_names: the names of the classes. None: those of the model's config, if it has any, and numbers for texts.
 
     Raises:
         UnsupportedModelError: timm's VisionTransformer cannot compute the same. The message names the part.
@@ -164,6 +164,7 @@ def from_huggingface(
     _add_head(fast, model, tower)
     if text_embeddings is not None:
         _classify_by_texts(fast, model, text_embeddings, temperature)
+        class_names = [str(number) for number in range(len(text_embeddings))] if class_names is None else class_names
     elif temperature is not None:
         raise ValueError(f"temperature {temperature} needs text_embeddings")
     elif class_names is None:

@@ -133,6 +133,7 @@ def invert(inverter: Inverter, targets: Tensor, batch_size: int, seed: int) -> I
     inversion.costs = list(meter.costs.values())
     for cost in inversion.costs:
         cost.flops = iteration_flops(inverter, cost.stage, len(batches[0]))
+        cost.flops_paper = iteration_flops(inverter, cost.stage, len(batches[0]), flops="paper")
     return inversion
 
 

@@ -160,14 +160,16 @@ def _check_soft_labels(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def check_weights(models: Sequence[Backbone]) -> None:
-    """Check that all weights of the inverted model and of those that its objective runs are finite.
+    """Check that all weights of the inverted model and of those that its objective runs are finite, and all buffers
+    such as the statistics of BatchNorm.
 
     Raises:
         ValueError: a weight is not. The message names it.
     """
     for number, model in enumerate(models):
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        counts = torch.stack([parameter.detach().isfinite().logical_not().sum() for parameter in parameters]).tolist()
+        weights = [*model.named_parameters(), *model.named_buffers()]
+        names, tensors = zip(*[(name, x) for name, x in weights if x.is_floating_point()], strict=True)
+        counts = torch.stack([tensor.detach().isfinite().logical_not().sum() for tensor in tensors]).tolist()
         for name, count in zip(names, counts, strict=True):
             if count:
                 whose = f"the objective's {type(model).__name__}'s" if number else "the model's"

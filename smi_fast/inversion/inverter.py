@@ -27,6 +27,7 @@ from smi_fast.inversion.loop import Loop
 from smi_fast.inversion.objectives import Loss, Objective, as_loss, deep_inversion, deep_inversion_cnn, features_of
 from smi_fast.inversion.priors import ImagePrior, PixelLoss
 from smi_fast.inversion.progress import Bar
+from smi_fast.inversion.published import check_published
 from smi_fast.inversion.result import InversionResult, NonFiniteError, Step, finished
 from smi_fast.inversion.schedule import LearningRate, RebirthSchedule, Stop, StoppingSchedule, as_schedule
 from smi_fast.inversion.selection import Scores, check_strategy
@@ -72,6 +73,7 @@ class Inverter:
             integer, in either direction.
         flip: the probability that a view is mirrored.
         view_per_image: draw a view for each image, instead of one for the batch as the published code does.
+        published: do what the published code does where it differs from the paper. `InversionSettings` lists it.
         views: a function of (iterations, generator) that returns the views (dy, dx, flip), (iterations, 3) integers. It
             takes the place of `jitter` and `flip`.
         pooling: maps iterations to factors: from there on, the model sees means of squares of so many pixels a side, as
@@ -114,6 +116,7 @@ class Inverter:
         jitter: float | int = 1 / 8,
         flip: float = 0.5,
         view_per_image: bool = False,
+        published: bool = False,
         views: Views | None = None,
         pooling: Mapping[int, int] | None = None,
         clamp: bool = True,
@@ -145,12 +148,15 @@ class Inverter:
         self.select, self.until = check_strategy(select), as_until(until)
         if select == "lowest" and any(isinstance(stop, Mass) for stop in self.stopping.stops.values()):
             raise ValueError('select="lowest" cannot keep a mass of attention: the schedule has to hold fractions')
+        self.published = published
+        if published:
+            check_published(self.stopping, select)
         self.iterations, self.lr, self.betas, self.lr_schedule = iterations, lr, betas, lr_schedule
         self.jitter, self.flip = check_jitter(jitter, self.image_size), flip
         self.view_per_image, self.views = view_per_image, views
         self.pooling = check_pooling(pooling, self.grid, iterations)
         self.clamp, self.graphs, self.progress, self.compile = clamp, graphs, progress, compile
-        self.verifier = None if verifier is None else as_backbone(verifier, image_size=self.image_size)
+        self.verifier = None if verifier is None else as_backbone(verifier)
         self.verify_every = verify_every
         self.stages = self._plan()
 
@@ -258,9 +264,13 @@ class Inverter:
                                 tell(step)
                         bar.advance(step.stage, step.loss)
                         if self._ends(loop, current):
+                            if verifier is not None:
+                                verifier.record(step)
                             break
                 except KeyboardInterrupt:
                     interrupted = True
+            if self.published and self.stopping.stops and current.iteration == self.iterations:
+                loop.choose_anew(current)
             return finished(current, interrupted, verifier.records if verifier else ())
 
     def _verifier(self) -> Verifier | None:
@@ -269,7 +279,8 @@ class Inverter:
     def _ends(self, loop: Loop, current: InversionState) -> bool:
         """Return whether the model is sure of all images, which is checked now and then after the last stopping."""
         until = self.until
-        if until is None or current.iteration <= self.stages[-1].start or current.iteration % until.every:
+        settled = current.iteration - self.stages[-1].start
+        if until is None or settled <= 0 or settled % until.every:
             return False
         current.confident = loop.check(current)
         return min(current.confident) >= until.checks

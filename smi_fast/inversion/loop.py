@@ -21,6 +21,7 @@ from smi_fast.grid import PatchGrid
 from smi_fast.inversion.graphs import Replayed, free_memory, has_graphs, side_stream
 from smi_fast.inversion.objectives import as_loss, deep_inversion
 from smi_fast.inversion.priors import ImagePrior
+from smi_fast.inversion.published import chosen_anew, importance_of_all
 from smi_fast.inversion.result import NonFiniteError, Step, result_of
 from smi_fast.inversion.schedule import Stop
 from smi_fast.inversion.selection import scores
@@ -77,11 +78,13 @@ class Loop:
         return state
 
     def _state(self, images: Tensor, targets: Tensor, views: Tensor, seed: int) -> InversionState:
-        settings = self.settings
+        settings, views = self.settings, views.to(self.device, copy=True)
+        for stop in settings.stopping.stops:  # the iteration that measures attention and the one that stops patches
+            views[stop - 1 : stop + 1] = 0
         return InversionState(
             images.to(self.device),
             targets.to(self.device),
-            views.to(self.device),
+            views,
             self.grid,
             mean=settings.mean,
             std=settings.std,
@@ -89,6 +92,7 @@ class Loop:
             iterations=settings.iterations,
             seed=seed,
             scales_loss=self.backbone.compute_dtype == torch.float16,
+            all_move=settings.published,
             settings=self._record(),
         )
 
@@ -104,6 +108,7 @@ class Loop:
             "jitter": settings.jitter,
             "flip": float(settings.flip),
             "view_per_image": bool(settings.view_per_image),
+            "published": bool(settings.published),
             "pooling": {str(iteration): factor for iteration, factor in settings.pooling.items()},
             "clamp": bool(settings.clamp),
             "image_size": list(settings.image_size),
@@ -129,7 +134,7 @@ class Loop:
                     replayed = None
                     free_memory(self.device)
                 if measures or iteration in stops:
-                    current.importance = step(current.current, plain=True, measures=measures)
+                    current.importance = step(current.current, measures=measures)
                 else:
                     replayed(current.current)
                 current.advance()
@@ -153,8 +158,7 @@ class Loop:
 
     def _stop(self, current: InversionState, stop: Stop) -> None:
         """Choose the patches that go on by the importance that the iteration before has measured."""
-        if current.importance.isfinite().logical_not().any():
-            raise NonFiniteError(current.iteration, result_of(current))
+        _check_finite(current.importance, current)
         chosen = scores(
             self.settings.select,
             current.importance,
@@ -164,6 +168,13 @@ class Loop:
             iteration=current.iteration,
         )
         current.stop(chosen, stop, self.backbone.backend)
+
+    def choose_anew(self, current: InversionState) -> None:
+        """Choose the patches of finished images as the published code does."""
+        patches, importance = importance_of_all(current.whole_results(), self.grid, self.backbone)
+        _check_finite(importance, current)
+        prefix = self.backbone.num_prefix_tokens
+        current.keep = chosen_anew(patches, importance, self.settings.stopping, prefix)
 
     def _rates(self, stage: Stage) -> float | Tensor:
         """Return the learning rate in a stage: a number, or (steps,) for Adam's steps since its last restart."""
@@ -179,11 +190,11 @@ class Loop:
                 raise ValueError(f"lr_schedule gives {factor} in step {step}, expected a finite number from 0 on")
         return torch.tensor([lr * factor for factor in factors], device=self.device)
 
-    def step(self, current: InversionState, number: int, plain: bool = False, measures: bool = False) -> Tensor | None:
+    def step(self, current: InversionState, number: int, measures: bool = False) -> Tensor | None:
         """Run one iteration from the images `current.pair[number]`, and return the importance of the kept patches if it
         measures. Everything that differs between iterations is read from the device, so that a CUDA graph of one can be
         replayed for the others."""
-        backbone, view = self.backbone, None if plain else current.view()
+        backbone, view = self.backbone, current.view()
         tokens, inverse = current.gather(number, view, backbone.patch_dtype, backbone.backend)
         patches, images = tokens.values.requires_grad_(), current.pair[number].detach().requires_grad_()
         outputs = self.outputs(tokens, current.pooling, importance=measures, features=self._features)
@@ -195,9 +206,9 @@ class Loop:
         value = current.step(
             number,
             grad,
-            inverse=None if plain else inverse,
+            inverse=inverse,
             view=view,
-            pixel_grad=None if of_images is None else self.grid.gather(of_images, current.keep),
+            pixel_grad=None if of_images is None else self.grid.gather(of_images, current.moving),
             betas=self.settings.betas,
             backend=backbone.backend,
             **self._fused,
@@ -253,6 +264,11 @@ def _name_of(value: Any) -> str:
     if value is None or isinstance(value, str) or is_dataclass(value):
         return str(value)
     return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _check_finite(importance: Tensor, current: InversionState) -> None:
+    if importance.isfinite().logical_not().any():
+        raise NonFiniteError(current.iteration, result_of(current))
 
 
 def _gradients(loss: Tensor, inputs: tuple[Tensor, ...], current: InversionState) -> list[Tensor | None]:

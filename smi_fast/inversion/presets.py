@@ -35,7 +35,25 @@ def psaq_views(iterations: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class InversionSettings:
-    """The settings of an inversion. The defaults are those of Sparse Model Inversion (Hu et al., ICML 2024)."""
+    """The settings of an inversion. The defaults are those of Sparse Model Inversion (Hu et al., ICML 2024).
+
+    With `published`, a run does what the authors' code does where that differs from the paper and from this package:
+    - A patch that has stopped goes on moving, against Sec. 4.2 of the paper. The priors run over the whole image, and
+      Adam moves every pixel, at first by its momentum. Where a view shifts the window of a kept patch over a stopped
+      one, the stopped pixels also get the gradient of the classification loss.
+    - The result holds other patches than those that the loop has kept to its end. They are chosen from all patches by
+      their attention in the finished images, which the model is given in [0, 1] and not normalised.
+    - One patch more is chosen than the loop keeps. The schedule's fractions are multiplied and rounded once, and the
+      class token counts: 47 patches of 196 in the paper's schedule, where the loop ends with 46. A run that ends early
+      or never stops a patch has the loop's patches.
+    - Schedules that stop patches in two iterations in a row are refused, because the published code would leave out the
+      first of the two stoppings. It selects patches by attention only and has no `Mass`, no `Release` and no stream.
+
+    Other habits of that code are habits of every run: one view for the batch, drawn as `random_views` says; the plain
+    view in the iteration that measures attention and in the one that stops patches; a clamp after each step; norms over
+    the whole batch; and the last images as the result. Two habits of its files are never copied: 8 bits that are cut
+    off and not rounded, and values of exactly 0 in normalised space that become black.
+    """
 
     objective: Objective = field(default_factory=deep_inversion)
     iterations: int = 4000
@@ -49,6 +67,7 @@ class InversionSettings:
     clamp: bool = True  # whether pixels stay in the range of real images
     stopping: StoppingSchedule | RebirthSchedule | str = "paper"  # when patches stop, as `Inverter` takes it
     until: Until | float | None = None  # when an image is finished before the last iteration
+    published: bool = False  # do what the published code does with stopped patches
 
     @property
     def schedule(self) -> StoppingSchedule:

@@ -7,11 +7,10 @@ import random
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from smi_fast.backbones.base import Outputs
-from smi_fast.inversion.objectives import deep_inversion
+from smi_fast.inversion.objectives import classification
 from smi_fast.inversion.priors import total_variation
 from smi_fast.kernels import MAX_HEAD_DIM, patch_entropy
 from smi_fast.kernels.patch_entropy import check_density
@@ -81,7 +80,7 @@ class psaq:
         Raises:
             ValueError: the model gives no attention outputs, or without the diagonal, images have a single patch.
         """
-        loss = self.classification * _cross_entropy(outputs, targets)
+        loss = self.classification * classification(outputs, targets, "mean")
         if self.entropy:
             loss = loss - self.entropy * self.entropies(outputs).sum()
         if self.tv:
@@ -104,12 +103,6 @@ class psaq:
             patch_entropy(x.values, x.positions, x.cu_seqlens, x.max_seqlen, **options, backend=backend) for x in blocks
         ]
         return torch.stack(found).mean(1)
-
-
-def _cross_entropy(outputs: Outputs, targets: Tensor) -> Tensor:
-    if targets.is_floating_point():
-        return F.cross_entropy(outputs.logits.to(targets.dtype), targets)
-    return deep_inversion().loss(outputs, targets)
 
 
 def mean_root_of_pairs(images: Tensor, kept: Tensor) -> Tensor:

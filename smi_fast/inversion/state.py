@@ -37,8 +37,8 @@ class Stage:
 class InversionState:
     """The images under optimisation, Adam's memory of them, and the progress of the schedule.
 
-    Two batches of images take turns: a step reads one and writes the kept pixels of the other. Stopped pixels are equal
-    in both batches, and no step writes them, so they never change.
+    Two batches of images take turns: a step reads one and writes the pixels that move of the other. Stopped pixels are
+    equal in both batches, and no step writes them, so they never change.
 
     Args:
         images: (B, C, H, W) float32, the images that the inversion starts from, in the model's normalised space.
@@ -50,12 +50,15 @@ class InversionState:
         iterations: the number of steps of the whole run.
         seed: the seed of the run's random numbers.
         scales_loss: whether the loss is scaled for its backward pass, as float16 needs it.
+        all_move: whether steps go on moving patches that have stopped, as in the published code.
         settings: further settings by name, which must be equal in a run that continues this one: numbers, texts, lists.
 
     Attributes:
         iteration: the number of steps that are done, which is also the number of the next step.
-        keep: the patches that go on, without values.
-        exp_avg, exp_avg_sq: (T, C * ph * pw) float32, Adam's moments of the kept patches.
+        keep: the patches that go on, without values. The model sees these.
+        moving: the patches that steps move, without values: `keep`, or all patches.
+        mask: (B, 1, H, W) bool, the pixels of `moving`.
+        exp_avg, exp_avg_sq: (T, C * ph * pw) float32, Adam's moments of the patches that move.
         steps: (B,) int64, the number of Adam's steps of each image.
         clock: (1,) int64, `iteration` on the device.
         lr: the learning rate of the stage, or a schedule of learning rates by Adam's steps, as `kernels.pixel_step`
@@ -84,6 +87,7 @@ class InversionState:
         iterations: int,
         seed: int,
         scales_loss: bool,
+        all_move: bool = False,
         settings: Mapping[str, Any],
     ):
         (batch_size, channels), device = images.shape[:2], images.device
@@ -111,12 +115,19 @@ class InversionState:
         self.one = torch.ones((), device=device)
         self.history: list[Stage] = []
         self.loss_scale = LossScale(device) if scales_loss else None
-        self._keep_only(all_patches(batch_size, grid.num_patches, device))
+        self.all_move = all_move
+        self._move(all_patches(batch_size, grid.num_patches, device))
+        self.keep = self.moving
 
     def _keep_only(self, keep: PackedTokens) -> None:
         self.keep = keep
-        self.sites = self.grid.sites(keep)
-        self.mask = self.grid.mask(keep)
+        if not self.all_move:
+            self._move(keep)
+
+    def _move(self, patches: PackedTokens) -> None:
+        self.moving = patches
+        self.sites = self.grid.sites(patches)
+        self.mask = self.grid.mask(patches)
 
     @property
     def batch_size(self) -> int:
@@ -131,7 +142,8 @@ class InversionState:
         """Return the view of this iteration, (3,) or (B, 3) int32, read on the device."""
         if self.clocks is None:
             return self.views.index_select(0, self.clock)[0]
-        return self.views.gather(0, self.clocks.view(1, -1, 1).expand(1, -1, 3))[0]
+        rows = self.clocks.clamp(max=len(self.views) - 1)  # images whose iterations are over wait for the next check
+        return self.views.gather(0, rows.view(1, -1, 1).expand(1, -1, 3))[0]
 
     def images(self) -> Tensor:
         """Return the images as they are now: (B, C, H, W) in normalised space."""
@@ -142,12 +154,16 @@ class InversionState:
         return torch.where(self.images().isfinite(), self.images(), self.begun)
 
     @torch.no_grad()
+    def whole_results(self) -> Tensor:
+        """Return the images (B, C, H, W) in [0, 1], with the pixels of stopped patches."""
+        return (self.finite_images() * self.std + self.mean).clamp(0, 1)
+
+    @torch.no_grad()
     def results(self) -> Tensor:
         """Return the images (B, C, H, W) in [0, 1], with stopped patches black. Those that `released` holds come first:
         ((releases + 1) * B, C, H, W)."""
-        pixels = (self.finite_images() * self.std + self.mean).clamp(0, 1)
-        masks = [*map(self.grid.mask, self.released), self.mask]
-        return torch.cat([torch.where(mask, pixels, 0.0) for mask in masks])
+        pixels = self.whole_results()
+        return torch.cat([torch.where(self.grid.mask(keep), pixels, 0.0) for keep in (*self.released, self.keep)])
 
     def kept(self) -> Tensor | list[Tensor]:
         """Return the patches of `results`: (N, K) int64, or a list of N index tensors if images differ."""
@@ -170,8 +186,8 @@ class InversionState:
         return replace(self.keep, values=patches, positions=cells), inverse
 
     def step(self, number: int, grad: Tensor, **how: Any) -> Tensor:
-        """Take a step of Adam on the kept patches, from the images `pair[number]` to the other ones, and clamp them to
-        the range of real pixels. Return the prior. `how` holds further arguments of `kernels.pixel_step`."""
+        """Take a step of Adam on the patches that move, from the images `pair[number]` to the other ones, and clamp
+        them to the range of real pixels. Return the prior. `how` holds further arguments of `kernels.pixel_step`."""
         return kernels.pixel_step(
             self.pair[1 - number],
             self.exp_avg,
@@ -189,15 +205,16 @@ class InversionState:
 
     @torch.no_grad()
     def stop(self, scores: Tensor, stop: float | Mass | Release, backend: str) -> None:
-        """Go on with the patches of the highest scores (T,). The other patches never change again. At a `Release`, the
-        patches of the highest scores are the ones that leave."""
-        every = torch.arange(len(self.sites), dtype=torch.int32, device=self.sites.device)
+        """Go on with the patches of the highest scores (T,). The other patches never change again, unless all patches
+        move. At a `Release`, the patches of the highest scores are the ones that leave."""
+        every = torch.arange(len(self.keep.positions), dtype=torch.int32, device=self.sites.device)
         if isinstance(stop, Release):
             chosen = self._release(every, scores, stop, backend)
         else:
             chosen = keep_highest(replace(self.keep, positions=every), scores, stop, backend=backend)
         rows = chosen.positions.long()
-        self.exp_avg, self.exp_avg_sq = self.exp_avg[rows], self.exp_avg_sq[rows]
+        if not self.all_move:
+            self.exp_avg, self.exp_avg_sq = self.exp_avg[rows], self.exp_avg_sq[rows]
         self.pair[1 - self.current].copy_(self.images())  # stopped pixels are one step behind there
         self.begun = self.finite_images()
         self.importance = None

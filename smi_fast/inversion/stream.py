@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -40,8 +41,8 @@ class Slots:
         self.reserve: InversionState | None = None
         self.state = self._settled()
         self.results: dict[int, InversionResult] = {}  # by the number of the image
-        # No slot takes more than all iterations of its share of the images, and of one more.
-        longest = loop.settings.iterations * (len(targets) // batch_size + 2)
+        # While images wait, all slots are taken, and each image waits for at most one check.
+        longest = (loop.settings.iterations + loop.settings.until.every) * (len(targets) // batch_size + 2)
         self.state.losses = torch.cat((self.state.losses, self.state.losses.new_zeros(longest)))
 
     def _settled(self) -> InversionState:
@@ -57,30 +58,33 @@ class Slots:
 
     def run(self, bar: Bar) -> None:
         """Invert all images until the model is sure of them, or their iterations are over."""
-        until, iterations = self.loop.settings.until, self.loop.settings.iterations
-        replayed, since = self.loop.replayed(partial(self.loop.step, self.state)), 0
+        until = self.loop.settings.until
+        replayed = self.loop.replayed(partial(self.loop.step, self.state))
         while self.state.batch_size:
             state = self.state
-            for _ in range(min(until.every - since, iterations - max(state.ages))):
+            for _ in range(until.every):
                 replayed(state.current)
                 state.advance()
-                since += 1
                 loss = state.losses[state.iteration - 1]
                 self.tell(Step(state.iteration - 1, state.history[-1], loss, state, self.loop.started))
-            if since == until.every:
-                state.confident, since = self.loop.check(state), 0
-            pairs = enumerate(zip(state.confident, state.ages, strict=True))
-            leaving = [slot for slot, (checks, age) in pairs if checks >= until.checks or age >= iterations]
-            self._leave(leaving)
-            bar.update(len(leaving))
+                self._keep(slot for slot, age in enumerate(state.ages) if age == self.loop.settings.iterations)
+            state.confident = self.loop.check(state)
+            self._keep(slot for slot, checks in enumerate(state.confident) if checks >= until.checks)
+            bar.update(len(self.results) - bar.n)
+            self._refill([slot for slot, number in enumerate(state.numbers) if number in self.results])
             if self.state is not state:
                 replayed = self.loop.replayed(partial(self.loop.step, self.state))
 
-    def _leave(self, slots: Sequence[int]) -> None:
-        """Keep the results of some slots, and give these to the next images. Without one, the batch gets smaller."""
+    def _keep(self, slots: Iterable[int]) -> None:
+        """Keep the results of the images in some slots, which are finished. They wait there for the next check, so that
+        all images are checked after the same numbers of iterations."""
+        for slot in slots:
+            self.results.setdefault(self.state.numbers[slot], self._result(slot))
+
+    def _refill(self, slots: Sequence[int]) -> None:
+        """Give some slots to the next images. Without one, the batch gets smaller."""
         empty = []
         for slot in slots:
-            self.results[self.state.numbers[slot]] = self._result(slot)
             if not self.waiting and self.begun < len(self.targets):
                 self.reserve = self._settled()
                 self.waiting = list(range(self.reserve.batch_size))
@@ -92,7 +96,8 @@ class Slots:
             self.state = self.state.take([slot for slot in range(self.state.batch_size) if slot not in empty])
 
     def _result(self, slot: int) -> InversionResult:
-        return finished(self.state.take([slot]), False, ())
+        state = self.state.take([slot])
+        return replace(finished(state, False, ()), iterations=torch.tensor(state.ages).repeat(1 + len(state.released)))
 
     def result(self, interrupted: bool) -> InversionResult:
         """Return the results of all images in the order of the targets. Images that still have a slot are returned as
@@ -132,6 +137,8 @@ def check_streams(inverter: object, batch_size: int) -> None:
         raise ValueError(
             'images can leave one by one only if none depends on the others, as with deep_inversion(norm="image")'
         )
+    if inverter.published:
+        raise ValueError("images cannot leave one by one with published=True: the published code has no early end")
     if any(isinstance(stop, Mass) for stop in inverter.stopping.stops.values()):
         raise ValueError(
             "images can leave one by one only if they keep equally many patches, which a Mass does not give"

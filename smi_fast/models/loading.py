@@ -21,6 +21,7 @@ from torchvision import models as torchvisions
 from smi_fast.backbones.base import class_names
 from smi_fast.backbones.conversion import as_backbone
 from smi_fast.backbones.huggingface import from_huggingface
+from smi_fast.backbones.torchvision import from_torchvision
 from smi_fast.data.files import first_line
 from smi_fast.models import CNN_INSIDE, MODEL_INSIDE, STUDENT_INSIDE, cifar10_resnet20, cifar10_student, cifar10_vit
 
@@ -42,7 +43,8 @@ def load_model(
 
     Args:
         name: `cifar10_vit`, `cifar10_student` or `cifar10_resnet20`, which come with the package, a name that timm
-            knows, one such as `torchvision/resnet18`, or a folder with a config.json that `from_huggingface` takes.
+            knows, one such as `torchvision/resnet18`, or a folder that `from_huggingface` takes. Write ./NAME for a
+            folder that is called like a model.
         pretrained: whether to download timm's or torchvision's weights for the model.
         checkpoint: a safetensors file or a torch file with the weights. A torch file is read with weights_only. The
             model gets as many classes as the weights have.
@@ -55,7 +57,7 @@ def load_model(
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"give either {options[0]} or {options[1]}, not both")
-    if (Path(name) / "config.json").is_file():
+    if Path(name).is_dir() and not _is_known(name):
         return _from_folder(name, given=options[0] if pretrained else options[1] if checkpoint is not None else None)
     _check_name(name)
     if checkpoint is not None:
@@ -69,7 +71,7 @@ def load_model(
         raise ValueError(f"{name} needs weights: {options[0]} downloads {source}, {options[1]} reads a file")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # otherwise each retry prints a line
     try:
-        return _make(name, pretrained=True).eval()
+        return _as_timms(_make(name, pretrained=True)).eval()
     except Exception as error:  # The hub, its client and timm raise a dozen types of errors.
         raise ValueError(f"the pretrained weights of {name} cannot be downloaded: {first_line(error)}") from error
 
@@ -115,19 +117,22 @@ def _from_folder(folder: str, given: str | None) -> nn.Module:
         raise ValueError(str(error)) from error
 
 
-def _check_name(name: str) -> None:
-    if name in OURS:
-        return
+def _is_known(name: str) -> bool:
     if name.startswith(TORCHVISION):
-        library, known = f"torchvision {torchvision_version}", torchvisions.list_models(torchvisions)
-        known = [TORCHVISION + model for model in known]
-        found = name in known
-    else:
-        library, known, found = f"timm {timm.__version__}", [*OURS, *timm.list_models()], timm.is_model(name)
-    if not found:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"{library} has no model {name!r}{hint}")
+        return name.removeprefix(TORCHVISION) in torchvisions.list_models(torchvisions)
+    return name in OURS or timm.is_model(name)
+
+
+def _check_name(name: str) -> None:
+    if _is_known(name):
+        return
+    library, known = f"timm {timm.__version__}", [*OURS, *timm.list_models()]
+    if name.startswith(TORCHVISION):
+        library = f"torchvision {torchvision_version}"
+        known = [TORCHVISION + model for model in torchvisions.list_models(torchvisions)]
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"{library} has no model {name!r}{hint}")
 
 
 def _make(name: str, *, pretrained: bool = False, **overrides) -> nn.Module:
@@ -155,6 +160,15 @@ def _make_torchvisions(name: str, pretrained: bool, **overrides) -> nn.Module:
     return model
 
 
+def _as_timms(model: nn.Module) -> nn.Module:
+    """Return a ViT of torchvision as a model of timm, and any other model as it is."""
+    if not isinstance(model, torchvisions.VisionTransformer):
+        return model
+    config = model.pretrained_cfg
+    names = config["label_names"] if len(config["label_names"]) == config["num_classes"] else None
+    return from_torchvision(model, mean=config["mean"], std=config["std"], class_names=names)
+
+
 def _from_checkpoint(name: str, path: Path) -> nn.Module:
     weights = _read_weights(path)
     try:
@@ -165,7 +179,7 @@ def _from_checkpoint(name: str, path: Path) -> nn.Module:
     mismatch = _load_weights(model, weights)
     if mismatch is not None:
         raise ValueError(f"the checkpoint {path} does not fit {name}: {mismatch}")
-    return model.eval()
+    return _as_timms(model).eval()
 
 
 def _classifier(name: str) -> str | None:

@@ -1,5 +1,7 @@
 """CNN: any network of whole images as a backbone, and what Inverter makes of a model that it is given."""
 
+from contextlib import suppress
+
 import pytest
 import timm
 import torch
@@ -22,14 +24,15 @@ def model(seed) -> nn.Module:
 @pytest.mark.parametrize("image_size", [(8, 8), (16, 16)])
 def test_logits_are_those_of_the_model(model, image_size):
     images = torch.randn(3, 3, *image_size, dtype=torch.float64)
-    assert torch.equal(outputs(CNN(model), images, ()).logits, model(images))
-    assert torch.equal(CNN(model)(images), model(images))
+    backbone = CNN(model, channels_last=False)
+    assert torch.equal(outputs(backbone, images, ()).logits, model(images))
+    assert torch.equal(backbone(images), model(images))
 
 
 def test_images_that_are_not_square_keep_their_proportions(model):
     backbone, images = CNN(model, image_size=(8, 16)), torch.randn(2, 3, 16, 32, dtype=torch.float64)
     assert backbone.grid((16, 32)).image_size == (16, 32)
-    assert torch.equal(outputs(backbone, images, ()).logits, model(images))
+    torch.testing.assert_close(outputs(backbone, images, ()).logits, model(images))
     with pytest.raises(ValueError, match=r"32x16 pixels.* image_size=\(32, 16\)"):
         backbone.grid((32, 16))
 
@@ -38,7 +41,7 @@ def test_channels_last_changes_no_number(model):
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     seen = []
     hook = model.conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    got = CNN(model, channels_last=True)(images)
+    got = CNN(model)(images)
     hook.remove()
     assert seen[-1].is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got, model(images))
@@ -72,7 +75,7 @@ def test_a_model_of_other_channels_says_how_many():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_autocast(seed, dtype):
     model = small_cnn(torch.float32)
-    backbone, images = CNN(model, dtype), torch.randn(4, 3, 8, 8)
+    backbone, images = CNN(model, dtype, channels_last=False), torch.randn(4, 3, 8, 8)
     found = outputs(backbone, images)
     with torch.autocast("cpu", dtype=dtype):
         assert torch.equal(found.logits, model(images))
@@ -94,7 +97,7 @@ def test_inverter_takes_cnns_and_vits_and_refuses_the_rest(model):
     with torch.device("meta"):
         convnext = timm.create_model("convnext_atto")
     for other, name in ((convnext, "ConvNeXt"), (nn.Linear(3, 4), "Linear")):
-        with pytest.raises(UnsupportedModelError, match=f"{name}, .*no BatchNorm2d"):
+        with pytest.raises(UnsupportedModelError, match=f"{name}, .*nor is it a CNN with BatchNorm2d"):
             Inverter(other)
     with pytest.raises(ValueError, match="bfloat16"):
         as_backbone(backbone, torch.bfloat16)
@@ -103,7 +106,7 @@ def test_inverter_takes_cnns_and_vits_and_refuses_the_rest(model):
 def test_a_model_without_batch_norm_is_wrapped_by_hand_and_has_no_statistics(seed):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     backbone, images = CNN(model, image_size=(8, 8)), torch.randn(2, 3, 8, 8)
-    assert torch.equal(outputs(backbone, images, ()).logits, model(images))
+    torch.testing.assert_close(outputs(backbone, images, ()).logits, model(images))
     with pytest.raises(UnsupportedModelError, match="no BatchNorm2d"):
         outputs(backbone, images)
 
@@ -150,6 +153,21 @@ def test_what_a_cnn_does_not_have_is_refused_by_name(model):
     two = PackedTokens.from_batch(images.flatten(1).view(2, 2, 96), torch.arange(2))
     with pytest.raises(ValueError, match="4 patches of 96 values are not 2 images"):
         backbone.outputs(two)
+
+
+def test_cudnn_is_deterministic_and_exact_during_a_run_only(model, monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+
+    def settings():
+        exact = cudnn.conv.fp32_precision == "ieee" if hasattr(cudnn, "conv") else not cudnn.allow_tf32
+        return cudnn.deterministic, cudnn.benchmark, exact
+
+    before = settings()
+    with suppress(KeyboardInterrupt), CNN(model).cast_weights():
+        assert settings() == (True, False, True)
+        raise KeyboardInterrupt
+    assert settings() == before == (False, True, False)
 
 
 def test_modes_and_gradients_of_the_model_are_as_before(model):

@@ -1,32 +1,19 @@
 """SMIAdaptor: the published calling convention, against timm's own blocks and, where there is one, a checkout."""
 
 import copy
-import importlib
-import os
 import pickle
 import random
-import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from published_cases import needs_checkout, published_model, published_synthesis, with_weights_at_random
 from torch import nn
 
 from smi_fast import UnsupportedModelError, accelerate
 from smi_fast.backbones.published import SMIAdaptor
 from smi_fast.models import cifar10_vit
-
-CHECKOUT = os.environ.get("SMI_CHECKOUT")  # a work tree of the authors' code
-needs_checkout = pytest.mark.skipif(CHECKOUT is None, reason="needs SMI_CHECKOUT, a work tree of the published code")
-
-
-def with_weights_at_random(model: nn.Module) -> nn.Module:
-    """Attention that differs from patch to patch, so that rounding does not choose between them."""
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3 if parameter.ndim < 2 else 0.5 / parameter.shape[-1] ** 0.5)
-    return model
 
 
 def small_model(**overrides) -> nn.Module:
@@ -234,34 +221,15 @@ def test_images_that_do_not_fit_are_named(model):
         SMIAdaptor(model)(torch.zeros(3, 32, 32))
 
 
-def imported(name: str):
-    """A module of the checkout, whose names are too common to stay in sys.modules."""
-    before = set(sys.modules)
-    sys.path.insert(0, CHECKOUT)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(CHECKOUT)
-        for other in set(sys.modules) - before:
-            if other.split(".")[0] == name.split(".")[0]:
-                del sys.modules[other]
-
-
 @pytest.fixture
 def both(seed, monkeypatch) -> Iterator[tuple[nn.Module, nn.Module]]:
     """The published model and ours, 224x224 pixels, 7x7 patches, the same weights, all in float64."""
 
-    def create_model(name, pretrained):
-        return timm.models.VisionTransformer(
-            img_size=224, patch_size=32, embed_dim=48, depth=3, num_heads=3, num_classes=7
-        )
-
     torch.set_default_dtype(torch.float64)
-    ours = with_weights_at_random(create_model("small", False)).eval()
-    monkeypatch.setattr(nn.Module, "cuda", lambda self, device=None: self)
-    monkeypatch.setattr(timm, "create_model", create_model)
-    theirs = imported("utils.build_model").build_model("small", Pretrained=False)
-    theirs.load_state_dict(ours.state_dict())
+    ours = with_weights_at_random(
+        timm.models.VisionTransformer(img_size=224, patch_size=32, embed_dim=48, depth=3, num_heads=3, num_classes=7)
+    )
+    theirs = published_model(ours, monkeypatch)
     yield theirs, SMIAdaptor(ours)
     torch.set_default_dtype(torch.float32)
 
@@ -293,25 +261,15 @@ def test_the_published_model_gives_the_same_over_two_stoppings(both):
 
 @needs_checkout
 def test_the_published_loop_makes_the_same_images(both, seed, tmp_path):
-    smi = imported("synthesis.smi")
-
-    class Normalizer(SimpleNamespace):
-        def __call__(self, images, reverse):
-            return images * 0.25 + 0.5
-
     results, tokens = [], []
     for name, teacher in zip(("theirs", "ours"), both, strict=True):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "0.png").touch()  # its data loader refuses an empty folder
         seen = []
         teacher.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output[2]))
         random.seed(seed)
         torch.manual_seed(seed)
-        synthesis = smi.SMI(
-            teacher, name, nn.Identity(), 7, patch_size=32, iterations=9, synthesis_batch_size=2, sample_batch_size=2,
-            tv2=1e-4, save_dir=str(folder), normalizer=Normalizer(mean=(0.5,) * 3, std=(0.25,) * 3),
-        )  # fmt: skip
+        synthesis = published_synthesis(
+            teacher, tmp_path / name, mean=(0.5,) * 3, std=(0.25,) * 3, patch_size=32, iterations=9
+        )
         results.append(synthesis.synthesize(torch.tensor([1, 4]), 50, prune_it=[3, 6], prune_ratio=[0.3, 0.4]))
         tokens.append(seen)
     assert [index.shape[1] for index in tokens[1]] == [50] * 3 + [35] * 3 + [21] * 3 + [50]

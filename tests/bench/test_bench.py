@@ -334,6 +334,7 @@ def test_the_floors_of_embedding_cross_entropy_and_pixel_step_count_bytes_moved(
 CONTESTS = {  # each with the functions in C++ that smi-fast runs in it, forward and backward
     "embedding": ([], []),
     "cross-entropy": ([], []),
+    "patch entropy": ([], []),
     "norm": (["residual_norm"], ["residual_norm_backward"]),
     "GELU": ([], []),
     "attention": (["attention"], ["attention_backward"]),
@@ -349,6 +350,7 @@ def test_contestants_agree_and_on_a_cpu_plain_torch_is_compared_with_cpp(name, b
     contests = {
         "embedding": lambda *args: benchmark.embedding_rounds(rows, *args),
         "cross-entropy": lambda *args: benchmark.entropy_rounds(benchmark.Logits(3, 7, bfloat16), *args),
+        "patch entropy": lambda *args: benchmark.similarity_rounds(tokens, *args),
         "norm": lambda *args: benchmark.norm_rounds(rows, *args),
         "GELU": lambda *args: benchmark.gelu_rounds(rows, *args),
         "attention": lambda device, backward: benchmark.attention_rounds(

@@ -83,7 +83,9 @@ def test_the_demos_table_counts_tokens_and_operations(demo):
         assert stage["gflop_per_iteration"] * 1e9 == pytest.approx(forward_and_inputs, rel=0.01)
         assert stage["iterations_per_second"] > 0
         assert stage["peak_memory_bytes"] > 2**20
-        assert f"{stage['gflop_per_iteration']:.2f}" in process.stdout
+        layers = depth * 12 * width * width * n + 48 * width * 64 + width * 10 + (2 * depth + 1) * 4 * width * n
+        assert stage["gflop_paper"] * 1e9 == 3 * layers * batch
+        assert f"{stage['gflop_per_iteration']:.2f}  {stage['gflop_paper']:>7.2f}" in process.stdout
     assert stages[0]["speedup_over_dense"] == 1
     assert stages[-1]["speedup_over_dense"] > 1.5
 

@@ -1,6 +1,7 @@
 """The loop, against a slow dense oracle that shares nothing with it but the random draws."""
 
 import itertools
+import math
 import os
 import signal
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import smi_fast
 from smi_fast import Inverter, Mass, StoppingSchedule, deep_inversion
+from smi_fast.inversion.schedule import RebirthSchedule
 from smi_fast.inversion.views import apply_view, random_views
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -28,61 +30,76 @@ def quiet(model, **options) -> Inverter:
     return Inverter(model, progress=False, **options)
 
 
-def oracle(model, targets, stops: dict, iterations: int, lr: float, tv_l2: float, l2: float, views, noise):
-    """Sparse model inversion as it is published, written out: whole images, torch.roll, timm's modules, masks, and Adam
-    by its formula, in float64."""
+def most_important(importance: torch.Tensor, count: int) -> torch.Tensor:
+    rows = [sorted(range(len(row)), key=lambda i, row=row: -row[i].item())[:count] for row in importance]
+    return torch.tensor([sorted(row) for row in rows])
+
+
+def outputs_of_cells(model, images: torch.Tensor, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and importance of the patches in some cells, by timm's modules."""
+    tokens = model._pos_embed(model.patch_embed(images))
+    kept = tokens[:, 1:].gather(1, cells[..., None].expand(-1, -1, tokens.shape[-1]))
+    x = model.blocks[0](torch.cat((tokens[:, :1], kept), dim=1))
+    attn = model.blocks[1].attn
+    q, k, _ = attn.qkv(model.blocks[1].norm1(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    importance = (q @ k.transpose(-2, -1) * attn.scale).softmax(-1).mean(1)[:, 0, 1:]
+    return model.forward_head(model.norm(model.blocks[1](x))), importance
+
+
+def oracle(model, targets, stops: dict, iterations: int, lr: float, tv_l2: float, l2: float, views, noise, published):
+    """Sparse model inversion written out: whole images, torch.roll, timm's modules, masks, and Adam by its formula, in
+    float64. Stopped pixels stay as they are or, as in the published code, go on moving."""
     model = model.double()
     images = noise.double()
     moment, square = torch.zeros_like(images), torch.zeros_like(images)
-    keep = torch.arange(16).expand(len(targets), 16)
-    low = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64).view(3, 1, 1)
-    high = torch.tensor([(1 - m) / s for m, s in zip(MEAN, STD, strict=True)], dtype=torch.float64).view(3, 1, 1)
-    losses, importance = [], None
+    every = torch.arange(16).expand(len(targets), 16)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    losses, importance, keep = [], None, every
     for iteration in range(iterations):
         if iteration in stops:
             count = int(keep.shape[1] * (1 - stops[iteration]))
-            rows = [sorted(range(keep.shape[1]), key=lambda i: -row[i].item())[:count] for row in importance]
-            keep = keep.gather(1, torch.tensor([sorted(row) for row in rows]))
+            keep = keep.gather(1, most_important(importance, count))
         plain = iteration in stops or iteration + 1 in stops
         dy, dx, flip = (0, 0, 0) if plain else views[iteration].tolist()
-        mask = grid_mask(keep)
+        mask = grid_mask(every if published else keep)
         leaf = images.clone().requires_grad_()
         seen = torch.roll(leaf, (dy, dx), (2, 3))
         seen = torch.flip(seen, (3,)) if flip else seen
         # where each kept patch's centre went, in whole cells
         row = (keep // 4 + (2 * dy + 2) // 4) % 4
         column = (keep % 4 + (2 * dx + 2) // 4) % 4
-        cells = row * 4 + (3 - column if flip else column)
-        tokens = model._pos_embed(model.patch_embed(seen))
-        kept = tokens[:, 1:].gather(1, cells[..., None].expand(-1, -1, tokens.shape[-1]))
-        x = model.blocks[0](torch.cat((tokens[:, :1], kept), dim=1))
-        attn = model.blocks[1].attn
-        q, k, _ = attn.qkv(model.blocks[1].norm1(x)).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
-        importance = (q @ k.transpose(-2, -1) * attn.scale).softmax(-1).mean(1)[:, 0, 1:]
-        logits = model.forward_head(model.norm(model.blocks[1](x)))
+        logits, importance = outputs_of_cells(model, seen, row * 4 + (3 - column if flip else column))
         loss = F.cross_entropy(logits, targets) + tv_l2 * total_variation_by_pairs(leaf, mask)
         loss = loss + l2 * (leaf * mask).norm()
         losses.append(loss.item())
         grad = torch.autograd.grad(loss, leaf)[0] * mask
         moment, square = 0.5 * moment + 0.5 * grad, 0.99 * square + 0.01 * grad**2
         step = moment / (1 - 0.5 ** (iteration + 1)) / ((square / (1 - 0.99 ** (iteration + 1))).sqrt() + 1e-8)
-        images = torch.where(mask, torch.minimum(torch.maximum(images - lr * step, low), high), images)
+        moved = torch.minimum(torch.maximum(images - lr * step, -mean / std), (1 - mean) / std)
+        images = torch.where(mask, moved, images)
+    images = images * std + mean
+    if published and stops:
+        count = int(17 * math.prod(1 - fraction for fraction in stops.values()))
+        keep = most_important(outputs_of_cells(model, images, every)[1], count)
     return images, keep, torch.tensor(losses)
 
 
-@pytest.mark.parametrize("stops", [{}, {2: 0.3, 5: 0.3, 6: 0.3}], ids=["dense", "sparse"])
-def test_the_loop_equals_the_dense_oracle(model, seed, stops):
+@pytest.mark.parametrize(
+    ("stops", "published"),
+    [({}, False), ({2: 0.3, 5: 0.3, 6: 0.3}, False), ({2: 0.3, 5: 0.3}, True), ({}, True)],
+    ids=["dense", "sparse", "published", "published dense"],
+)
+def test_the_loop_equals_the_dense_oracle(model, seed, stops, published):
     targets, iterations = torch.tensor([4, 0, 2]), 10
     options = dict(objective=deep_inversion(1e-2, 1e-3), iterations=iterations, lr=0.05, jitter=1 / 2)
-    result = quiet(model, stopping=StoppingSchedule(stops), **options).run(targets, seed)
+    result = quiet(model, stopping=StoppingSchedule(stops), published=published, **options).run(targets, seed)
     generator = torch.Generator().manual_seed(seed)
     views = random_views(iterations, (8, 8), jitter=1 / 2, flip=0.5, generator=generator)
     noise = torch.randn(3, 3, 8, 8, generator=generator)
-    images, keep, losses = oracle(model, targets, stops, iterations, 0.05, 1e-2, 1e-3, views, noise)
+    images, keep, losses = oracle(model, targets, stops, iterations, 0.05, 1e-2, 1e-3, views, noise, published)
     assert torch.equal(result.keep, keep)
     torch.testing.assert_close(result.losses.double(), losses.double(), rtol=1e-4, atol=1e-4)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    expected = (images * std + mean) * grid_mask(keep)
+    expected = images * grid_mask(keep)
     # Adam divides by the gradient's own size: where that is all but zero, rounding decides the step
     assert ((result.images - expected).abs() > 1e-3).float().mean() < 0.01
     assert [(s.start, s.patches) for s in result.history] == [(0, 16), *zip(stops, (11, 7, 4))]  # noqa: B905
@@ -216,6 +233,20 @@ def test_ctrl_c_ends_the_run_with_what_there_is(model):
     assert result.history[-1] == smi_fast.Stage(2, len(result.losses), 8, 9)
 
 
+def test_a_published_run_that_ends_early_has_the_loops_patches(model):
+    seen = []
+
+    def interrupt(step):
+        seen.append(step.keep)
+        if step.iteration == 3:
+            raise KeyboardInterrupt
+
+    inverter = quiet(model, stopping={2: 0.5, 6: 0.5}, iterations=9, published=True)
+    result = inverter.run([0, 1], callback=interrupt)
+    assert torch.equal(result.keep, seen[3])
+    assert (result.images[~grid_mask(seen[3]).expand_as(result.images)] == 0).all()
+
+
 def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
     steps, seconds = [], []
     inverter = quiet(model, stopping=StoppingSchedule({2: 0.5}), iterations=4)
@@ -237,12 +268,21 @@ def test_steps_tell_iteration_tokens_loss_and_rising_seconds(model):
         ({"stopping": 5}, TypeError, "5"),
         ({"stopping": "50:0.3,"}, ValueError, "50:0.3,"),
         ({"jitter": -0.1}, ValueError, r"-0\.1"),
+        ({"jitter": 9}, ValueError, "0 to 8 pixels, got 9"),
+        ({"pooling": {0: 2}}, ValueError, "cannot be pooled by 2: the model takes patches of one size"),
+        ({"pooling": {0: 3}}, ValueError, "8x8 pixels cannot be pooled by 3, which does not divide them"),
+        ({"pooling": {5000: 1}}, ValueError, "iteration 5000"),
+        ({"verify_every": 0}, ValueError, "verify_every must be at least 1, got 0"),
         ({"flip": 1.5}, ValueError, r"1\.5"),
         ({"image_size": (9, 8)}, ValueError, "9x8"),
         ({"mean": (0.5,)}, ValueError, "1 values"),
         ({"std": (1.0, 0.0, 1.0)}, ValueError, "positive"),
         ({"stopping": StoppingSchedule({5: 0.3}), "iterations": 5}, ValueError, "iteration 5, .* only 5 iterations"),
         ({"stopping": StoppingSchedule({1: 0.9, 2: 0.9})}, ValueError, "leaves no patch"),
+        ({"published": True, "stopping": {3: Mass(0.8)}}, ValueError, "got mass=0.8 at iteration 3"),
+        ({"published": True, "stopping": {3: 0.3, 4: 0.3}}, ValueError, "at both iterations 3 and 4"),
+        ({"published": True, "stopping": RebirthSchedule(2)}, ValueError, "got release=2 at iteration"),
+        ({"published": True, "select": "random"}, ValueError, "got select='random'"),
         ({"objective": "loss"}, TypeError, "loss"),
         ({"objective": deep_inversion}, TypeError, "an objective is .* got <class .*deep_inversion'>"),
     ],
@@ -261,7 +301,17 @@ def test_an_accelerated_model_is_taken_as_it_is(model):
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [([0, 5], r"target 5 \(number 1\)"), ([-1], "target -1"), ([], r"\(0,\)"), ([[1]], r"\(1, 1\)"), ([0.5], "float")],
+    [
+        ([0, 5], r"target 5 \(number 1\)"),
+        ([-1], "target -1"),
+        ([], r"\(0,\)"),
+        ([[1]], r"\(1, 1\)"),
+        ([0.5], "float"),
+        ([[0.5, 0.5]], r"\(1, 2\), expected \(B, 5\)"),
+        ([[0.2] * 5, [0.5, 0.5, 0.5, 0, 0]], "soft label 1 is no distribution: .* sum 1.5"),
+        ([[1.5, -0.5, 0, 0, 0]], "soft label 0 is no distribution: its least element is -0.5"),
+        ([[float("nan")] * 5], "soft label 0 is no distribution"),
+    ],
 )
 def test_targets_that_are_no_classes_are_refused(model, targets, message):
     with pytest.raises(ValueError, match=message):
@@ -363,3 +413,78 @@ def test_a_model_that_prunes_stops_nothing(model):
     with pytest.raises(ValueError, match="the model prunes"):
         quiet(pruning, stopping=StoppingSchedule({2: 0.3}), iterations=4)
     assert quiet(pruning, stopping="dense", iterations=2).run([0]).losses.isfinite().all()
+
+
+def test_soft_labels_are_minimised_as_torch_defines_them(model, seed):
+    """One-hot labels give what classes give; the loss of others is torch's cross-entropy of probabilities."""
+    classes, options = torch.tensor([4, 0, 2]), {"stopping": {3: 0.3}, "iterations": 6, "lr": 0.05}
+    hard = quiet(model, **options).run(classes, seed)
+    one_hot = quiet(model, **options).run(F.one_hot(classes, 5).float(), seed)
+    torch.testing.assert_close(one_hot.losses, hard.losses, rtol=1e-4, atol=1e-4)
+    assert torch.equal(one_hot.keep, hard.keep)
+    soft = torch.rand(3, 5).softmax(1)
+
+    def torchs(logits, images, targets):
+        return F.cross_entropy(logits, targets)
+
+    for norm in ("batch", "image"):
+        found = quiet(model, objective=deep_inversion(0.0, norm=norm), **options).run(soft, seed)
+        expected = quiet(model, objective=torchs, **options).run(soft, seed)
+        scale = 3 if norm == "image" else 1
+        torch.testing.assert_close(found.losses[:1], scale * expected.losses[:1])
+        assert torch.equal(found.targets, soft)
+
+
+def test_a_schedule_changes_the_learning_rate_of_each_step(model, seed):
+    """Compared with a loop of torch's own optimiser and scheduler."""
+    factors = [0.1, 1.0, 0.5, 0.0, 0.25]
+    options = {"stopping": "dense", "iterations": 5, "lr": 0.05, "jitter": 0, "flip": 0, "clamp": False}
+    result = quiet(
+        model, lr_schedule=lambda step, steps: factors[step % steps], objective=deep_inversion(0.0), **options
+    ).run([1, 3], seed)
+    generator = torch.Generator().manual_seed(seed)
+    random_views(5, (8, 8), jitter=0, flip=0, generator=generator)
+    images = torch.randn(2, 3, 8, 8, generator=generator).requires_grad_()
+    optimizer = torch.optim.Adam([images], lr=0.05, betas=(0.5, 0.99))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, 4)])
+    losses = []
+    for _ in range(5):
+        loss = F.cross_entropy(model.eval()(images), torch.tensor([1, 3]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    torch.testing.assert_close(result.losses, torch.tensor(losses), rtol=1e-4, atol=1e-4)
+
+
+def test_a_schedule_that_gives_no_rate_is_refused(model):
+    with pytest.raises(ValueError, match=r"lr_schedule gives -1\.0 in step 2"):
+        quiet(model, stopping="dense", iterations=4, lr_schedule=lambda step, steps: 1 - step).run([0])
+
+
+def test_a_run_starts_from_given_images_and_sees_given_views(model, seed):
+    noise, views = torch.randn(2, 3, 8, 8), torch.tensor([[1, 3, 1], [0, 0, 0], [7, 2, 0]])
+    seen = []
+
+    class OfSeen(deep_inversion):
+        def loss(self, outputs, targets):
+            seen.append(outputs.seen()[0].detach())
+            return super().loss(outputs, targets)
+
+    options = {"stopping": "dense", "iterations": 3, "lr": 1e-6, "objective": OfSeen(0.0), "clamp": False}
+    quiet(model, views=lambda iterations, generator: views, **options).run([0, 1], start=noise)
+    for found, view in zip(seen, views.tolist(), strict=True):
+        torch.testing.assert_close(found, apply_view(noise, view), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"start is \(1, 3, 8, 8\)"):
+        quiet(model, stopping="dense", iterations=1).run([0, 1], start=noise[:1])
+    with pytest.raises(ValueError, match=r"views returned \(2, 3\)"):
+        quiet(model, stopping="dense", iterations=3, views=lambda *_: views[:2]).run([0])
+
+
+def test_shifts_in_pixels_are_whole_multiples(seed):
+    generator = torch.Generator().manual_seed(seed)
+    views = random_views(500, (32, 64), jitter=5, generator=generator, multiple=2)
+    assert views[:, :2].unique().tolist() == [-4, -2, 0, 2, 4]
+    with_share = random_views(500, (32, 64), jitter=1 / 8, generator=generator)
+    assert (with_share[:, 0].max(), with_share[:, 1].max()) == (4, 8)

@@ -4,8 +4,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from smi_fast import Inverter, StoppingSchedule, accelerate
 from smi_fast.inversion.inverter import Stage
@@ -82,6 +84,75 @@ def test_operations_are_those_of_the_products_counted_by_hand(kept, seed):
     backward = forward + 2 * tokens**2 * width + 2 * tokens * width  # the products of attention have two inputs each
     flops = iteration_flops(inverter, Stage(0, 1, kept, tokens), batch_size=3)
     assert flops == pytest.approx(3 * 2 * (forward + backward), rel=0.01)
+
+
+def gflop_by_the_paper(model: nn.Module, patches: int, batch_size: int, **options) -> str:
+    inverter = Inverter(model, stopping="dense", progress=False, **options)
+    stage = Stage(0, 1, patches, patches + inverter.backbone.num_prefix_tokens)
+    return f"{iteration_flops(inverter, stage, batch_size, flops='paper') / 1e9:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("name", "patches", "printed"),
+    [
+        ("deit_tiny_patch16_224", 196, "414.20"),
+        ("deit_tiny_patch16_224", 46, "107.32"),
+        ("deit_base_patch16_224", 196, "6475.63"),
+        ("deit_base_patch16_224", 46, "1578.97"),
+    ],
+)
+def test_the_papers_count_is_that_of_its_table_3(name, patches, printed):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert gflop_by_the_paper(model, patches, batch_size=128) == printed
+
+
+@pytest.mark.parametrize(("side", "printed"), [(32, "0.11"), (224, "5.47")])
+def test_the_papers_count_is_that_of_its_table_1_for_one_image(side, printed):
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    assert gflop_by_the_paper(model, 1, batch_size=1, image_size=(side, side)) == printed
+
+
+@pytest.mark.parametrize("kept", [16, 5])
+def test_the_papers_count_of_any_vit_is_that_by_hand(kept, seed):
+    model = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3, mlp_ratio=3, reg_tokens=2,
+        pre_norm=True, qk_norm=True, global_pool="avg", fc_norm=True,
+    )  # fmt: skip
+    modes, inverter = [module.training for module in model.modules()], Inverter(model, stopping="dense", progress=False)
+    width, tokens = 32, kept + 3
+    block = (3 + 1 + 3 + 3) * width**2 * tokens + 4 * (2 + 2) * width * tokens  # norms of the tokens, keys and queries
+    forward = 16 * 48 * width + 4 * width * tokens + 2 * block + 4 * width + 3 * width  # fc_norm sees the pooled token
+    assert iteration_flops(inverter, Stage(0, 1, kept, tokens), batch_size=5, flops="paper") == 5 * 3 * forward
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_papers_count_of_a_cnn_is_that_by_hand():
+    layers = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=3),
+        nn.BatchNorm2d(6, affine=False), nn.Flatten(), nn.Linear(6 * 16, 4),
+    )  # fmt: skip
+    inverter = Inverter(layers, image_size=(8, 8), progress=False)
+    forward = 64 * 6 * 27 + 4 * 64 * 6 + 16 * 6 * 18 + 2 * 16 * 6 + 6 * 16 * 4
+    assert iteration_flops(inverter, Stage(0, 1, 1, 1), batch_size=2, flops="paper") == 2 * 3 * forward
+
+
+def test_a_stage_at_half_resolution_is_counted_at_half_resolution():
+    layers = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    inverter = Inverter(layers, image_size=(8, 8), pooling={0: 2, 3: 1}, iterations=6, progress=False)
+    half, full = ({flops: iteration_flops(inverter, stage, 2, flops) for flops in ("torch", "paper")}
+                  for stage in inverter.stages)  # fmt: skip
+    assert half == {"torch": 2 * 2 * 2 * 16 * 6 * 27, "paper": 2 * 3 * (16 * 6 * 27 + 4 * 16 * 6)}
+    assert full == {flops: 4 * count for flops, count in half.items()}
+
+
+def test_another_count_is_refused():
+    inverter = Inverter(vit(), stopping="dense", progress=False)
+    with pytest.raises(ValueError, match="flops must be one of torch, paper, got 'thop'"):
+        iteration_flops(inverter, Stage(0, 1, 5, 6), 1, flops="thop")
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])

@@ -74,7 +74,7 @@ def test_a_schedule_of_resolutions_is_scaled_with_the_iterations():
 def test_an_inverter_has_every_setting(vit):
     settings = InversionSettings(
         deep_inversion(0.25, 0.75, "image"), 7, 0.5, (0.1, 0.2), WarmupCosine(2), 3, 0.0, psaq_views, {2: 1}, False,
-        {3: 0.4}, Until(0.5, 1, 2),
+        {3: 0.4}, Until(0.5, 1, 2), True,
     )  # fmt: skip
     for field in fields(settings):
         default = field.default if field.default_factory is MISSING else field.default_factory()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from inversion_cases import small_model
 
-from smi_fast import Inverter, Mass, deep_inversion
+from smi_fast import Inverter, Mass, RebirthSchedule, Until, WarmupCosine, deep_inversion
 from smi_fast.models import cifar10_vit
 
 OPTIONS = {"iterations": 8, "lr": 0.05, "jitter": 1 / 2, "objective": deep_inversion(1e-2, 1e-3), "progress": False}
@@ -17,11 +17,15 @@ RUNS = {
     "dense": {"stopping": "dense"},
     "sparse": {"stopping": {3: 0.3, 4: 0.3, 6: 0.3}},
     "mass": {"stopping": {3: Mass(0.8), 6: 0.3}},
+    "published": {"stopping": {2: 0.3, 6: 0.3}, "published": True},
     "random": {"stopping": {3: 0.3, 6: 0.3}, "select": "random"},
     "views": {"stopping": {5: 0.3}, "view_per_image": True},
     "bfloat16": {"stopping": {5: 0.3}, "dtype": torch.bfloat16},
     "float16": {"stopping": {5: 0.3}, "dtype": torch.float16},
     "norms": {"stopping": {5: Mass(0.8)}, "objective": deep_inversion(1e-2, 1e-3, norm="image")},
+    "rebirth": {"stopping": RebirthSchedule(4)},
+    "schedule": {"stopping": {3: 0.3}, "lr_schedule": WarmupCosine(3), "clamp": False},
+    "until": {"stopping": {2: 0.3}, "until": Until(0.25, checks=2, every=2)},
     "triton": {"stopping": {1: Mass(0.8)}, "iterations": 3, "backend": "triton"},
 }
 
@@ -125,6 +129,7 @@ def test_a_state_of_another_run_is_refused_by_what_differs(model, change, messag
         ({"select": "random"}, "select is attention, not random"),
         ({"dtype": torch.float16}, "dtype is torch.float32, not torch.float16"),
         ({"view_per_image": True}, "view_per_image is False, not True"),
+        ({"published": True}, "published is False, not True"),
     ],
 )
 def test_a_run_with_other_settings_does_not_go_on(model, change, message):

@@ -107,7 +107,7 @@ class Case:
         self.pixel_grads = 0.1 * torch.rand(shape, device=device) if pixel_grad else [None] * len(self.views)
 
     def state(self):
-        moments = torch.zeros(len(self.positions), self.channels * math.prod(self.patch), device=self.images.device)
+        moments = torch.zeros(len(self.sites), self.channels * math.prod(self.patch), device=self.images.device)
         return {
             "images": self.images.clone(),
             "exp_avg": moments,
@@ -260,6 +260,17 @@ def test_with_norms_of_images_a_batch_equals_its_images_one_by_one(patch, backen
     for name in (*STATE, "step"):
         assert torch.equal(together[name], torch.cat([one[name] for one in alone])), name
     torch.testing.assert_close(together["priors"], sum(one["priors"] for one in alone))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_patches_that_the_model_did_not_see_step_as_if_its_gradient_were_zero(backend, device, seed, few_programs):
+    case = Case(3, (3, 4), (4, 4), [12, 12], device, views=[(5, -3, 1)])
+    rows = torch.tensor([1, 4, 7, 12, 20], device=device)
+    few = copy.copy(case)
+    few.positions, few.cu_seqlens, few.grads = case.positions[rows], cu_seqlens_of([3, 2], device), case.grads[:, rows]
+    case.grads = torch.zeros_like(case.grads).index_copy(1, rows, few.grads)
+    expected, found = (each.run(backend, **ADAM, **PRIOR) for each in (case, few))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -557,6 +568,11 @@ def test_operator_passes_opcheck(view, device, seed):
         (
             {"inverse": torch.zeros(2, 2, 2, dtype=torch.int32), "view": torch.zeros(2, dtype=torch.int32)},
             r"view has shape \(2,\)",
+        ),
+        (
+            {"inverse": torch.zeros(2, 2, 2, dtype=torch.int32), "view": torch.zeros(3, dtype=torch.int32)}
+            | {"grad": torch.zeros(4, 47)},
+            r"grad is \(4, 47\)",
         ),
         (
             {"inverse": torch.zeros(2, 4, dtype=torch.int32), "view": torch.zeros(3, dtype=torch.int32)},

@@ -12,6 +12,7 @@ from cnn_cases import at_random
 from PIL import Image
 from safetensors.torch import save_file
 
+from smi_fast import accelerate
 from smi_fast.backbones.base import class_names
 from smi_fast.models import CIFAR10_CLASSES, cifar10_resnet20, cifar10_student, cifar10_vit
 from smi_fast.models.loading import load_model
@@ -114,6 +115,12 @@ def test_a_folder_is_no_checkpoint(tmp_path):
         load_model("test_vit", checkpoint=tmp_path)
 
 
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: .*No such file"):
+        load_model(str(tmp_path))
+
+
 def test_a_name_with_an_unknown_tag_is_refused(test_vit, tmp_path):
     torch.save(test_vit.state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"test_vit\.nonsense cannot be made: Invalid pretrained tag"):
@@ -177,6 +184,20 @@ def test_torchvisions_models_load_with_their_statistics_and_describe_their_data(
         Image.fromarray((np.random.rand(300, 300, 3) * 255).astype("uint8")),
     )
     torch.testing.assert_close(transform(picture), expected(picture), rtol=0, atol=0.05)
+
+
+def test_torchvisions_vits_load_as_timms(tmp_path, seed, monkeypatch):
+    small = {"image_size": 32, "patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+
+    def small_vit(name, weights, **options):
+        return torchvision.models.VisionTransformer(**small, **options)
+
+    monkeypatch.setattr(torchvision.models, "get_model", small_vit)
+    model = small_vit("vit_b_16", None, num_classes=3).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    loaded, images = load_model("torchvision/vit_b_16", checkpoint=tmp_path / "weights.pth"), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(accelerate(loaded)(images), model(images))
+    assert class_names(loaded) == ["0", "1", "2"]
 
 
 def test_torchvisions_names_are_checked():

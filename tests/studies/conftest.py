@@ -32,9 +32,9 @@ def vit():
 @pytest.fixture(scope="session")
 def tiny():
     return Settings(
-        InversionSettings(deep_inversion(tv_l2=1e-3), iterations=20, lr=0.1), images=4, seeds=2, test_images=None, rounds=2, samples=4,
-        steps=3, batch_size=4, real_images=6, ablation_seeds=2, ablation_test_images=7, ablation_steps=2,
-        fractions=(0.5,), removal_images=8, speed_models=(), speed_batches=(2,), speed_iterations=2,
+        InversionSettings(deep_inversion(tv_l2=1e-3), iterations=20, lr=0.1), images=4, seeds=2, test_images=None,
+        rounds=2, samples=4, steps=3, batch_size=4, real_images=6, ablation_seeds=2, ablation_test_images=7,
+        ablation_steps=2, fractions=(0.5,), removal_images=8, speed_models=(), speed_batches=(2,), speed_iterations=2,
     )  # fmt: skip
 
 

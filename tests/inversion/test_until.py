@@ -1,0 +1,132 @@
+"""An inversion ends as soon as the model is sure of its images, and a finished image makes room for the next one."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from inversion_cases import small_model
+
+from smi_fast import Inverter, Mass, deep_inversion
+from smi_fast.inversion.meter import confidences
+from smi_fast.inversion.schedule import RebirthSchedule, WarmupCosine
+from smi_fast.inversion.until import Until
+from smi_fast.inversion.views import random_views
+from smi_fast.models import cifar10_vit
+from smi_fast.seeds import batch_seed, seeded_generator
+
+OPTIONS = {
+    "stopping": {3: 0.3, 6: 0.5}, "iterations": 90, "lr": 0.1, "lr_schedule": WarmupCosine(4),
+    "objective": deep_inversion(1e-3, norm="image"), "progress": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(seed):
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return cifar10_vit()
+
+
+def test_an_image_is_sure_after_checks_in_a_row():
+    logits = torch.tensor([[0.8, 0.2], [0.2, 0.8], [0.8, 0.2], [0.7, 0.3]]).log()
+    until = Until(0.75, checks=3)
+    assert until.count([2, 2, 0, 5], logits, torch.tensor([0, 0, 0, 0])) == [3, 0, 1, 0]
+    soft = torch.tensor([[0.6, 0.4], [0.6, 0.4], [1.0, 0.0], [0.9, 0.1]])  # they share 0.8, 0.4, 0.8 and 0.8
+    assert until.count([2, 2, 0, 5], logits, soft) == [3, 0, 1, 6]
+
+
+def test_a_run_ends_when_the_model_is_sure_of_all_images(trained, seed):
+    """The confidence is measured here from each iteration's images by the model itself."""
+    targets, until, sure = [4, 0, 2], Until(0.6, checks=2, every=3), []
+    inverter = Inverter(trained, until=until, **OPTIONS)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (inverter.mean, inverter.std))
+
+    def watch(step):
+        images = step.state_dict()["images"] * std + mean
+        found, _ = confidences(inverter.backbone, images, step.keep, torch.tensor(targets), inverter.mean, inverter.std)
+        sure.append((found >= until.confidence).tolist())
+
+    result = inverter.run(targets, seed, watch)
+    checks = [sure[iteration - 1] for iteration in range(9, len(sure) + 1, 3)]
+    ends = [12 + 3 * n for n, pair in enumerate(pairwise(checks)) if all(map(all, pair))]
+    assert ends == [len(result.losses)]
+    assert result.iterations.tolist() == ends * 3
+    assert result.history[-1].end == ends[0]
+
+
+def test_streamed_images_are_those_of_runs_of_their_own(trained, seed):
+    targets, until = [4, 0, 2, 9, 3], Until(0.6, checks=2, every=3)
+    result = Inverter(trained, until=until, **OPTIONS).stream(targets, 2, seed)
+    assert result.targets.tolist() == targets
+    assert len(set(result.iterations.tolist())) > 1
+    for number, target in enumerate(targets):
+        generator = seeded_generator(batch_seed(seed, number))
+        views = random_views(90, (32, 32), jitter=1 / 8, generator=generator)
+        noise = torch.randn(1, 3, 32, 32, generator=generator)
+        alone = Inverter(trained, until=until, views=lambda *_, views=views: views, **OPTIONS)
+        expected = alone.run([target], start=noise)
+        assert result.iterations[number] == len(expected.losses)
+        assert torch.equal(result.keep[number], expected.keep[0])
+        # Where a gradient is all but zero, rounding decides Adam's step.
+        assert ((result.images[number] - expected.images[0]).abs() > 1e-3).float().mean() < 0.02
+
+
+def test_a_stream_gives_the_same_bits_again_and_loses_no_image(model, seed):
+    inverter = Inverter(model, until=Until(0.99, checks=1, every=7), **OPTIONS)
+    first, second = (inverter.stream([0, 1, 2, 3], 2, seed) for _ in range(2))
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.losses, second.losses)
+    assert first.iterations.max() <= 90
+
+
+def test_a_stream_that_is_interrupted_has_the_images_that_have_begun(model, seed):
+    def interrupt(step):
+        if step.iteration == 20:
+            raise KeyboardInterrupt
+
+    result = Inverter(model, until=Until(0.999, 1, 30), **OPTIONS).stream([0, 1, 2, 3, 4], 2, seed, interrupt)
+    assert result.interrupted
+    assert result.targets.tolist() == [0, 1]
+    assert result.images.isfinite().all()
+
+
+def test_a_stream_releases_images_too(model, seed):
+    options = OPTIONS | {"stopping": RebirthSchedule(2), "until": Until(0.3, 1, 2)}
+    result = Inverter(model, **options).stream([4, 0, 2], 2, seed)
+    assert result.targets.tolist() == [4, 0, 2] * 2
+    for image in range(3):
+        assert sorted([*result.keep[image].tolist(), *result.keep[3 + image].tolist()]) == list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"until": None}, "until="),
+        ({"published": True}, "with published=True"),
+        ({"objective": deep_inversion(1e-3)}, 'norm="image"'),
+        ({"prior": lambda images, kept: images.sum()}, 'norm="image"'),
+        ({"stopping": {3: Mass(0.9)}}, "Mass"),
+        ({"views": lambda iterations, generator: torch.zeros(iterations, 3).int()}, "views="),
+    ],
+)
+def test_images_that_cannot_leave_one_by_one_are_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        Inverter(model, **OPTIONS | {"until": 0.9} | options).stream([0], 2)
+
+
+@pytest.mark.parametrize(
+    ("until", "error", "message"),
+    [
+        (1.0, ValueError, "must lie in"),
+        ("0.9", TypeError, "'0.9'"),
+        (True, TypeError, "True"),
+        (lambda: Until(0.9, checks=0), ValueError, "checks must be at least 1, got 0"),
+        (lambda: Until(0.9, every=2.5), TypeError, "2.5"),
+    ],
+)
+def test_a_wrong_end_is_refused_with_its_value(model, until, error, message):
+    with pytest.raises(error, match=message):
+        Inverter(model, until=until() if callable(until) else until)
