@@ -31,6 +31,7 @@ from smi_fast.backbones.vit import AcceleratedViT, accelerate, restore  # noqa: 
 from smi_fast.data.labelled import accuracy, load_data  # noqa: E402
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip, normalize_patches  # noqa: E402
 from smi_fast.distillation import DistillationResult, Round, distill, transfer_loss  # noqa: E402
+from smi_fast.inversion.competition import competition  # noqa: E402
 from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteError, Stage, Step  # noqa: E402
 from smi_fast.inversion.objectives import Objective, deep_inversion, deep_inversion_cnn  # noqa: E402
 from smi_fast.inversion.psaq import psaq  # noqa: E402
@@ -69,6 +70,7 @@ __all__ = [
     "WarmupCosine",
     "accelerate",
     "accuracy",
+    "competition",
     "deep_inversion",
     "deep_inversion_cnn",
     "distill",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from smi_fast.kernels import patch_sites
-from smi_fast.packed import PackedTokens
+from smi_fast.packed import PackedTokens, all_patches
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,26 @@ class PatchGrid:
         mask.index_fill_(0, (image * self.rows + row) * self.columns + column, True)
         (ph, pw), mask = self.patch_size, mask.view(-1, 1, self.rows, 1, self.columns, 1)
         return mask.expand(-1, -1, -1, ph, -1, pw).reshape(-1, 1, *self.image_size)
+
+    def recut(self, patches: PackedTokens, grid: PatchGrid) -> PackedTokens:
+        """Cut whole images, given as all their patches (T, C * ph * pw) in this grid, into the patches of another grid.
+
+        Raises:
+            ValueError: a patch is missing, or the grids are of images of different sizes.
+        """
+        if grid == self:
+            return patches
+        if len(patches.positions) != patches.batch_size * self.num_patches or grid.image_size != self.image_size:
+            raise ValueError(
+                f"only whole images of {self.image_size[0]}x{self.image_size[1]} pixels can be cut into {grid.rows}x"
+                f"{grid.columns} patches of {grid.patch_size[0]}x{grid.patch_size[1]}, and "
+                f"{len(patches.positions)} patches of {patches.batch_size} images are given"
+            )
+        values, batch = patches.values, patches.batch_size
+        images = values.new_zeros(batch, values.shape[1] // math.prod(self.patch_size), *self.image_size)
+        images = self.scatter(values, patches, images)
+        keep = all_patches(batch, grid.num_patches, values.device)
+        return replace(keep, values=grid.tiles(images).reshape(len(keep.positions), -1))
 
     def mirrored(self, positions: Tensor) -> Tensor:
         """Return where the patches at `positions` lie once their image is mirrored left-right."""

@@ -1,5 +1,7 @@
 """PatchGrid against explicit loops over pixels."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -53,6 +55,20 @@ def test_tiles_are_the_same_memory(images):
     assert tiles.shape == (2, 3, 4, 3, 2, 2)
     assert tiles.data_ptr() == images.data_ptr()
     assert torch.equal(tiles[1, 2, 3], images[1, :, 4:6, 6:8])
+
+
+def test_whole_images_are_cut_anew(images):
+    cells = torch.stack([torch.randperm(12), torch.randperm(12)])
+    patches = replace(pack_keep(cells, 2, 12, torch.device("cpu")), values=cut_out(images, cells))
+    for size in ((3, 4), (6, 8), (1, 1)):
+        grid = PatchGrid.of((6, 8), size)
+        found = GRID.recut(patches, grid)
+        assert torch.equal(grid.scatter(found.values, found, torch.zeros_like(images)), images)
+    assert GRID.recut(patches, GRID) is patches
+    for keep in KEEPS.values():
+        sparse = replace(pack_keep(keep, 2, 12, torch.device("cpu")), values=cut_out(images, keep))
+        with pytest.raises(ValueError, match=r"only whole images of 6x8 pixels .* into 2x2 patches of 3x4"):
+            GRID.recut(sparse, PatchGrid.of((6, 8), (3, 4)))
 
 
 def test_mirrored_positions_are_those_of_a_mirrored_image(images):

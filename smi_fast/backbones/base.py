@@ -30,6 +30,7 @@ class Outputs:
         patches: the pixels that the model was given, values (T, C * ph * pw) in normalised space with gradients, at
             their cells in the grid, as a view shows them. The inversion loop adds these, so a backbone need not.
         grid: the patch grid of these pixels, which the loop adds too.
+        mean, std: the normalisation of these pixels, one number per channel, which the loop adds too.
         batch_norm: the statistics of the BatchNorm layers in the order of the model's modules, if they were requested
             as the feature "batch_norm".
     """
@@ -40,6 +41,8 @@ class Outputs:
     backend: str = "auto"
     patches: PackedTokens | None = None
     grid: PatchGrid | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     batch_norm: Sequence[BatchNormStatistics] = ()
 
     def seen(self) -> tuple[Tensor, Tensor]:

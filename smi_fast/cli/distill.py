@@ -11,16 +11,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 import smi_fast.cli.arguments as arguments
+from smi_fast.backbones.cnn import CNN
+from smi_fast.backbones.conversion import as_backbone
 from smi_fast.cli.arguments import count, finite, seed
 from smi_fast.cli.output import INTERRUPTED, Results, add_output
 from smi_fast.data.files import atomic_write, write_json
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.distillation import Round, distill
 from smi_fast.inversion.presets import InversionSettings
-from smi_fast.models import STUDENT_INSIDE
+from smi_fast.models import CNN_INSIDE, STUDENT_INSIDE
+from smi_fast.models.loading import WITHOUT_WEIGHTS, untrained_model
 from smi_fast.studies.plots import save_accuracy
 from smi_fast.studies.report import as_text, device_name, versions
 
+UNTRAINED_STUDENT = "cifar10_resnet8"  # the student of the CNN inside
 FILES = ("student.safetensors", "accuracy.png", "report.json")
 TRANSFER = {  # argument of `distill` -> type, default, and what the help says about it
     "rounds": (count, 10, "number of rounds; each inverts images, then trains the student"),
@@ -38,14 +42,25 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("distill", help="teach a student with inverted images alone")
     parser.set_defaults(run=run)
     arguments.add_model(parser, "name of the teacher: a timm ViT or DeiT, or the small ViT that comes with smi-fast")
-    what = "name of the student: a timm ViT or DeiT, or the ViT trained without labels that comes with smi-fast"
-    student = arguments.add_model(parser, what, role="student", default=STUDENT_INSIDE)
-    student.add_argument("--fine-tune", action="store_true", help="train the whole student, not only its head")
+    what = (
+        f"name of the student, such as that of a timm model, cifar10_resnet8 or cifar10_resnet14 (default: "
+        f"{STUDENT_INSIDE}, the ViT trained without labels that comes with smi-fast; for {CNN_INSIDE} an untrained "
+        f"{UNTRAINED_STUDENT})"
+    )
+    student = arguments.add_model(parser, what, role="student", default=None)
+    what = "let the student start from random weights, which --seed decides, with the teacher's classes and image size"
+    student.add_argument("--student-untrained", action="store_true", help=what)
+    what = "train the whole student, not only its head; a CNN and an untrained student are always trained as a whole"
+    student.add_argument("--fine-tune", action="store_true", help=what)
     images = parser.add_argument_group("images")
     what = "learn from inverted images that are stored here instead of fresh ones"
     images.add_argument("--dataset", type=Path, metavar="PATH", help=what)
     what = "number of fresh images in each round (default: 128, or all images of --dataset)"
     arguments.add_numbers(images, samples=(count, None, what))
+    what = "weight of a competition: images on which teacher and student disagree, such as 10 for small CNNs"
+    arguments.add_numbers(images, adaptive=(finite, None, what))
+    what = "divergence of the competition: as the published code computes it (the default), or the exact one"
+    images.add_argument("--js", choices=("published", "exact"), help=what)
     arguments.add_inversion(images, lr="--inversion-lr")
     arguments.add_numbers(parser.add_argument_group("transfer"), **TRANSFER)
     arguments.add_data(parser)
@@ -55,18 +70,20 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     results, teacher = Results(args, FILES), arguments.model_of(args)
-    inversion, student = arguments.inversion_settings(args, teacher), arguments.model_of(args, "student")
+    inversion, student = arguments.inversion_settings(args, teacher), student_of(args, teacher)
+    linear_probing = not (args.fine_tune or args.student_untrained or isinstance(as_backbone(student), CNN))
     source = image_source(args, teacher, inversion)
     test = arguments.load_test_images(args, student)
     settings = {name: getattr(args, name) for name in ("samples", *TRANSFER)}
     record = {
-        "teacher": args.model, "student": args.student, "fine_tune": args.fine_tune, "images": str(args.dataset),
+        "teacher": args.model, "student": args.student, "student_untrained": args.student_untrained,
+        "fine_tune": not linear_probing, "images": str(args.dataset),
         "settings": settings, "test_images": len(test.dataset), "device": device_name(args.device),
         "versions": versions(), "rounds": [],
     }  # fmt: skip
     if args.dataset is None:
         record["images"] = f"inverted, stopping {inversion.stopping}, {inversion.iterations} iterations"
-        record["inversion"] = inversion.record()
+        record["inversion"] = inversion.record() | {"adaptive": args.adaptive, "js": source.get("js")}
 
     def save_round(finished: Round, batch: object) -> None:
         """Save the results of each round at once, so that they survive an interruption."""
@@ -75,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         results.write("report.json", lambda path: write_json(path, record))
 
     result = distill(
-        teacher, student, linear_probing=not args.fine_tune, evaluate=test, callback=save_round,
+        teacher, student, linear_probing=linear_probing, evaluate=test, callback=save_round,
         progress=not args.quiet, **source, **settings,
     )  # fmt: skip
     if not result.history:
@@ -86,14 +103,32 @@ def run(args: argparse.Namespace) -> int:
     return INTERRUPTED if result.interrupted else 0
 
 
+def student_of(args: argparse.Namespace, teacher: nn.Module) -> nn.Module:
+    """Return the student on the device of the command, and write into `args` its name and whether it is untrained."""
+    if args.student is None:
+        args.student = UNTRAINED_STUDENT if args.model == CNN_INSIDE else STUDENT_INSIDE
+    weights = [name for name in ("pretrained", "checkpoint") if getattr(args, f"student_{name}")]
+    if args.student_untrained and weights:
+        raise ValueError(f"give either --student-untrained or --student-{weights[0]}, not both")
+    args.student_untrained |= args.student in WITHOUT_WEIGHTS and not weights
+    if not args.student_untrained:
+        return arguments.model_of(args, "student")
+    return untrained_model(args.student, teacher, args.seed).to(args.device)
+
+
 def image_source(args: argparse.Namespace, teacher: nn.Module, inversion: InversionSettings) -> dict:
-    """Return the argument of `distill` that supplies the images: a stored dataset, or an inverter of the teacher."""
+    """Return the arguments of `distill` that supply the images: a stored dataset, or an inverter of the teacher and its
+    competition with the student."""
+    if args.js is not None and args.adaptive is None:
+        raise ValueError("--js is a setting of the competition, which --adaptive asks for")
     if args.dataset is None:
         inverter = inversion.inverter(teacher, progress=False)
         arguments.check_memory("--samples", args.samples or 1, (len(inverter.mean), *inverter.image_size))
-        return {"inverter": inverter}
-    for name in arguments.given_inversion(args):
-        option = "inversion-lr" if name == "lr" else name.replace("_", "-")
+        competing = {} if args.adaptive is None else {"adaptive": args.adaptive, "js": args.js or "published"}
+        return {"inverter": inverter, **competing}
+    given = [name for name in ("objective", "adaptive") if getattr(args, name) is not None]
+    for name in (*given, *arguments.given_inversion(args)):
+        option = "inversion-lr" if name == "lr" else arguments.OPTIONS.get(name, name).replace("_", "-")
         raise ValueError(f"--{option} is a setting of an inversion, but the images of --dataset are inverted already")
     dataset = InvertedDataset.load(args.dataset)
     dataset.verify()

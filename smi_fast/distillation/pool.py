@@ -8,34 +8,43 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from smi_fast.backbones.vit import AcceleratedViT, accelerate
+from smi_fast.backbones.conversion import as_backbone
+from smi_fast.backbones.vit import AcceleratedViT
 from smi_fast.data.sparse import InvertedDataset, Sample, normalize_patches
+from smi_fast.grid import PatchGrid
 from smi_fast.packed import PackedTokens
 
 
 class Reader:
-    """A model that takes kept patches with pixels in [0, 1], and normalises them itself.
+    """A model that takes patches with pixels in [0, 1], and normalises them itself.
 
     Args:
-        model: a model that `accelerate` takes, or an `AcceleratedViT`.
+        model: a model that `Inverter` takes.
         image_size: (H, W) in pixels of the images that the patches come from.
+        patch_size: (height, width) in pixels of the patches. None: the model's. A model with other patches, such as a
+            CNN, whose only patch is the image, takes all patches of an image or none.
+
+    Attributes:
+        heads: the layers that turn features into logits, which linear probing trains. Empty if they are not known.
 
     Raises:
-        UnsupportedModelError: see `accelerate`.
+        UnsupportedModelError: see `Inverter`.
         ValueError: the model does not take images of this size.
     """
 
-    def __init__(self, model: nn.Module, image_size: tuple[int, int]):
-        self.fast = model if isinstance(model, AcceleratedViT) else accelerate(model)
+    def __init__(self, model: nn.Module, image_size: tuple[int, int], patch_size: tuple[int, int] | None = None):
+        self.fast = as_backbone(model, image_size=image_size)
         self.device, self.grid = self.fast.device, self.fast.grid(image_size)
+        self.given = PatchGrid.of(image_size, patch_size or self.grid.patch_size)
         self.mean, self.std = self.fast.mean, self.fast.std
-        heads = self.fast.get_classifier()  # a model with a distillation token has two, whose logits are averaged
+        heads = self.fast.get_classifier() if isinstance(self.fast, AcceleratedViT) else ()
+        # A model with a distillation token has two heads, whose logits are averaged.
         self.heads = nn.ModuleList(heads if isinstance(heads, tuple) else [heads])
 
     def __call__(self, tokens: PackedTokens) -> Tensor:
         """Return the logits (B, classes) of a batch that `InvertedDataset.collate` has made."""
         patches = normalize_patches(tokens.to(self.device), self.mean, self.std)
-        return self.fast.forward_patches(patches, grid_size=self.grid.size)
+        return self.fast.outputs(self.given.recut(patches, self.grid), grid_size=self.grid.size).logits
 
     @torch.no_grad()
     def features(self, forward: Callable[[], Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from smi_fast.data.labelled import accuracy
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip
 from smi_fast.distillation.losses import transfer_loss
 from smi_fast.distillation.pool import Pool, Reader
+from smi_fast.inversion.competition import competition
 from smi_fast.inversion.inverter import Inverter
 from smi_fast.seeds import batch_seed, check_seed, seeded_generator
 
@@ -71,7 +72,9 @@ def distill(
     samples: int | None = None,
     steps: int = 200,
     batch_size: int = 128,
-    linear_probing: bool = True,
+    linear_probing: bool | None = None,
+    adaptive: float | None = None,
+    js: str = "published",
     flip: bool = True,
     temperature: float = 20.0,
     lr: float = 0.1,
@@ -86,15 +89,17 @@ def distill(
 
     Each round adds fresh images to a growing pool and then trains the student on the pool, by SGD on the KL divergence
     of its class probabilities from the teacher's. Both models are given the kept patches only, each with its own
-    normalisation.
+    normalisation. With `adaptive` the fresh images are such that the two disagree, as in adaptive DeepInversion (Yin et
+    al., CVPR 2020, Sec. 3.3).
 
     The teacher's logits do not change, and neither do the features that the student's head is given in linear probing.
     They are computed once, when an image enters the pool, for the image and for its mirror image. The numbers are the
     same as if they were computed in every step.
 
     Args:
-        teacher, student: models that `accelerate` takes, or `AcceleratedViT`s, on one device, with the same classes and
-            the same patch size. The teacher is frozen. Afterwards modes and requires_grad are as they were before.
+        teacher, student: models that `Inverter` takes, on one device, with the same classes. If patches are stopped,
+            both have the same patch size. The teacher is frozen. Afterwards modes and requires_grad are as they were
+            before.
         inverter: inverts the teacher to make fresh images. Give either an inverter or a dataset.
         dataset: stored images. Fresh ones are drawn without replacement, until all are in the pool.
         rounds: the number of rounds.
@@ -103,7 +108,11 @@ def distill(
         steps: the number of optimiser steps in a round.
         batch_size: the number of images in a step. They are drawn in shuffled passes over the pool.
         linear_probing: train only the head, with the rest of the student in evaluation mode. False: train the whole
-            student.
+            student. None: True for a ViT, False for a CNN.
+        adaptive: the weight of a competition with the student, which is then part of the inverter's objective, see
+            `competition`. The student is frozen during an inversion. The paper takes 10 for CIFAR-10 and 0.2 for
+            ImageNet. None: no competition.
+        js: the divergence of the competition, "published" or "exact".
         flip: mirror each image with probability 1/2 each time it is drawn.
         temperature: the temperature of the softmax, see `transfer_loss`.
         lr, momentum, weight_decay: the settings of SGD.
@@ -126,15 +135,21 @@ def distill(
     _check_settings(counts, seed, temperature, lr, momentum, weight_decay)
     if (inverter is None) == (dataset is None):
         raise ValueError("give either an inverter or a dataset")
-    image_size = tuple(dataset.image_size[1:] if inverter is None else inverter.image_size)
-    iterations = 0 if inverter is None else inverter.iterations
-    teacher_reader, student_reader = Reader(teacher, image_size), Reader(student, image_size)
-    _check_fit(teacher_reader, student_reader, inverter, dataset)
+    grid = dataset.grid if inverter is None else inverter.grid
+    teacher_reader, student_reader = (Reader(model, grid.image_size, grid.patch_size) for model in (teacher, student))
+    linear_probing = len(student_reader.heads) > 0 if linear_probing is None else linear_probing
+    _check_fit(teacher_reader, student_reader, inverter, dataset, linear_probing)
     if inverter is not None:
         teacher_reader.mean, teacher_reader.std = inverter.mean, inverter.std
-    channels, patch_size = teacher_reader.fast.num_channels, teacher_reader.grid.patch_size
-    mirror = RandomHorizontalFlip((channels, *image_size), patch_size, p=1) if flip else None
-    total = rounds * (iterations + steps)
+    if adaptive is not None:
+        if inverter is None:
+            raise ValueError(
+                "adaptive images are inverted against the student, but those of a dataset are there already"
+            )
+        inverter = inverter.with_objective(competition(inverter.objective, student_reader.fast, adaptive, js))
+    image_size = (teacher_reader.fast.num_channels, *grid.image_size)
+    mirror = RandomHorizontalFlip(image_size, grid.patch_size, p=1) if flip else None
+    total = rounds * (steps + (0 if inverter is None else inverter.iterations))
     bar = tqdm(total=total, disable=not progress, unit="it", dynamic_ncols=True, mininterval=0.5)
 
     with frozen(teacher_reader.fast), frozen(student_reader.fast), _own_randomness(seed, student_reader.device), bar:
@@ -148,19 +163,20 @@ def distill(
             fresh = partial(_stored, dataset, order, samples or len(dataset))
         else:
             fresh = partial(_inverted, inverter, samples or 128, seed, bar)
-        history, batches, interrupted = [], [], False
+        history, batches, iterations, interrupted = [], [], 0, False
         finished = copy.deepcopy(trainable.state_dict())  # as the last finished round left it
         try:
             measure = _measure(evaluate, student, student_reader, linear_probing, progress)
             for number in range(1, rounds + 1):
                 bar.set_description(f"round {number} of {rounds}")
                 started = time.perf_counter()
-                images = fresh(number - 1)  # inverted, or taken from the dataset
+                images, ran = fresh(number - 1)  # inverted, or taken from the dataset
+                iterations += ran
                 inverted = time.perf_counter()
                 pool.add(images)
                 loss = _train(pool, optimizer, steps, temperature, generator, bar)
                 record = Round(
-                    number, samples=len(pool), iterations=number * iterations, steps=number * steps, loss=loss,
+                    number, samples=len(pool), iterations=iterations, steps=number * steps, loss=loss,
                     accuracy=measure(), inversion_seconds=inverted - started,
                     transfer_seconds=time.perf_counter() - inverted,
                 )  # fmt: skip
@@ -180,8 +196,9 @@ def distill(
     return DistillationResult(history, batches, interrupted)
 
 
-def _inverted(inverter: Inverter, count: int, seed: int, bar: tqdm, number: int) -> InvertedDataset:
-    """Invert the images of round `number`, counted from 0: `count` images of all classes in turn."""
+def _inverted(inverter: Inverter, count: int, seed: int, bar: tqdm, number: int) -> tuple[InvertedDataset, int]:
+    """Invert the images of round `number`, counted from 0: `count` images of all classes in turn. Return them and the
+    number of iterations that ran."""
     targets = torch.arange(number * count, (number + 1) * count) % inverter.backbone.num_classes
     shown, inverter.progress = inverter.progress, False  # `bar` counts its iterations
     try:
@@ -191,12 +208,14 @@ def _inverted(inverter: Inverter, count: int, seed: int, bar: tqdm, number: int)
     if result.interrupted:
         raise KeyboardInterrupt
     metadata = {"mean": inverter.mean, "std": inverter.std, "seed": batch_seed(seed, number)}
-    return InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
+    images = InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
+    return images, len(result.losses)
 
 
-def _stored(dataset: InvertedDataset, order: Tensor, count: int, number: int) -> Subset:
-    """Return the images of round `number`, counted from 0: the next `count` in `order`, or none once all are used."""
-    return Subset(dataset, order[number * count : (number + 1) * count].tolist())
+def _stored(dataset: InvertedDataset, order: Tensor, count: int, number: int) -> tuple[Subset, int]:
+    """Return the images of round `number`, counted from 0, the next `count` in `order` or none once all are used; and
+    0, the number of iterations."""
+    return Subset(dataset, order[number * count : (number + 1) * count].tolist()), 0
 
 
 def _train(
@@ -260,31 +279,45 @@ def _check_settings(
         )
 
 
-def _check_fit(teacher: Reader, student: Reader, inverter: Inverter | None, dataset: InvertedDataset | None) -> None:
+def _check_fit(
+    teacher: Reader,
+    student: Reader,
+    inverter: Inverter | None,
+    dataset: InvertedDataset | None,
+    linear_probing: bool,
+) -> None:
     """Check that the models fit each other and the images."""
-    if teacher.fast.blocks is student.fast.blocks:
+    if _same(teacher.fast, student.fast):
         raise ValueError("teacher and student are the same model")
-    for what, ours, theirs in (
-        ("classes", teacher.fast.num_classes, student.fast.num_classes),
-        ("channels", teacher.fast.num_channels, student.fast.num_channels),
-        ("patches of", "{}x{}".format(*teacher.grid.patch_size), "{}x{}".format(*student.grid.patch_size)),
-    ):
+    for what in ("classes", "channels"):
+        ours, theirs = (getattr(reader.fast, f"num_{what}") for reader in (teacher, student))
         if ours != theirs:
             raise ValueError(f"the teacher has {what} {ours}, the student {theirs}")
     if teacher.fast.num_classes == 0:
         raise ValueError("teacher and student have no classes")
     if teacher.device != student.device:
         raise ValueError(f"the teacher is on {teacher.device}, the student on {student.device}")
-    if inverter is not None:
-        if getattr(inverter.backbone, "blocks", None) is not teacher.fast.blocks:
-            raise ValueError("the inverter inverts another model than the teacher")
-        return
-    if len(dataset) == 0:
-        raise ValueError("the dataset is empty")
-    for what, ours, theirs in (
-        ("channels", dataset.image_size[0], teacher.fast.num_channels),
-        ("patches of", "{}x{}".format(*dataset.patch_size), "{}x{}".format(*teacher.grid.patch_size)),
-    ):
-        if ours != theirs:
-            raise ValueError(f"the dataset has {what} {ours}, the teacher {theirs}")
-    dataset.check_normalization(teacher.mean, teacher.std)
+    if linear_probing and not len(student.heads):
+        raise ValueError("the head of the student is not known, so linear_probing must be False")
+    if inverter is not None and not _same(inverter.backbone, teacher.fast):
+        raise ValueError("the inverter inverts another model than the teacher")
+    if dataset is not None:
+        if len(dataset) == 0:
+            raise ValueError("the dataset is empty")
+        if dataset.image_size[0] != teacher.fast.num_channels:
+            raise ValueError(
+                f"the dataset has channels {dataset.image_size[0]}, the teacher {teacher.fast.num_channels}"
+            )
+        dataset.check_normalization(teacher.mean, teacher.std)
+        sparse = len(dataset.positions) < len(dataset) * dataset.grid.num_patches
+    else:
+        sparse = bool(inverter.stopping.stops)
+    for name, reader in (("teacher", teacher), ("student", student)):
+        if sparse and reader.grid != reader.given:
+            ours, theirs = ("{}x{}".format(*grid.patch_size) for grid in (reader.given, reader.grid))
+            raise ValueError(f"the images are sparse in patches of {ours}, the {name} takes patches of {theirs}")
+
+
+def _same(model: nn.Module, other: nn.Module) -> bool:
+    """Return whether two models have the same parameters."""
+    return list(map(id, model.parameters())) == list(map(id, other.parameters()))

@@ -159,16 +159,19 @@ def _check_soft_labels(labels: Tensor, num_classes: int) -> Tensor:
     return labels
 
 
-def check_weights(backbone: Backbone) -> None:
-    """Check that all weights are finite, and all buffers such as the statistics of BatchNorm.
+def check_weights(models: Sequence[Backbone]) -> None:
+    """Check that all weights of the inverted model and of those that its objective runs are finite, and all buffers
+    such as the statistics of BatchNorm.
 
     Raises:
         ValueError: a weight is not. The message names it.
     """
-    weights = [*backbone.named_parameters(), *backbone.named_buffers()]
-    names, tensors = zip(*[(name, x) for name, x in weights if x.is_floating_point()], strict=True)
-    counts = torch.stack([tensor.detach().isfinite().logical_not().sum() for tensor in tensors]).tolist()
-    for name, count in zip(names, counts, strict=True):
-        if count:
-            name = name.removeprefix("model.")  # as the wrapped model calls it
-            raise ValueError(f"the model's weight {name} holds {count} values that are NaN or infinite")
+    for number, model in enumerate(models):
+        weights = [*model.named_parameters(), *model.named_buffers()]
+        names, tensors = zip(*[(name, x) for name, x in weights if x.is_floating_point()], strict=True)
+        counts = torch.stack([tensor.detach().isfinite().logical_not().sum() for tensor in tensors]).tolist()
+        for name, count in zip(names, counts, strict=True):
+            if count:
+                whose = f"the objective's {type(model).__name__}'s" if number else "the model's"
+                name = name.removeprefix("model.")  # as the wrapped model calls it
+                raise ValueError(f"{whose} weight {name} holds {count} values that are NaN or infinite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -140,9 +141,7 @@ class Inverter:
         self.stopping = as_schedule(stopping, iterations)
         if objective is None:
             objective = deep_inversion_cnn() if isinstance(self.backbone, CNN) else deep_inversion()
-        self.objective = objective
-        as_loss(self.objective)  # checks it
-        self.features = features_of(self.objective)
+        self._minimise(objective)
         self.prior = getattr(self.objective, "prior", None) if prior is None else prior
         if not (self.prior is None or isinstance(self.prior, ImagePrior) or callable(self.prior)):
             raise TypeError(f"a prior is an ImagePrior or a function of (images, kept), got {self.prior!r}")
@@ -160,6 +159,25 @@ class Inverter:
         self.verifier = None if verifier is None else as_backbone(verifier)
         self.verify_every = verify_every
         self.stages = self._plan()
+
+    def _minimise(self, objective: Objective | Loss) -> None:
+        as_loss(objective)  # checks it
+        self.objective, self.features = objective, features_of(objective)
+        self.models = (self.backbone, *getattr(objective, "models", ()))
+        check = getattr(objective, "check", None)
+        if check is not None:
+            check(self)
+
+    def with_objective(self, objective: Objective | Loss) -> Inverter:
+        """Return an inverter of the same model with another objective and otherwise the same settings, the prior among
+        them.
+
+        Raises:
+            ValueError, TypeError: the objective does not fit.
+        """
+        other = copy.copy(self)
+        other._minimise(objective)
+        return other
 
     def _plan(self) -> list[Stage]:
         if getattr(self.backbone, "prune", None) and self.stopping.stops:
@@ -231,7 +249,7 @@ class Inverter:
             NonFiniteError: the attention is NaN or infinite at a stopping. The error holds the result so far.
         """
         targets, seed = check_targets(targets, self.backbone.num_classes), check_seed(seed)
-        check_weights(self.backbone)
+        check_weights(self.models)
         loop, verifier, interrupted = Loop(self), self._verifier(), False
         shape = len(targets), self.backbone.num_channels, *self.image_size
         with loop.running():
@@ -297,7 +315,7 @@ class Inverter:
             NonFiniteError: see `run`.
         """
         targets, seed = check_targets(targets, self.backbone.num_classes), check_seed(seed)
-        check_weights(self.backbone)
+        check_weights(self.models)
         check_streams(self, batch_size)
         loop, interrupted = Loop(self), False
         with loop.running(), Bar.of(len(targets), 0, self.progress, "image") as bar:

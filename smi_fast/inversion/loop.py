@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,9 +49,11 @@ class Loop:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Freeze the model, cast its weights once, and run on the device's side stream."""
-        pack = not self.settings.compile
-        with side_stream(self.device), frozen(self.backbone), self.backbone.cast_weights(pack=pack):
+        """Freeze the models, cast their weights once, and run on the device's side stream."""
+        with side_stream(self.device), ExitStack() as stack:
+            for model in self.settings.models:
+                stack.enter_context(frozen(model))
+                stack.enter_context(model.cast_weights(pack=not self.settings.compile))
             yield
 
     def begin(self, targets: Tensor, seed: int, start: Tensor | None = None) -> InversionState:
@@ -221,7 +224,7 @@ class Loop:
             pooled = F.avg_pool2d(images, pooling)
             tokens, grid = replace(tokens, values=pooled.flatten(1)), PatchGrid.of(pooled.shape[2:], pooled.shape[2:])
         outputs = self._outputs(tokens, grid_size=grid.size, **asked)
-        return replace(outputs, patches=tokens, grid=grid)
+        return replace(outputs, patches=tokens, grid=grid, mean=self.settings.mean, std=self.settings.std)
 
     @torch.no_grad()
     def check(self, current: InversionState) -> list[int]:
@@ -237,10 +240,10 @@ class Loop:
         return Taped(step) if self.settings.graphs and self._runs_only_known_code() else step
 
     def seen_of_model(self) -> list:
-        """Return what is compared to see whether a callback has changed the model, so that no iteration of another
-        model is replayed: its modules, their modes and hooks, and its weights."""
+        """Return what is compared to see whether a callback has changed a model, so that no iteration of another model
+        is replayed: its modules, their modes and hooks, and its weights."""
         found: list = []
-        for module in self.backbone.modules():
+        for module in chain.from_iterable(model.modules() for model in self.settings.models):
             found += (id(module), module.training, *module._forward_hooks, *module._forward_pre_hooks)
             for weight in module._parameters.values():
                 if weight is not None:

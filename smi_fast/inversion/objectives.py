@@ -23,9 +23,10 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # a function of logits, image
 class Objective(Protocol):
     """A loss of a model's outputs. A plain function of (logits, images, targets) can be used instead.
 
-    An objective may have two attributes: `features`, the names of the places in the model whose tokens it reads, as the
-    backbone's `outputs` takes them; and `prior`, an `ImagePrior` or a function, which a run uses unless it is given
-    another prior.
+    An objective may have these attributes: `features`, the names of the places in the model whose tokens it reads, as
+    the backbone's `outputs` takes them; `prior`, an `ImagePrior` or a function, which a run uses unless it is given
+    another prior; `models`, further backbones that it runs, which are frozen during a run; and `check`, a function of
+    the `Inverter`, called when that is made, which raises ValueError if the objective does not fit it.
     """
 
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:

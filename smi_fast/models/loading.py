@@ -1,26 +1,33 @@
-"""load_model(): load a model by its name, with weights from this package, from a download or from a file; or from a
-folder that transformers has written."""
+"""Models by their names: load_model() with weights from this package, from a download, from a file or from a folder
+that transformers has written; untrained_model() with random weights."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision import __version__ as torchvision_version
 from torchvision import models as torchvisions
 
+from smi_fast.backbones.base import class_names
+from smi_fast.backbones.conversion import as_backbone
 from smi_fast.backbones.huggingface import from_huggingface
 from smi_fast.backbones.torchvision import from_torchvision
 from smi_fast.data.files import first_line
 from smi_fast.models import CNN_INSIDE, MODEL_INSIDE, STUDENT_INSIDE, cifar10_resnet20, cifar10_student, cifar10_vit
 
 INSIDE = {MODEL_INSIDE: cifar10_vit, STUDENT_INSIDE: cifar10_student, CNN_INSIDE: cifar10_resnet20}
+WITHOUT_WEIGHTS = {f"cifar10_resnet{depth}": partial(cifar10_resnet20, depth=depth) for depth in (8, 14)}
+OURS = INSIDE | WITHOUT_WEIGHTS
 TORCHVISION = "torchvision/"  # what the names of torchvision's models begin with
 SHOWN = 3  # A message lists this many names of weights and counts the rest.
 
@@ -57,6 +64,8 @@ def load_model(
         return _from_checkpoint(name, Path(checkpoint))
     if name in INSIDE:
         return INSIDE[name]()
+    if name in WITHOUT_WEIGHTS:
+        raise ValueError(f"{name} comes without weights: {options[1]} reads a file")
     if not pretrained:
         source = "torchvision's" if name.startswith(TORCHVISION) else "timm's"
         raise ValueError(f"{name} needs weights: {options[0]} downloads {source}, {options[1]} reads a file")
@@ -65,6 +74,38 @@ def load_model(
         return _as_timms(_make(name, pretrained=True)).eval()
     except Exception as error:  # The hub, its client and timm raise a dozen types of errors.
         raise ValueError(f"the pretrained weights of {name} cannot be downloaded: {first_line(error)}") from error
+
+
+def untrained_model(name: str, teacher: nn.Module, seed: int = 0) -> nn.Module:
+    """Make a model with random weights that has a teacher's classes and takes the teacher's images, in evaluation mode
+    on the CPU.
+
+    Args:
+        name: as for `load_model`, or `cifar10_resnet8` or `cifar10_resnet14`.
+        teacher: a model that `Inverter` takes. The new model gets its number of classes, its image size and its
+            normalisation.
+        seed: decides the weights.
+
+    Raises:
+        ValueError: the name is unknown, or the model cannot be made for these classes and images.
+        UnsupportedModelError: the teacher is no model that can be inverted.
+    """
+    _check_name(name)
+    backbone = as_backbone(teacher)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        try:
+            model = _make(name, num_classes=backbone.num_classes)
+            if isinstance(model, VisionTransformer):
+                torch.manual_seed(seed)
+                model = _make(name, num_classes=backbone.num_classes, img_size=backbone.image_size)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"{name} cannot be made: {first_line(error)}") from error
+    model.pretrained_cfg = resolve_data_config(model=teacher) | {
+        "architecture": name, "input_size": (backbone.num_channels, *backbone.image_size), "mean": backbone.mean,
+        "std": backbone.std, "num_classes": backbone.num_classes, "label_names": tuple(class_names(teacher)),
+    }  # fmt: skip
+    return model.eval()
 
 
 def _from_folder(folder: str, given: str | None) -> nn.Module:
@@ -79,13 +120,13 @@ def _from_folder(folder: str, given: str | None) -> nn.Module:
 def _is_known(name: str) -> bool:
     if name.startswith(TORCHVISION):
         return name.removeprefix(TORCHVISION) in torchvisions.list_models(torchvisions)
-    return name in INSIDE or timm.is_model(name)
+    return name in OURS or timm.is_model(name)
 
 
 def _check_name(name: str) -> None:
     if _is_known(name):
         return
-    library, known = f"timm {timm.__version__}", [*INSIDE, *timm.list_models()]
+    library, known = f"timm {timm.__version__}", [*OURS, *timm.list_models()]
     if name.startswith(TORCHVISION):
         library = f"torchvision {torchvision_version}"
         known = [TORCHVISION + model for model in torchvisions.list_models(torchvisions)]
@@ -96,8 +137,8 @@ def _check_name(name: str) -> None:
 
 def _make(name: str, *, pretrained: bool = False, **overrides) -> nn.Module:
     """Make a model with weights at random or, if it is pretrained, with those of its library."""
-    if name in INSIDE:
-        return INSIDE[name](pretrained=pretrained, **overrides)
+    if name in OURS:
+        return OURS[name](pretrained=pretrained, **overrides)
     if name.startswith(TORCHVISION):
         return _make_torchvisions(name, pretrained, **overrides)
     return timm.create_model(name, pretrained=pretrained, **overrides)
@@ -143,7 +184,7 @@ def _from_checkpoint(name: str, path: Path) -> nn.Module:
 
 def _classifier(name: str) -> str | None:
     """Return the name of the layer whose rows are the classes, the first one if the model has two."""
-    config = None if name in INSIDE or name.startswith(TORCHVISION) else timm.get_pretrained_cfg(name)
+    config = None if name in OURS or name.startswith(TORCHVISION) else timm.get_pretrained_cfg(name)
     if config is not None:
         found = config.classifier
         return found if isinstance(found, str) else next(iter(found or ()), None)

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smi_fast.cli import main
-from smi_fast.models import cifar10_vit
+from smi_fast.models import cifar10_resnet20, cifar10_vit
+from smi_fast.models.loading import load_model, untrained_model
 
 pytest.importorskip("matplotlib")
 
@@ -47,11 +48,52 @@ def test_the_report_records_the_inversion_unless_images_are_stored(data, inverte
     assert main(["distill", "--iterations", "3", "--tv-l2", "0.5", *how, "--out", str(tmp_path / "fresh")]) == 0
     assert main(["distill", "--dataset", str(inverted), *how, "--out", str(tmp_path / "stored")]) == 0
     fresh, stored = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("fresh", "stored"))
-    expected = {"iterations": 3, "lr": 0.1, "tv_l2": 0.5, "l2": 0.0, "stopping": "1:0.3,2:0.3"}
+    expected = {"iterations": 3, "lr": 0.1, "stopping": "1:0.3,2:0.3", "adaptive": None}
     assert fresh["inversion"] | expected == fresh["inversion"]
+    objective = {"name": "deep_inversion", "tv_l2": 0.5, "l2": 0.0, "norm": "batch"}
+    assert fresh["inversion"]["objective"] == objective
     assert fresh["images"] == "inverted, stopping 1:0.3,2:0.3, 3 iterations"
     assert "inversion" not in stored
     assert stored["images"] == str(inverted)
+
+
+def test_an_untrained_cnn_competes_and_learns_as_a_whole(data, accuracy_by_hand, tmp_path):
+    how = ["--stopping", "dense", "--iterations", "2", "--samples", "8", "--rounds", "1", "--steps", "3", "--seed", "5"]
+    arguments = ["--student", "cifar10_resnet8", "--adaptive", "10", *how, "--data", str(data)]
+    assert main(["distill", *arguments, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (record["student_untrained"], record["fine_tune"]) == (True, True)
+    assert (record["inversion"]["adaptive"], record["inversion"]["js"]) == (10.0, "published")
+    student, trained = (
+        untrained_model("cifar10_resnet8", cifar10_vit(), 5),
+        load_file(tmp_path / "out" / "student.safetensors"),
+    )
+    assert not any(torch.equal(value, trained[name]) for name, value in student.state_dict().items())
+    student.load_state_dict(trained)
+    assert record["rounds"][-1]["accuracy"] == accuracy_by_hand(student)
+
+
+def test_the_cnn_inside_teaches_an_untrained_resnet_8(data, tmp_path):
+    save_file(cifar10_resnet20(False).state_dict(), tmp_path / "teacher.safetensors")
+    teacher = ["--model", "cifar10_resnet20", "--checkpoint", str(tmp_path / "teacher.safetensors")]
+    how = ["--stopping", "dense", "--iterations", "2", "--samples", "4", "--rounds", "1", "--steps", "1"]
+    out = tmp_path / "out"
+    assert main(["distill", *teacher, *how, "--data", str(data), "--out", str(out), "--quiet"]) == 0
+    record = json.loads((out / "report.json").read_text())
+    assert (record["student"], record["student_untrained"], record["fine_tune"]) == ("cifar10_resnet8", True, True)
+    load_model("cifar10_resnet8", checkpoint=out / "student.safetensors")
+
+
+def test_a_vit_competes_on_sparse_images(data, tmp_path):
+    """The competition changes the images, so that the student learns something else."""
+    how = ["--iterations", "4", "--stopping", "2:0.5", "--samples", "4", "--rounds", "1", "--steps", "2"]
+    heads = []
+    for number, competing in enumerate(([], ["--adaptive", "10"], ["--adaptive", "10", "--js", "exact"])):
+        out = tmp_path / str(number)
+        assert main(["distill", *how, *competing, "--data", str(data), "--out", str(out), "--quiet"]) == 0
+        heads.append(load_file(out / "student.safetensors")["head.weight"])
+    assert not torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[1], heads[2])
 
 
 def test_ctrl_c_says_what_is_kept(data, inverted, tmp_path, capsys, monkeypatch):
@@ -83,7 +125,18 @@ def test_a_damaged_dataset_is_found_before_anything_is_written(student, data, in
         (["--dataset", "INVERTED", "--stopping", "dense"], "--stopping is a setting of an inversion"),
         (["--stopping", "nonsense"], "cannot read 'nonsense'"),
         (["--student", "deit_tiny_patch16_224"], "--student-pretrained downloads timm's"),
-        (["--student", "test_resnet", "--student-checkpoint", "RESNET"], "resnet.ResNet, not"),
+        (
+            ["--student", "test_resnet", "--student-checkpoint", "RESNET"],
+            "sparse in patches of 4x4, the student takes patches of 32x32",
+        ),
+        (["--adaptive", "-1"], "weight must be at least 0 and finite, got -1"),
+        (["--dataset", "INVERTED", "--adaptive", "10"], "--adaptive is a setting of an inversion"),
+        (["--dataset", "INVERTED", "--objective", "psaq"], "--objective is a setting of an inversion"),
+        (["--dataset", "INVERTED", "--until", "0.9", "--check-every", "5"], "--until is a setting of an inversion"),
+        (["--js", "exact"], "--js is a setting of the competition"),
+        (["--student-untrained", "--student-pretrained"], "either --student-untrained or --student-pretrained"),
+        (["--student", "resnet_of_none", "--student-untrained"], "has no model 'resnet_of_none'"),
+        (["--student", "cifar10_resnet8"], "sparse in patches of 4x4, the student takes patches of 32x32"),
         (["--samples", "2147483647"], "--samples: 2147483647 images take"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

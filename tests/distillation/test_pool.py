@@ -2,8 +2,9 @@
 
 import copy
 
+import pytest
 import torch
-from distillation_cases import GRID, SIZE, make_dataset, timm_logits, tiny
+from distillation_cases import GRID, SIZE, make_dataset, timm_logits, tiny, tiny_cnn
 from timm.models.deit import VisionTransformerDistilled
 
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip
@@ -25,6 +26,21 @@ def test_both_views_are_read_as_timm_reads_images(seed):
                 expected = timm_logits(teacher, image, keep), timm_logits(student, image, keep)
             found = pool.logits[view, [number]], pool.student_logits(torch.tensor([number]), torch.tensor([view]))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("patch", [4, SIZE])
+def test_a_cnn_reads_both_views_of_whole_images(patch, seed):
+    """However the images are cut: in the patches of a ViT, or not at all."""
+    teacher, student, images = tiny_cnn(), tiny_cnn(mean=0.3), torch.rand(7, 3, SIZE, SIZE)
+    dataset = InvertedDataset.from_images(images, None, torch.zeros(7).long(), (patch, patch))
+    readers = (Reader(model, (SIZE, SIZE), (patch, patch)) for model in (teacher, student))
+    mirror = RandomHorizontalFlip(dataset.image_size, dataset.patch_size, p=1)
+    pool = Pool(*readers, mirror, False, batch_size=4)
+    pool.add(dataset)
+    for view, expected in enumerate((images, images.flip(-1))):
+        torch.testing.assert_close(pool.logits[view], teacher((expected - 0.5) / 0.5), rtol=1e-5, atol=1e-5)
+        found = pool.student_logits(torch.arange(7), torch.full((7,), view))
+        torch.testing.assert_close(found, student((expected - 0.3) / 0.5), rtol=1e-5, atol=1e-5)
 
 
 def test_passes_are_shuffled_and_complete(seed):

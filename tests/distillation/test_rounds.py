@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from distillation_cases import CLASSES, SIZE, make_dataset, timm_logits, tiny
+from distillation_cases import CLASSES, SIZE, make_dataset, timm_logits, tiny, tiny_cnn
 from torch.utils.data import DataLoader, TensorDataset
 
 import smi_fast
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.distillation.rounds import distill
+from smi_fast.inversion.until import Until
 from smi_fast.seeds import batch_seed
 
 QUIET = {"progress": False}
@@ -52,6 +53,83 @@ def test_training_equals_a_plain_loop_without_caches(seed, linear_probing, ragge
     reference(teacher, expected, dataset, 4, linear_probing, lr=0.05)
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def whole_images(n=12, patch=SIZE):
+    images = torch.rand(n, 3, SIZE, SIZE)
+    return images, InvertedDataset.from_images(images, None, torch.arange(n) % CLASSES, (patch, patch))
+
+
+@pytest.mark.parametrize("teacher", [tiny, tiny_cnn])
+def test_a_cnn_is_trained_whole_with_the_statistics_of_its_batches(seed, teacher):
+    """BatchNorm runs in training mode in the steps and in evaluation mode for the accuracy."""
+    teacher, student, evaluated = teacher(), tiny_cnn(mean=0.4, std=0.3, width=6), []
+    images, dataset = whole_images(patch=4 if isinstance(teacher, type(tiny())) else SIZE)
+    expected, before = copy.deepcopy(student).train(), copy.deepcopy(teacher.state_dict())
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    with torch.no_grad():
+        taught = (teacher((images - 0.5) / 0.5) / 3).softmax(1)
+    for _ in range(4):
+        learnt = (expected((images - 0.4) / 0.3) / 3).log_softmax(1)
+        optimizer.zero_grad()
+        (9 * (taught * (taught.log() - learnt)).sum(1).mean()).backward()
+        optimizer.step()
+
+    def evaluate(student):
+        evaluated.append(any(module.training for module in student.modules()))
+        return 0.5
+
+    options = {"rounds": 2, "steps": 2, "flip": False, "temperature": 3.0, "lr": 0.05, "evaluate": evaluate}
+    distill(teacher, student, dataset=dataset, **options, **QUIET)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert evaluated == [False, False]
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_vit_learns_from_a_cnn(seed):
+    teacher, student = tiny_cnn(), tiny(num_classes=CLASSES)
+    inverter = smi_fast.Inverter(
+        teacher, objective=smi_fast.deep_inversion(), stopping="dense", iterations=3, progress=False
+    )
+    result = distill(teacher, student, inverter=inverter, rounds=2, samples=5, steps=3, **QUIET)
+    assert [batch.patch_size for batch in result.batches] == [(SIZE, SIZE)] * 2
+    images, data = whole_images()
+    reference = copy.deepcopy(student)
+    distill(teacher, student, dataset=data, rounds=1, steps=1, flip=False, **QUIET)
+    with torch.no_grad():
+        taught, x = teacher((images - 0.5) / 0.5) / 20, (images - 0.5) / 0.5
+        features = reference.forward_head(reference.forward_features(x), pre_logits=True)
+    loss = 400 * (taught.softmax(1) * (taught.log_softmax(1) - (reference.head(features) / 20).log_softmax(1))).sum(1)
+    (grad,) = torch.autograd.grad(loss.mean(), reference.head.weight)
+    expected = reference.head.weight - 0.1 * (grad + 1e-4 * reference.head.weight)
+    torch.testing.assert_close(student.head.weight, expected, rtol=1e-4, atol=1e-5)
+
+
+KINDS = {"cnn": (tiny_cnn, tiny_cnn, "dense"), "vit": (tiny, tiny, {2: 0.5}), "mixed": (tiny, tiny_cnn, "dense")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adaptive_images_compete_with_the_student_as_it_is_in_each_round(seed, kind):
+    teacher, student, stopping = KINDS[kind]
+    teacher, student = teacher(), student(mean=0.4)
+    states = [copy.deepcopy(student.state_dict())]
+    inverter = smi_fast.Inverter(
+        teacher, objective=smi_fast.deep_inversion(), iterations=4, stopping=stopping, progress=False
+    )
+    result = distill(
+        teacher, student, inverter=inverter, rounds=2, samples=6, steps=3, seed=3, adaptive=10.0, js="exact",
+        linear_probing=False, callback=lambda *_: states.append(copy.deepcopy(student.state_dict())), **QUIET,
+    )  # fmt: skip
+    weight = next(iter(states[0]))
+    assert not torch.equal(states[0][weight], states[1][weight])
+    for number, (batch, state) in enumerate(zip(result.batches, states, strict=False)):
+        student.load_state_dict(state)
+        competing = inverter.with_objective(smi_fast.competition(inverter.objective, student, 10.0, "exact"))
+        targets = [i % CLASSES for i in range(6 * number, 6 * number + 6)]
+        alone = competing.run(targets, seed=batch_seed(3, number))
+        assert torch.equal(batch.images(), alone.images)
+        assert not torch.equal(batch.images(), inverter.run(targets, seed=batch_seed(3, number)).images)
 
 
 def test_linear_probing_moves_the_head_only(seed):
@@ -114,6 +192,16 @@ def test_the_pool_grows_from_round_to_round(seed):
     alone = inverter.run([number % CLASSES for number in range(7, 14)], seed=batch_seed(3, 1))
     assert torch.equal(second, alone.images)
     assert all(r.inversion_seconds > 0 and r.transfer_seconds > 0 for r in result.history)
+
+
+def test_an_inversion_that_ends_early_counts_what_it_ran(seed):
+    """Of a model that is sure of anything after a check."""
+    teacher, student = tiny(), tiny()
+    inverter = smi_fast.Inverter(teacher, stopping="dense", iterations=90, until=Until(1e-9, every=10), progress=False)
+    result = distill(teacher, student, inverter=inverter, rounds=2, samples=3, steps=1, **QUIET)
+    ran = len(inverter.run([0], 0).losses)
+    assert ran < 90
+    assert [r.iterations for r in result.history] == [ran, 2 * ran]
 
 
 def test_the_inverters_own_bar_is_hidden(seed, capsys):
@@ -241,18 +329,25 @@ def test_what_does_not_fit_is_named(seed):
             distill(teacher, student or tiny(), **arguments)
 
     refused("the teacher has classes 5, the student 7", tiny(num_classes=7))
-    refused("the teacher has patches of 4x4, the student 8x8", tiny(patch_size=8))
+    refused("sparse in patches of 4x4, the student takes patches of 8x8", tiny(patch_size=8))
     refused("images have 16x16 pixels, the model takes 32x32", tiny(img_size=32))
     refused("the same model", teacher)
     refused("the same model", smi_fast.accelerate(teacher))
     refused("no classes", tiny(num_classes=0), tiny(num_classes=0))
     refused("either an inverter or a dataset", dataset=None)
     refused("either an inverter or a dataset", inverter=inverter_of(teacher))
+    refused("linear_probing must be False", tiny_cnn(), dataset=whole_images()[1], linear_probing=True)
+    refused("sparse in patches of 4x4, the student takes patches of 16x16", tiny_cnn())
+    refused("sparse in patches of 4x4", tiny_cnn(), dataset=None, inverter=inverter_of(teacher))
+    refused("those of a dataset are there already", adaptive=10.0)
+    adapting = {"dataset": None, "inverter": inverter_of(teacher)}
+    refused("weight must be at least 0 and finite, got -1", adaptive=-1, **adapting)
+    refused("js must be one of published, exact, got 'other'", adaptive=1, js="other", **adapting)
     refused("another model than the teacher", dataset=None, inverter=inverter_of(tiny()))
     refused("mean", dataset=make_dataset(metadata={"mean": [0.4] * 3, "std": [0.5] * 3}))
     refused("std", dataset=make_dataset(metadata={"mean": [0.5] * 3, "std": [0.6] * 3}))
     coarse = InvertedDataset.from_images(torch.rand(1, 3, SIZE, SIZE), torch.tensor([[0]]), torch.tensor([0]), (8, 8))
-    refused("the dataset has patches of 8x8, the teacher 4x4", dataset=coarse)
+    refused("sparse in patches of 8x8, the teacher takes patches of 4x4", dataset=coarse)
     grey = InvertedDataset.from_images(torch.rand(1, 1, SIZE, SIZE), torch.tensor([[0]]), torch.tensor([0]), (4, 4))
     refused("the dataset has channels 1, the teacher 3", dataset=grey)
     for name in ("rounds", "samples", "steps", "batch_size"):

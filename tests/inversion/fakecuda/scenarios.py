@@ -60,8 +60,12 @@ def plain_loss(logits, images, targets):
 
 def stages(device: torch.device) -> dict:
     run(small_model().to(device))
-    note("own loss")
+    note("next run")
     run(small_model().to(device), objective=plain_loss)
+    note("next run")
+    student = small_model().to(device)
+    student.pretrained_cfg = student.pretrained_cfg | {"mean": (0.5, 0.4, 0.3)}
+    run(small_model().to(device), objective=smi_fast.competition(smi_fast.deep_inversion(), student))
     return {}
 
 
