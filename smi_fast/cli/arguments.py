@@ -132,6 +132,7 @@ INVERSION = {  # setting -> the type of its option, and what the help says about
     "checks": (count, f"number of these checks in a row (default: {Until.checks})"),
     "every": (count, f"number of iterations between two checks (default: {Until.every})"),
 }
+CHOICES = ("lr_schedule", "norm", "stopping", "published")  # further settings
 OPTIONS = {"every": "check-every"}  # the names of options that are not those of their settings
 LR_SCHEDULES = {"constant": None, "cosine": WarmupCosine()}
 
@@ -156,6 +157,8 @@ def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
         "target; or dense to stop none (default: paper for deep_inversion, else dense)"
     )
     group.add_argument("--stopping", dest="inversion_stopping", metavar="SCHEDULE", help=what)
+    what = "treat stopped patches as the published code of Sparse Model Inversion does, against the paper"
+    group.add_argument("--published", dest="inversion_published", action="store_true", default=None, help=what)
 
 
 def inversion_settings(args: argparse.Namespace, model: nn.Module) -> InversionSettings:
@@ -174,7 +177,7 @@ def inversion_settings(args: argparse.Namespace, model: nn.Module) -> InversionS
 
 def given_inversion(args: argparse.Namespace) -> dict:
     """Return the options of `add_inversion` that were given, by the names of the settings."""
-    values = {name: getattr(args, f"inversion_{name}") for name in (*INVERSION, "lr_schedule", "norm", "stopping")}
+    values = {name: getattr(args, f"inversion_{name}") for name in (*INVERSION, *CHOICES)}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -62,11 +62,12 @@ def test_settings_are_the_models_or_those_given(command, arguments, expected, mo
         (cifar10_vit, ["--objective", "psaq"], PSAQ),
         (cifar10_vit, ["--norm", "image", "--until", "0.8", "--checks", "2", "--check-every", "7"], EARLY),
         (cifar10_vit, ["--stopping", "rebirth=4", "--lr-schedule", "cosine"], REBIRTH),
+        (cifar10_vit, ["--published"], replace(DEMO, published=True)),
         (cifar10_resnet20, [], CIFAR10_CNN),
         (cifar10_resnet20, ["--batch-norm", "3", "--tv-l1", "0.5"], WEIGHTED),
         (timm_resnet, ["--iterations", "30"], SHORT),
     ],
-    ids=["psaq", "until", "rebirth", "small CNN", "weights", "CNN"],
+    ids=["psaq", "until", "rebirth", "published", "small CNN", "weights", "CNN"],
 )
 def test_a_method_has_its_own_settings(model, arguments, expected, monkeypatch, tmp_path):
     made = []
