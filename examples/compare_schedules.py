@@ -11,8 +11,8 @@ All arms invert the ViT for CIFAR-10 in the package, with the demo's settings an
     stream         smi, but each image leaves when the model is sure of it, and the next one takes its place
 
 The images of each arm then teach the student in the package, by linear probing. DIR holds `test/<class>/*` (an
-ImageFolder of 32x32 images), which is only measured on. RUN_DIR receives `ARM.json` for each arm, and `table.md` when all
-are there. A run that was stopped goes on with the first arm that has no file.
+ImageFolder of 32x32 images), which is only measured on. RUN_DIR receives `ARM.json` for each arm, and `table.md` when
+all are there. A run that was stopped goes on with the first arm that has no file.
 """
 
 from __future__ import annotations
@@ -116,20 +116,14 @@ def main() -> None:
         raise SystemExit(f"--arms: {args.arms} names others than {', '.join(ARMS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     test = DataLoader(load_data(str(args.data), split="test", model=cifar10_vit()), 500)
-    about, found = (
-        {"device": device_name(torch.device("cpu")), "versions": versions(), "batch_size": args.batch_size},
-        {},
-    )
+    about = {"device": device_name(torch.device("cpu")), "versions": versions(), "batch_size": args.batch_size}
+    found, shown = {}, ("seconds_per_image", "confidence", "student_accuracy")
     for arm in arms:
         file = args.out / f"{arm}.json"
         if not file.exists():
             write_json(file, about | run_arm(arm, ARMS[arm], args, test))
         found[arm] = json.loads(file.read_text())
-        print(
-            arm,
-            {name: found[arm][name] for name in ("seconds_per_image", "confidence", "student_accuracy")},
-            flush=True,
-        )
+        print(arm, {name: found[arm][name] for name in shown}, flush=True)
     (args.out / "table.md").write_text(table(found) + "\n")
     print(table(found))
 

@@ -205,7 +205,7 @@ class Inversion:
         keep = [row for batch in self.batches for row in batch.keep]
         dataset = InvertedDataset.from_images(images, keep, targets, first.patch_size, about)
         results.write("inverted.safetensors", lambda path: dataset.save(path, overwrite=True))
-        classes = targets.unique_consecutive()[:MAX_ROWS].tolist()
+        classes = list(dict.fromkeys(targets.tolist()))[:MAX_ROWS]
         rows = [images[targets == target][:MAX_COLUMNS] for target in classes]
         columns, labels = min(map(len, rows)), [names[target] for target in classes]
         grid = torch.cat([row[:columns] for row in rows])
