@@ -20,7 +20,7 @@ from smi_fast.inversion.presets import DEMO, OBJECTIVES, PAPER, InversionSetting
 from smi_fast.inversion.priors import NORMS
 from smi_fast.inversion.schedule import WarmupCosine
 from smi_fast.inversion.until import Until
-from smi_fast.models import MODEL_INSIDE
+from smi_fast.models import CNN_INSIDE, MODEL_INSIDE
 from smi_fast.models.loading import load_model
 from smi_fast.seeds import check_seed
 
@@ -93,9 +93,14 @@ def add_numbers(group: argparse._ActionsContainer, **options: tuple[Callable, fl
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=what)
 
 
+MODELS = (
+    f"name of a model in smi-fast ({MODEL_INSIDE}, {CNN_INSIDE}) or timm, torchvision/NAME, or a folder of transformers"
+)
+
+
 def add_model(
     parser: argparse.ArgumentParser,
-    what: str = "name of a timm ViT or DeiT or of the small ViT that comes with smi-fast, or a folder of transformers",
+    what: str = MODELS,
     *,
     role: str = "model",
     default: str | None = MODEL_INSIDE,
@@ -139,13 +144,15 @@ LR_SCHEDULES = {"constant": None, "cosine": WarmupCosine()}
 
 def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
     """Add the settings of an inversion. `lr` is the name of the option for its learning rate."""
-    what = "what is minimised; it also decides the defaults below (default: deep_inversion for a ViT, else _cnn)"
+    what = (
+        "what is minimised, which also decides other defaults (default: deep_inversion, or deep_inversion_cnn for CNNs)"
+    )
     group.add_argument("--objective", choices=OBJECTIVES, help=what)
     for field, (kind, what) in INVERSION.items():
         option = lr if field == "lr" else f"--{OPTIONS.get(field, field).replace('_', '-')}"
-        if field in ("iterations", "lr"):
-            paper, demo = getattr(PAPER, field), getattr(DEMO, field)
-            what += f" (default: {paper:g} for a ViT, {demo:g} for {MODEL_INSIDE})"
+        paper, demo = (getattr(s, field, None) or getattr(s.objective, field, None) for s in (PAPER, DEMO))
+        if paper is not None:
+            what += f" (default: {paper:g} for a ViT" + (")" if demo == paper else f", {demo:g} for {MODEL_INSIDE})")
         group.add_argument(option, dest=f"inversion_{field}", type=kind, metavar="N", help=what)
     what = "how the learning rate changes: not at all, or by a warm-up and a cosine"
     group.add_argument("--lr-schedule", dest="inversion_lr_schedule", choices=LR_SCHEDULES, help=what)
