@@ -57,6 +57,18 @@ def test_a_run_ends_when_the_model_is_sure_of_all_images(trained, seed):
     assert result.history[-1].end == ends[0]
 
 
+def test_a_run_that_goes_on_from_a_state_ends_where_it_would_have(trained, seed):
+    """Also from a state that was saved in an iteration after which the model was checked, or after the last one."""
+    targets, states = [4, 0, 2], []
+    inverter = Inverter(trained, until=Until(0.6, checks=2, every=3), **OPTIONS)
+    whole = inverter.run(targets, seed, lambda step: states.append(step.state_dict()))
+    assert 12 <= len(states) < 90
+    for state in states[8:]:
+        result = inverter.run(targets, seed, state=state)
+        assert torch.equal(result.images, whole.images)
+        assert len(result.losses) == len(states)
+
+
 def test_streamed_images_are_those_of_runs_of_their_own(trained, seed):
     targets, until = [4, 0, 2, 9, 3], Until(0.8, checks=2, every=3)
     result = Inverter(trained, until=until, **OPTIONS).stream(targets, 2, seed)
