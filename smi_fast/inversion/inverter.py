@@ -311,13 +311,14 @@ class Inverter:
 
         Returns:
             The result, in the order of the targets. Its losses are those of the iterations after the last stopping,
-            each of all images that were inverted then. After Ctrl-C it has the images that have begun.
+            each of all images that were inverted then, and before them those of the first batch. After Ctrl-C it has
+            the images that are finished or in the batch.
 
         Raises:
             ValueError: the inverter has no `until`, the images of a batch depend on each other (which they do not with
                 `deep_inversion(norm="image")`), the schedule lets images keep different numbers of patches, or see
                 `run`.
-            NonFiniteError: see `run`.
+            NonFiniteError: see `run`. Its result is the one that Ctrl-C would give.
         """
         targets, seed = check_targets(targets, self.backbone.num_classes), check_seed(seed)
         check_weights(self.models)
@@ -329,4 +330,7 @@ class Inverter:
                 slots.run(bar)
             except KeyboardInterrupt:
                 interrupted = True
+            except NonFiniteError as error:
+                error.result = slots.result(interrupted)
+                raise
             return slots.result(interrupted)
