@@ -144,18 +144,18 @@ class Snapshots:
     def __init__(self, targets: Tensor, stages: Sequence[Stage]):
         end = stages[-1].end
         self.moments = {stage.end for stage in stages} | ({end // 20, end // 4, end // 2} if len(stages) < 3 else set())
-        self.count, self.is_sparse = len(targets), stages[0].patches != 1
+        self.is_sparse = stages[0].patches != 1
         first_of_class = {int(target): number for number, target in reversed(list(enumerate(targets)))}
-        self.rows = torch.tensor(sorted(first_of_class.values())[:MAX_COLUMNS])
+        self.numbers = sorted(first_of_class.values())[:MAX_COLUMNS]
         self.images: list[Tensor] = []
         self.titles: list[str] = []
 
     def __call__(self, step: Step) -> None:
-        done = step.iteration + 1
-        if done in self.moments:
+        done, numbers = step.iteration + 1, step._state.numbers
+        if done in self.moments and set(self.numbers) <= set(numbers):  # images of a stream leave one by one
             self.moments.remove(done)
-            going_on = step.images()[-self.count :]  # without those that were released before
-            self.images.append(going_on.cpu()[self.rows])
+            going_on = step.images()[-len(numbers) :]  # without those that were released before
+            self.images.append(going_on[[numbers.index(number) for number in self.numbers]].cpu())
             self.titles.append(f"iteration {done}" + f" · {step.stage.patches:.4g} patches" * self.is_sparse)
 
 
@@ -193,10 +193,16 @@ class Inversion:
             "loss": self.batches[0].losses.tolist(),
             "iterations": [int(count) for batch in self.batches for count in batch.iterations],
             "verified": [list(batch.verified) for batch in self.batches],
+            "verified_at_end": self.verified(),
             "seconds": self.seconds,
             "images_per_hour": len(self.targets) / self.seconds * 3600,
             "stages": stage_records(self.costs),
         }
+
+    def verified(self) -> float | None:
+        """Return the verifier's last accuracy, over the images of all batches, or None without a verifier."""
+        checked = [(batch.verified[-1][1], len(batch.targets)) for batch in self.batches if batch.verified]
+        return sum(share * count for share, count in checked) / sum(count for _, count in checked) if checked else None
 
     def save(self, results: Results, names: Sequence[str], about: dict) -> None:
         """Write the dataset and the pictures."""
@@ -227,8 +233,8 @@ def _summary(report: dict) -> str:
         f"confidence of {report['mean_confidence']:.3f} on average and at least {least:.3f}. "
         f"The inversion took {report['seconds']:.1f} s, which is {report['images_per_hour']:.0f} images per hour."
     )
-    checked = [records[-1][1] for records in report["verified"] if records]
-    return text + (f" The verifier classifies {sum(checked) / len(checked):.1%} as their target." if checked else "")
+    share = report["verified_at_end"]
+    return text + (f" The verifier classifies {share:.1%} as their target." if share is not None else "")
 
 
 def parse_classes(text: str, names: Sequence[str]) -> list[int]:

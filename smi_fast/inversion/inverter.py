@@ -250,7 +250,7 @@ class Inverter:
         """
         targets, seed = check_targets(targets, self.backbone.num_classes), check_seed(seed)
         check_weights(self.models)
-        loop, verifier, interrupted = Loop(self), self._verifier(), False
+        loop, verifier, step, interrupted = Loop(self), self._verifier(), None, False
         shape = len(targets), self.backbone.num_channels, *self.image_size
         with loop.running():
             current = loop.begin(targets, seed, check_start(start, shape))
@@ -258,32 +258,37 @@ class Inverter:
                 current.load_state_dict(state)
             with Bar.of(self.iterations, current.iteration, self.progress) as bar:
                 try:
-                    for step in loop.iterations(current, self.stages, watch=callback is not None):
+                    stages = [] if self._ended(current) else self.stages
+                    for step in loop.iterations(current, stages, watch=callback is not None):
+                        self._check(loop, current)  # before the callback, which may save the state
                         for tell in (verifier, callback):
                             if tell is not None:
                                 tell(step)
                         bar.advance(step.stage, step.loss)
-                        if self._ends(loop, current):
+                        if self._ended(current):
                             if verifier is not None:
-                                verifier.record(step)
+                                verifier.finish(step)
                             break
                 except KeyboardInterrupt:
                     interrupted = True
             if self.published and self.stopping.stops and current.iteration == self.iterations:
                 loop.choose_anew(current)
+                if verifier is not None and step is not None:
+                    verifier.finish(step)
             return finished(current, interrupted, verifier.records if verifier else ())
 
     def _verifier(self) -> Verifier | None:
         return None if self.verifier is None else Verifier(self.verifier, self.verify_every)
 
-    def _ends(self, loop: Loop, current: InversionState) -> bool:
-        """Return whether the model is sure of all images, which is checked now and then after the last stopping."""
-        until = self.until
+    def _check(self, loop: Loop, current: InversionState) -> None:
+        """Count for each image the checks that it has passed, if a check is due after the last stopping."""
         settled = current.iteration - self.stages[-1].start
-        if until is None or settled <= 0 or settled % until.every:
-            return False
-        current.confident = loop.check(current)
-        return min(current.confident) >= until.checks
+        if self.until is not None and settled > 0 and settled % self.until.every == 0:
+            current.confident = loop.check(current)
+
+    def _ended(self, current: InversionState) -> bool:
+        """Return whether the model is sure of all images."""
+        return self.until is not None and min(current.confident) >= self.until.checks
 
     def stream(
         self,
@@ -306,13 +311,14 @@ class Inverter:
 
         Returns:
             The result, in the order of the targets. Its losses are those of the iterations after the last stopping,
-            each of all images that were inverted then. After Ctrl-C it has the images that have begun.
+            each of all images that were inverted then, and before them those of the first batch. After Ctrl-C it has
+            the images that are finished or in the batch.
 
         Raises:
             ValueError: the inverter has no `until`, the images of a batch depend on each other (which they do not with
                 `deep_inversion(norm="image")`), the schedule lets images keep different numbers of patches, or see
                 `run`.
-            NonFiniteError: see `run`.
+            NonFiniteError: see `run`. Its result is the one that Ctrl-C would give.
         """
         targets, seed = check_targets(targets, self.backbone.num_classes), check_seed(seed)
         check_weights(self.models)
@@ -324,4 +330,7 @@ class Inverter:
                 slots.run(bar)
             except KeyboardInterrupt:
                 interrupted = True
+            except NonFiniteError as error:
+                error.result = slots.result(interrupted)
+                raise
             return slots.result(interrupted)

@@ -127,7 +127,7 @@ class Loop:
             if current.iteration >= stage.end:
                 continue
             stage = self.enter(current, stage)
-            replayed, seen = self.replayed(step), self.seen_of_model()
+            replayed = self.replayed(step, watch)
             for iteration in range(current.iteration, stage.end):
                 measures = iteration + 1 in stops
                 if measures:  # a stage's last iteration, which frees the memory of its graphs
@@ -139,8 +139,6 @@ class Loop:
                     replayed(current.current)
                 current.advance()
                 yield Step(iteration, stage, current.losses[iteration], current, self.started)
-                if watch and replayed is not None and seen != (seen := self.seen_of_model()):
-                    replayed = self.replayed(step)
 
     def enter(self, current: InversionState, stage: Stage) -> Stage:
         """Begin a stage, or go on with the one that a saved run has begun. Return it with its number of patches."""
@@ -233,8 +231,22 @@ class Loop:
         logits = self.outputs(tokens, current.pooling).logits
         return self.settings.until.count(current.confident, logits, current.targets)
 
-    def replayed(self, step: Callable[[int], object]) -> Callable[[int], object]:
-        """Return what calls `step` in a stage, which may replay it."""
+    def replayed(self, step: Callable[[int], object], watch: bool) -> Callable[[int], object]:
+        """Return what calls `step` in a stage, which may replay it. With `watch`, it is not replayed but runs anew if
+        the model has changed since the call before."""
+        if not watch:
+            return self._replayed(step)
+        replayed, seen = self._replayed(step), self.seen_of_model()
+
+        def call(number: int) -> None:
+            nonlocal replayed, seen
+            if seen != (seen := self.seen_of_model()):
+                replayed = self._replayed(step)
+            replayed(number)
+
+        return call
+
+    def _replayed(self, step: Callable[[int], object]) -> Callable[[int], object]:
         if self.settings.graphs and has_graphs(self.device):
             return Replayed(step)
         return Taped(step) if self.settings.graphs and self._runs_only_known_code() else step

@@ -49,7 +49,11 @@ class Step:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of everything that the run needs to go on from here, in this process or another. `torch.save`
-        can save it, and `Inverter.run` takes it as `state`."""
+        can save it, and `Inverter.run` takes it as `state`.
+
+        Raises:
+            ValueError: this is a step of `Inverter.stream`, which cannot go on from a state.
+        """
         return self._state.state_dict()
 
     def seconds(self) -> float:

@@ -292,7 +292,13 @@ class InversionState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of everything that a run needs to go on: tensors on their device, numbers, lists and dicts, so
-        that `torch.load(..., weights_only=True)` can read it. Pass it to `Inverter.run`."""
+        that `torch.load(..., weights_only=True)` can read it. Pass it to `Inverter.run`.
+
+        Raises:
+            ValueError: the images have views of their own, as those of a stream have, which `run` would not continue.
+        """
+        if self.clocks is not None:
+            raise ValueError("the state of a stream cannot be saved: only a run can go on from a state")
         tensors = {
             "targets": self.targets,
             "images": self.images(),

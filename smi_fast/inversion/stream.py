@@ -35,31 +35,34 @@ class Slots:
         self, loop: Loop, targets: Tensor, batch_size: int, seed: int, callback: Callable[[Step], None] | None
     ):
         self.loop, self.targets, self.batch_size, self.seed = loop, targets, batch_size, seed
-        self.tell = callback or (lambda step: None)
+        self.tell, self.watch = callback or (lambda step: None), callback is not None
         self.begun = 0  # images that have left the queue
         self.waiting: list[int] = []  # rows of `reserve` that no slot has taken yet
         self.reserve: InversionState | None = None
-        self.state = self._settled()
+        self.state = self._next()
         self.results: dict[int, InversionResult] = {}  # by the number of the image
         # While images wait, all slots are taken, and each image waits for at most one check.
         longest = (loop.settings.iterations + loop.settings.until.every) * (len(targets) // batch_size + 2)
         self.state.losses = torch.cat((self.state.losses, self.state.losses.new_zeros(longest)))
 
-    def _settled(self) -> InversionState:
-        """Take the next images from the queue, and bring them to the last stage."""
+    def _next(self) -> InversionState:
+        """Take the next images from the queue."""
         numbers = range(self.begun, min(self.begun + self.batch_size, len(self.targets)))
-        state = self.loop.begin_each(self.targets[numbers.start : numbers.stop], self.seed, numbers)
+        self.begun += len(numbers)
+        return self.loop.begin_each(self.targets[numbers.start : numbers.stop], self.seed, numbers)
+
+    def _settle(self, state: InversionState) -> None:
+        """Bring images to the last stage."""
         *earlier, last = self.loop.settings.stages
-        for step in self.loop.iterations(state, earlier):
+        for step in self.loop.iterations(state, earlier, watch=self.watch):
             self.tell(step)
         self.loop.enter(state, last)
-        self.begun += len(numbers)
-        return state
 
     def run(self, bar: Bar) -> None:
         """Invert all images until the model is sure of them, or their iterations are over."""
         until = self.loop.settings.until
-        replayed = self.loop.replayed(partial(self.loop.step, self.state))
+        self._settle(self.state)
+        replayed = self.loop.replayed(partial(self.loop.step, self.state), self.watch)
         while self.state.batch_size:
             state = self.state
             for _ in range(until.every):
@@ -73,7 +76,7 @@ class Slots:
             bar.update(len(self.results) - bar.n)
             self._refill([slot for slot, number in enumerate(state.numbers) if number in self.results])
             if self.state is not state:
-                replayed = self.loop.replayed(partial(self.loop.step, self.state))
+                replayed = self.loop.replayed(partial(self.loop.step, self.state), self.watch)
 
     def _keep(self, slots: Iterable[int]) -> None:
         """Keep the results of the images in some slots, which are finished. They wait there for the next check, so that
@@ -86,7 +89,8 @@ class Slots:
         empty = []
         for slot in slots:
             if not self.waiting and self.begun < len(self.targets):
-                self.reserve = self._settled()
+                self.reserve = self._next()
+                self._settle(self.reserve)
                 self.waiting = list(range(self.reserve.batch_size))
             if self.waiting:
                 self.state.put(slot, self.reserve, self.waiting.pop(0))

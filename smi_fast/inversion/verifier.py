@@ -56,6 +56,12 @@ class Verifier:
             targets = targets.repeat(len(images) // len(targets), *[1] * (targets.ndim - 1))
         self.records.append((step.iteration + 1, self.accuracy(images, targets)))
 
+    def finish(self, step: Any) -> None:
+        """Record the accuracy of the images that a run ends with after this `Step`, in place of a record of it."""
+        if self.records and self.records[-1][0] == step.iteration + 1:
+            self.records.pop()
+        self.record(step)
+
     @torch.no_grad()
     def accuracy(self, images: Tensor, targets: Tensor) -> float:
         """Return the share of images (B, C, H, W) in [0, 1] whose largest logit is their target, (B,) int64 or soft

@@ -15,8 +15,11 @@ from PIL import Image
 from safetensors import safe_open
 
 import smi_fast
+from smi_fast import deep_inversion
+from smi_fast.cli import invert as command
 from smi_fast.cli import main
 from smi_fast.cli.invert import parse_classes
+from smi_fast.inversion.until import Until
 from smi_fast.models import CIFAR10_CLASSES, cifar10_vit
 
 FILES = ["curve.png", "grid.png", "inverted.safetensors", "process.png", "report.json"]
@@ -283,3 +286,32 @@ def test_classes_are_read_as_numbers_ranges_and_names():
     for text in ("", "5-3", "-1", "1.5", "0-10"):
         with pytest.raises(ValueError, match="--classes"):
             parse_classes(text, names)
+
+
+def test_released_images_are_shown_and_verified_as_images_of_their_classes(tmp_path, monkeypatch):
+    """A row of the picture for each class, and an accuracy over images, of which the second batch has fewer."""
+    labels = []
+    monkeypatch.setattr(command, "save_grid", lambda grid, path, columns, names: labels.extend(names))
+    short = ["--iterations", "4", "--images-per-class", "1", "--batch-size", "2", "--stopping", "rebirth=2", "--quiet"]
+    given = ["--classes", "0-2", "--verifier", "cifar10_vit", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["invert", *short, *given]) == 0
+    assert labels == list(CIFAR10_CLASSES[:3])
+    dataset, model = smi_fast.InvertedDataset.load(tmp_path / "inverted.safetensors"), cifar10_vit()
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        right = model((dataset.images() - mean) / std).argmax(1) == dataset.targets
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["verified_at_end"] == pytest.approx(right.float().mean().item())
+
+
+def test_pictures_of_a_stream_show_the_same_images_as_long_as_all_of_them_are_there(seed):
+    class SureOfClass0(Until):
+        def count(self, confident, logits, targets):
+            return [int(target == 0) for target in targets.tolist()]
+
+    options = {"stopping": "dense", "iterations": 40, "until": SureOfClass0(checks=1, every=8), "progress": False}
+    inverter = smi_fast.Inverter(cifar10_vit(False, depth=1), objective=deep_inversion(norm="image"), **options)
+    inversion = command.invert(inverter, torch.tensor([1, 0, 2]), 3, seed)
+    assert inversion.batches[0].iterations.tolist() == [40, 8, 40]
+    assert [len(images) for images in inversion.snapshots.images] == [3]
+    assert inversion.snapshots.titles == ["iteration 2 · 64 patches"]

@@ -1,12 +1,13 @@
 """An inversion ends as soon as the model is sure of its images, and a finished image makes room for the next one."""
 
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 from inversion_cases import small_model
 
-from smi_fast import Inverter, Mass, deep_inversion
+from smi_fast import Inverter, Mass, NonFiniteError, deep_inversion
 from smi_fast.inversion.meter import confidences
 from smi_fast.inversion.schedule import RebirthSchedule, WarmupCosine
 from smi_fast.inversion.until import Until
@@ -57,6 +58,18 @@ def test_a_run_ends_when_the_model_is_sure_of_all_images(trained, seed):
     assert result.history[-1].end == ends[0]
 
 
+def test_a_run_that_goes_on_from_a_state_ends_where_it_would_have(trained, seed):
+    """Also from a state that was saved in an iteration after which the model was checked, or after the last one."""
+    targets, states = [4, 0, 2], []
+    inverter = Inverter(trained, until=Until(0.6, checks=2, every=3), **OPTIONS)
+    whole = inverter.run(targets, seed, lambda step: states.append(step.state_dict()))
+    assert 12 <= len(states) < 90
+    for state in states[8:]:
+        result = inverter.run(targets, seed, state=state)
+        assert torch.equal(result.images, whole.images)
+        assert len(result.losses) == len(states)
+
+
 def test_streamed_images_are_those_of_runs_of_their_own(trained, seed):
     targets, until = [4, 0, 2, 9, 3], Until(0.8, checks=2, every=3)
     result = Inverter(trained, until=until, **OPTIONS).stream(targets, 2, seed)
@@ -91,6 +104,59 @@ def test_a_stream_that_is_interrupted_has_the_images_that_have_begun(model, seed
     assert result.interrupted
     assert result.targets.tolist() == [0, 1]
     assert result.images.isfinite().all()
+
+
+def test_a_stream_that_is_interrupted_before_a_stopping_has_the_images_so_far(model, seed):
+    """In the first batch those of the batch, in the second one those that the first one has finished."""
+    for number, images in ((1, [0, 1]), (2, [0, 1])):
+        begins = []
+
+        def interrupt(step, begins=begins, number=number):
+            begins.extend([step] if step.iteration == 0 else [])
+            if len(begins) == number and step.iteration == 1:
+                raise KeyboardInterrupt
+
+        result = Inverter(model, until=Until(1e-9, 1, 4), **OPTIONS).stream([0, 1, 2], 2, seed, interrupt)
+        assert len(begins) == number
+        assert result.interrupted
+        assert result.targets.tolist() == images
+        assert result.keep.shape == (2, 16 if number == 1 else 5)
+
+
+def test_finished_images_survive_attention_that_is_not_finite(model, seed):
+    begins = []
+
+    def spoil(step):
+        begins.extend([step] if step.iteration == 0 else [])
+        if len(begins) == 2:
+            model.blocks[-1].attn.qkv.weight.data.fill_(float("nan"))
+
+    with pytest.raises(NonFiniteError, match="iteration 3 no patch") as caught:
+        Inverter(model, until=Until(1e-9, 1, 4), **OPTIONS).stream([0, 1, 2], 2, seed, spoil)
+    assert caught.value.result.targets.tolist() == [0, 1]
+    assert caught.value.result.images.isfinite().all()
+    assert caught.value.result.iterations.tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("stage", ["before the last stopping", "after it"])
+def test_a_stream_goes_on_with_a_model_that_a_callback_has_changed(model, seed, stage):
+    stopping, losses = ({9: 0.3} if stage == "before the last stopping" else {2: 0.3}), []
+    for graphs in (True, False):
+        used = copy.deepcopy(model)
+
+        def change(step, used=used):
+            if step.iteration == 5:
+                used.head = torch.nn.Linear(32, 5, bias=False)
+                torch.nn.init.ones_(used.head.weight)
+
+        options = OPTIONS | {"stopping": stopping, "iterations": 14, "graphs": graphs}
+        losses.append(Inverter(used, until=Until(0.999, 1, 4), **options).stream([0, 1], 2, seed, change).losses)
+    torch.testing.assert_close(*losses)
+
+
+def test_the_state_of_a_stream_is_refused(model, seed):
+    with pytest.raises(ValueError, match="state of a stream"):
+        Inverter(model, until=0.9, **OPTIONS).stream([0, 1], 2, seed, lambda step: step.state_dict())
 
 
 def test_a_stream_releases_images_too(model, seed):

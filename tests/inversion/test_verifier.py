@@ -8,6 +8,7 @@ from cnn_cases import at_random, small_cnn
 from torchvision import models as torchvisions
 
 from smi_fast import CNN, Inverter, Verifier, deep_inversion_cnn
+from smi_fast.inversion.until import Until
 from smi_fast.models import cifar10_vit
 
 
@@ -65,6 +66,24 @@ def test_images_that_were_released_earlier_have_the_same_targets(seed):
     verifier.record(SimpleNamespace(iteration=4, images=lambda: images, targets=predicted[:2]))
     right = (predicted == predicted[[0, 1, 0, 1, 0, 1]]).sum().item()
     assert verifier.records == [(5, pytest.approx(right / 6))]
+
+
+@pytest.mark.parametrize(
+    ("options", "every"),
+    [({"published": True}, 3), ({"until": Until(1e-9, checks=1, every=2)}, 4)],
+    ids=["published", "until"],
+)
+def test_the_last_record_is_that_of_the_result_once(seed, options, every):
+    """A published run chooses its patches anew at its end; the other run ends where an accuracy is due anyway."""
+    inverter = Inverter(
+        cifar10_vit(), stopping={2: 0.9}, iterations=6, verifier=cifar10_vit(), verify_every=every, lr=1.0,
+        progress=False, **options,
+    )  # fmt: skip
+    targets = torch.arange(10)
+    result = inverter.run(targets, seed)
+    ends = [3, 6] if "published" in options else [4]
+    assert [iteration for iteration, _ in result.verified] == ends
+    assert result.verified[-1][1] == Verifier(cifar10_vit()).accuracy(result.images, targets)
 
 
 def test_an_unfit_verifier_is_refused_with_the_value(seed):
