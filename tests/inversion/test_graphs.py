@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import smi_fast
-from smi_fast import Inverter, Mass, RebirthSchedule, StoppingSchedule, Until, WarmupCosine, deep_inversion
+from smi_fast import Inverter, Mass, StoppingSchedule, Until, WarmupCosine, deep_inversion
 from smi_fast.inversion import graphs
 from smi_fast.inversion import loop as loop_module
 from smi_fast.inversion.graphs import Replayed
+from smi_fast.inversion.schedule import Release
 from smi_fast.models import cifar10_vit
 
 # What waits for the device, or takes numbers from the host that a replay would not see change.
@@ -80,7 +81,7 @@ def users_loss(logits, images, targets):
         {"stopping": StoppingSchedule({3: Mass(0.8), 9: 0.3})},
         {"stopping": StoppingSchedule({3: Mass(0.8)}), "objective": users_loss},
         {"dtype": torch.bfloat16},
-        {"stopping": RebirthSchedule(2), "lr_schedule": WarmupCosine(4)},
+        {"stopping": StoppingSchedule({3: Release(3), 9: Release(2)}), "lr_schedule": WarmupCosine(4)},
         {"published": True},
         {"backend": "triton", "dtype": torch.float32, "stopping": StoppingSchedule({1: 0.3}), "iterations": 10},
     ],
