@@ -42,7 +42,7 @@ SMALL = {
     "norm": "first_tokens or lie_apart",
     "patch_entropy": "negative_positions",
     "patches": "strides",
-    "pixels": "neither_read",
+    "pixels": "neither_read or did_not_see or schedule",
     "selection": "strides",
 }
 MARGIN = 60  # seconds before the end of a step from which its commands begin nothing more

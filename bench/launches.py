@@ -26,6 +26,7 @@ from smi_fast.kernels.selection import launch_count_mass, launch_select, launch_
 
 Row = dict[str, Any]
 Cases = Iterator[list[Launch]]
+IMAGE = 3, 224, 224  # channels, height and width of a CNN's image
 
 
 def recorded(function: Callable, *args) -> list[Launch]:
@@ -126,48 +127,56 @@ def _select_tokens_backward(row: Row) -> Cases:
         yield recorded(launch_select_backward, _empty(270, channels, dtype=dtype), _integers(8, 197))
 
 
-def _patch_cases(row: Row) -> Iterator[tuple[int, int, int, torch.dtype, torch.Tensor | None]]:
-    """The channels, height and width of a patch that the row is for, with every dtype and kind of view."""
+def _patch_cases(row: Row) -> Iterator[tuple[int, int, int, int, torch.dtype, torch.Tensor | None]]:
+    """The patches on a side of the grid, and the channels, height and width of a patch that the row is for, with every
+    dtype and kind of view; and the whole images of a CNN, each of which is one patch."""
     sizes = ((3, 8, 8), (1, 16, 16), (3, 14, 14), (3, 16, 16), (3, 32, 32))
     size = max((size for size in sizes if math.prod(size) <= row["up_to"]), key=math.prod)
     for dtype in (torch.bfloat16, torch.float32):
         for view in (None, _integers(3), _integers(8, 3)):
-            yield *size, dtype, view
+            yield 14, *size, dtype, view
+    if math.prod(IMAGE) <= row["up_to"]:
+        yield 1, *IMAGE, torch.float32, _integers(3)
 
 
 def _gather_patches(row: Row) -> Cases:
-    for channels, ph, pw, dtype, view in _patch_cases(row):
-        images = _empty(8, channels, 14 * ph, 14 * pw)
+    for side, channels, ph, pw, dtype, view in _patch_cases(row):
+        images = _empty(8, channels, side * ph, side * pw)
         yield recorded(launch_gather_patches, images, _integers(368), _integers(9), view, ph, pw, dtype)
 
 
 def _gather_patches_backward(row: Row) -> Cases:
-    for channels, ph, pw, dtype, view in _patch_cases(row):
-        grad, inverse = _empty(368, channels * ph * pw, dtype=dtype), _integers(8, 14, 14)
+    for side, channels, ph, pw, dtype, view in _patch_cases(row):
+        grad, inverse = _empty(368, channels * ph * pw, dtype=dtype), _integers(8, side, side)
         args = grad, inverse, view, channels, ph, pw, torch.float32
         yield recorded(launch_gather_patches_backward, *args)
 
 
 def _pixel_step(row: Row) -> Cases:
-    """Both kernels of a step, with every kind of view, prior, norm and gradient, and for patches of several sizes."""
-    sizes = ((3, 16, 16), (3, 8, 8), (1, 16, 16), (3, 14, 14), (3, 32, 32))
+    """Both kernels of a step, with every kind of view, prior, norm, gradient and learning rate, and for patches of
+    several sizes and whole images."""
+    sizes = ((3, 16, 16), (3, 8, 8), (1, 16, 16), (3, 14, 14), (3, 32, 32), IMAGE)
     for channels, ph, pw in sizes:
-        images, moments = _empty(8, channels, 14 * ph, 14 * pw), _empty(368, channels * ph * pw)
+        side = 1 if (channels, ph, pw) == IMAGE else 14
+        images, moments = _empty(8, channels, side * ph, side * pw), _empty(368, channels * ph * pw)
         state = images, moments, moments, _integers(8, dtype=torch.int64), images
         bounds = _integers(368, 4), _empty(channels), _empty(channels)
-        usual = (channels, ph, pw) == sizes[0]
+        usual, rates = (channels, ph, pw) == sizes[0], _empty(4000)
         for view in (_integers(3), _integers(8, 3), None) if usual else (_integers(3),):
-            inverse = None if view is None else _integers(8, 14, 14)
+            inverse = None if view is None else _integers(8, side, side)
             for dtype in (torch.bfloat16, torch.float32):
                 terms = (1e-4, 0.0), (1e-4, 1e-5), (0.0, 1e-5), (0.0, 0.0)
                 every = usual and dtype == torch.bfloat16
-                for tv_l2, l2 in terms if every else terms[:1]:
+                for tv_l2, l2 in terms if every else terms[::3] if side == 1 else terms[:1]:
                     args = *state, moments.to(dtype), *bounds, inverse, view, ph, pw, 0.25, 0.5, 0.99, 1e-8, tv_l2, l2
                     yield recorded(launch_pixel_step, *args)
+                    if every or side == 1:
+                        yield recorded(launch_pixel_step, *args, None, "batch", rates)
                     if every and l2:
                         yield recorded(launch_pixel_step, *args, moments, "batch")
                         yield recorded(launch_pixel_step, *args, moments, "image")
                         yield recorded(launch_pixel_step, *args, None, "image")
+                        yield recorded(launch_pixel_step, *args, None, "image", rates)
 
 
 def _norm_cases(row: Row) -> Iterator[tuple[torch.Tensor, torch.dtype, torch.Tensor | None, torch.Tensor]]:

@@ -231,9 +231,10 @@ class InversionState:
         )  # fmt: skip
         rows = leaving.positions.long()
         self.released.append(replace(leaving, positions=self.keep.positions[rows]))
-        stays = torch.ones_like(every, dtype=torch.bool).index_fill_(0, rows, False)
         lengths = [length - count for length, count in zip(self.keep.lengths(), counts, strict=True)]
-        return PackedTokens(None, every[stays], cumulative_lengths(lengths, every.device), max(lengths))
+        # The host knows how many stay, and would wait for the device to count the elements of a mask.
+        stays = torch.zeros_like(every).index_fill_(0, rows, 1).argsort(stable=True)[: sum(lengths)]
+        return PackedTokens(None, stays.int(), cumulative_lengths(lengths, every.device), max(lengths))
 
     def restart(self) -> None:
         """Forget Adam's moments and steps."""

@@ -13,6 +13,8 @@ from fakecuda_cases import fake_cuda, needs_fake_cuda
 
 FOLDER = Path(__file__).parent / "fakecuda"
 STOPS, ITERATIONS = (8, 16), 24
+# The iterations of each stage that may be replayed: those beside a stopping see the plain view and measure attention.
+STAGES, OF_TWO_RESOLUTIONS = ((0, 7), (9, 15), (17, ITERATIONS)), ((0, 12), (12, ITERATIONS))
 pytestmark = needs_fake_cuda
 
 
@@ -74,14 +76,12 @@ def launches(iteration: list[Event]) -> list[Event]:
     return [event for event in iteration if event.kind in ("kernel", "copy", "fill", "replay") and not event.capture]
 
 
-def check_replays(events: list[Event]) -> None:
+def check_replays(events: list[Event], stages: tuple[tuple[int, int], ...] = STAGES) -> None:
     """Every stage is captured and replayed: two graphs each, of as many nodes as an iteration has without."""
     iterations = [[], *iterations_of(events)]
     assert len(iterations) == ITERATIONS
-    for start, end in zip((0, *STOPS), (*STOPS, ITERATIONS), strict=True):
-        # Those beside a stopping see the plain view; then the first with each of two image batches run as they are.
-        first = start + (start > 0)
-        usual, replays = iterations[first + 1], iterations[first + 2 : end - (end in STOPS)]
+    for first, end in stages:  # the first with each of two image batches run as they are
+        usual, replays = iterations[first + 1], iterations[first + 2 : end]
         nodes = {event.name for iteration in replays for event in iteration if event.kind == "replay"}
         assert nodes == {str(len(launches(usual)))}
         assert not replayed(usual)
@@ -89,7 +89,14 @@ def check_replays(events: list[Event]) -> None:
         assert all(len(launches(iteration)) <= 3 for iteration in replays)
         assert len(launches(replays[-1])) == 1
     captures = {event.capture for iteration in iterations for event in iteration if event.capture}
-    assert len(captures) == 2 * (len(STOPS) + 1)
+    assert len(captures) == 2 * len(stages)
+
+
+def check_waits(events: list[Event], starts: tuple[int, ...] = STOPS) -> None:
+    """The host waits for the device where a stage starts and in a capture, and nowhere else."""
+    for number, iteration in enumerate(iterations_of(events), start=1):
+        if number not in starts and not any(event.capture for event in iteration):
+            assert not [event for event in iteration if event.kind == "wait"], number
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
@@ -108,26 +115,46 @@ def test_every_stage_is_replayed_on_one_side_stream(play, device):
 def test_nothing_waits_for_the_device_within_a_stage(play):
     _, events = play("stages")
     for run in split(events, "next run")[::2]:  # a user's own loss may wait
-        for number, iteration in enumerate(iterations_of(run), start=1):
-            if number not in STOPS and not any(event.capture for event in iteration):
-                assert not [event for event in iteration if event.kind == "wait"], number
+        check_waits(run)
 
 
-def test_psaq_is_replayed_too_and_waits_for_nothing_within_a_stage(play):
-    _, events = play("patches_that_differ")
-    check_replays(events)
-    for number, iteration in enumerate(iterations_of(events), start=1):
-        if number not in STOPS and not any(event.capture for event in iteration):
-            assert not [event for event in iteration if event.kind == "wait"], number
-    names = {event.name for event in events if event.capture}
+def test_every_method_is_replayed_and_waits_for_nothing_within_a_stage(play):
+    """psaq, Rebirth, the published mode, and a CNN in two resolutions with a schedule of the learning rate."""
+    _, events = play("methods")
+    *runs, cnn = split(events, "next run")
+    assert len(runs) == 3
+    for run in runs:
+        check_replays(run)
+        check_waits(run)
+    check_replays(cnn, OF_TWO_RESOLUTIONS)
+    check_waits(cnn, (12,))
+    names = {event.name for event in runs[0] if event.capture}
     assert {f"_{name}_kernel" for name in ("unit", "range", "sum", "entropy", "backward")} <= names
 
 
+def test_a_streams_graphs_outlast_a_refill_and_only_its_checks_wait(play):
+    """Two images finish and are replaced, and then the batch shrinks to one slot."""
+    _, events = play("stream")
+    marks = [number for number, event in enumerate(events) if event.kind == "note"]
+    spans = [(events[end].name, events[start + 1 : end]) for start, end in itertools.pairwise(marks)]
+    assert [name for name, _ in spans].count("check") == 4
+    iterations = {int(name): span for name, span in spans if name.isdigit()}
+    assert list(iterations) == list(range(8, 28))
+    assert [number for number, span in iterations.items() if not replayed(span)] == [8, 9, 23, 24]
+    captures = {number: {event.capture for event in span} - {0} for number, span in iterations.items()}
+    assert [number for number, found in captures.items() if found] == [10, 11, 25, 26]
+    assert len(set.union(*captures.values())) == 4
+    after_checks = {8, 13, 18, 23}  # the span before these begins with a check, a refill or a smaller batch
+    for number in iterations.keys() - after_checks - {10, 11, 25, 26}:
+        assert not [event for event in iterations[number] if event.kind == "wait"], number
+
+
 def test_memory_stays_flat_over_stages_and_runs(play):
-    found, _ = play("memory")
-    first, *others = found["reserved"]
-    assert max(others) <= 1.1 * first  # the allocator's segments may be cut otherwise
-    assert max(found["reserved"]) <= 1.3 * found["peak"]
+    models, _ = play("memory")
+    for found in models.values():
+        first, *others = found["reserved"]
+        assert max(others) <= 1.1 * first  # the allocator's segments may be cut otherwise
+        assert max(found["reserved"]) <= 1.3 * found["peak"]
 
 
 def test_a_failed_capture_is_said_and_harms_nothing_later(play):

@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+from cnn_cases import small_cnn
 from smi_fast.kernels.linear import PackedWeight, can_pack
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import smi_fast
-from smi_fast import Inverter, Mass, StoppingSchedule, deep_inversion
+from smi_fast import Inverter, Mass, StoppingSchedule, Until, WarmupCosine, deep_inversion
 from smi_fast.inversion import graphs
 from smi_fast.inversion import loop as loop_module
 from smi_fast.inversion.graphs import Replayed
+from smi_fast.inversion.schedule import Release
 from smi_fast.models import cifar10_vit
 
 # What waits for the device, or takes numbers from the host that a replay would not see change.
@@ -79,9 +81,11 @@ def users_loss(logits, images, targets):
         {"stopping": StoppingSchedule({3: Mass(0.8), 9: 0.3})},
         {"stopping": StoppingSchedule({3: Mass(0.8)}), "objective": users_loss},
         {"dtype": torch.bfloat16},
+        {"stopping": StoppingSchedule({3: Release(3), 9: Release(2)}), "lr_schedule": WarmupCosine(4)},
+        {"published": True},
         {"backend": "triton", "dtype": torch.float32, "stopping": StoppingSchedule({1: 0.3}), "iterations": 10},
     ],
-    ids=["", "no prior", "user", "views", "mass", "mass, user", "bfloat16", "triton"],
+    ids=["", "no prior", "user", "views", "mass", "mass, user", "bfloat16", "rebirth", "published", "triton"],
 )
 def test_a_replayed_iteration_gives_the_same_bits(model, monkeypatch, options):
     options = {
@@ -89,18 +93,68 @@ def test_a_replayed_iteration_gives_the_same_bits(model, monkeypatch, options):
         "progress": False, "backend": "torch", **options,
     }  # fmt: skip
     expected = Inverter(model, **options).run([0, 3])
+    use_tape(monkeypatch)
+    check_same(Inverter(model, **options).run([0, 3]), expected)
+
+
+def use_tape(monkeypatch) -> None:
     monkeypatch.setattr(loop_module, "has_graphs", lambda device: True)
     monkeypatch.setattr(loop_module, "Replayed", Taped)
     Taped.replays = 0
-    replayed = Inverter(model, **options).run([0, 3])
+
+
+def check_same(replayed, expected) -> None:
     assert Taped.replays >= 5
     assert torch.equal(replayed.losses, expected.losses)
     assert torch.equal(replayed.images, expected.images)
 
 
+class Scripted(Until):
+    """In the place of what the model is sure of: the first image of each second check."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "checked", [])
+
+    def count(self, confident, logits, targets):
+        self.checked.append(super().count(confident, logits, targets))
+        return [int(slot == 0 and len(self.checked) % 2 == 0) for slot in range(len(confident))]
+
+
+def streamed(model, **options):
+    """Four images through two slots, of which the first is refilled until one is left."""
+    inverter = Inverter(
+        model, objective=deep_inversion(1e-2, norm="image"), stopping=StoppingSchedule({2: 0.3, 5: 0.5}), iterations=60,
+        until=Scripted(checks=1, every=3), lr_schedule=WarmupCosine(4), jitter=1 / 2, progress=False, **options,
+    )  # fmt: skip
+    return inverter.stream([0, 3, 1, 2], 2)
+
+
+def test_a_streams_replayed_iterations_give_the_same_bits_over_refills(model, monkeypatch):
+    expected = streamed(model, graphs=False, backend="torch")
+    use_tape(monkeypatch)
+    replayed = streamed(model, backend="torch")
+    check_same(replayed, expected)
+    assert len(set(replayed.iterations.tolist())) > 1
+
+
+def inverted(model: nn.Module, **options):
+    """Images of a CNN in two resolutions, with a schedule of the learning rate."""
+    inverter = Inverter(
+        model, pooling={0: 2, 8: 1}, lr_schedule=WarmupCosine(3), iterations=16, image_size=(16, 16), progress=False,
+        **options,
+    )  # fmt: skip
+    return inverter.run([0, 3])
+
+
+def test_replayed_iterations_of_a_cnn_give_the_same_bits_in_two_resolutions(seed, monkeypatch):
+    cnn = small_cnn()
+    expected = inverted(cnn, backend="torch")
+    use_tape(monkeypatch)
+    check_same(inverted(cnn, backend="torch"), expected)
+
+
 def test_the_tape_sees_a_loss_that_waits_for_the_host(model, monkeypatch):
-    monkeypatch.setattr(loop_module, "has_graphs", lambda device: True)
-    monkeypatch.setattr(loop_module, "Replayed", Taped)
+    use_tape(monkeypatch)
     inverter = Inverter(model, objective=lambda logits, images, targets: logits.mean() * logits.mean().item(),
                         stopping=StoppingSchedule.dense(), iterations=4, progress=False)  # fmt: skip
     with pytest.raises(AssertionError, match="_local_scalar_dense"):
@@ -184,6 +238,16 @@ def test_cast_weights_give_the_same_numbers_and_are_gone_afterwards(model, pack)
 def test_cuda_graphs_give_the_bits_of_the_loop_without(model, objective):
     options = {"stopping": StoppingSchedule(STOPS), "objective": objective, "iterations": 24, "progress": False}
     with_graphs, without = (Inverter(model.cuda(), graphs=on, **options).run([0, 3]) for on in (True, False))
+    assert torch.equal(with_graphs.losses, without.losses)
+    assert torch.equal(with_graphs.images, without.images)
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("error:iterations run without a CUDA graph")
+@pytest.mark.parametrize("is_cnn", [False, True], ids=["stream", "cnn"])
+def test_cuda_graphs_of_a_stream_and_a_cnn_give_the_same_bits(model, is_cnn):
+    run, model = (inverted, small_cnn(torch.float32)) if is_cnn else (streamed, model)
+    with_graphs, without = (run(model.cuda(), graphs=on) for on in (True, False))
     assert torch.equal(with_graphs.losses, without.losses)
     assert torch.equal(with_graphs.images, without.images)
 

@@ -19,13 +19,14 @@ from torch import nn
 from triton.runtime.jit import JITFunction
 
 import smi_fast
-from smi_fast import Inverter, psaq
-from smi_fast.models import cifar10_vit
+from smi_fast import Inverter, RebirthSchedule, Until, WarmupCosine, deep_inversion, psaq
+from smi_fast.models import cifar10_resnet20, cifar10_vit
 
 runtime = ctypes.CDLL(os.environ["FAKECUDA_RUNTIME"])
 runtime.fake_launch.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
 STOPS = {8: 0.3, 16: 0.3}
 ITERATIONS = 24
+CNN = {"pooling": {0: 2, 12: 1}, "lr_schedule": WarmupCosine(4)}
 
 
 def launch_nothing(self, *args, grid, warmup, **options):
@@ -35,6 +36,7 @@ def launch_nothing(self, *args, grid, warmup, **options):
 
 
 JITFunction.run = launch_nothing
+torch.backends.cudnn.enabled = False  # it asks a driver that there is not; torch's own convolutions run in its place
 
 
 def note(text: str) -> None:
@@ -69,21 +71,57 @@ def stages(device: torch.device) -> dict:
     return {}
 
 
-def patches_that_differ(device: torch.device) -> dict:
+def methods(device: torch.device) -> dict:
     run(small_model().to(device), objective=psaq())
+    note("next run")
+    run(small_model().to(device), stopping=RebirthSchedule(3))
+    note("next run")
+    run(small_model().to(device), published=True)
+    note("next run")
+    run(cifar10_resnet20(False, depth=8).to(device), stopping="dense", **CNN)
+    return {}
+
+
+class Scripted(Until):
+    """In the place of what a model is sure of: one image in each check, the slots 0, 1, 0 and 0."""
+
+    checked = 0
+
+    def count(self, confident, logits, targets):
+        super().count(confident, logits, targets)
+        note("check")
+        Scripted.checked += 1
+        return [int(slot == (Scripted.checked == 2)) for slot in range(len(confident))]
+
+
+def stream(device: torch.device) -> dict:
+    """Four images through two slots. A note is the number of an iteration in the slots, or "settling" for others."""
+    settings = {"stopping": {8: 0.3}, "iterations": 40, "lr_schedule": WarmupCosine(4), "progress": False}
+    inverter = Inverter(
+        small_model().to(device), objective=deep_inversion(norm="image"), until=Scripted(checks=1, every=5), **settings
+    )
+    inverter.stream(range(4), 2, callback=lambda step: note(str(step.iteration) if step.stage.start else "settling"))
     return {}
 
 
 def memory(device: torch.device) -> dict:
-    """MiB that the allocator has held at most up to the end of each of three runs, and the most that was in use."""
-    model = smi_fast.accelerate(
-        cifar10_vit(False, img_size=224, patch_size=16, depth=6, embed_dim=192, num_heads=3).to(device),
-    )
-    reserved = []
-    for _ in range(3):
-        run(model, targets=[0] * 32, callback=None)
-        reserved.append(torch.cuda.max_memory_reserved(device) / 2**20)
-    return {"reserved": reserved, "peak": torch.cuda.max_memory_allocated(device) / 2**20}
+    """MiB that the allocator has held at most up to the end of each of three runs, and the most that was in use: of a
+    ViT, and of a CNN."""
+    vit = cifar10_vit(False, img_size=224, patch_size=16, depth=6, embed_dim=192, num_heads=3)
+    models = {
+        "vit": (smi_fast.accelerate(vit.to(device)), {}),
+        "cnn": (cifar10_resnet20(False, depth=8).to(device), {"stopping": "dense"} | CNN),
+    }
+    found = {}
+    for name, (model, options) in models.items():
+        reserved = []
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(3):
+            run(model, targets=[0] * 32, callback=None, **options)
+            reserved.append(torch.cuda.max_memory_reserved(device) / 2**20)
+        found[name] = {"reserved": reserved, "peak": torch.cuda.max_memory_allocated(device) / 2**20}
+    return found
 
 
 def failed_capture(device: torch.device) -> dict:
@@ -133,8 +171,7 @@ if __name__ == "__main__":
     warnings.simplefilter("error", UserWarning)  # that iterations run without a graph is one
     runtime.fake_log(log.encode())
     scenarios = {
-        function.__name__: function
-        for function in (stages, patches_that_differ, memory, failed_capture, threads, nodes)
+        function.__name__: function for function in (stages, methods, stream, memory, failed_capture, threads, nodes)
     }
     found = scenarios[scenario](torch.device(name))
     runtime.fake_log(None)
