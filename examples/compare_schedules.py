@@ -12,7 +12,8 @@ All arms invert the ViT for CIFAR-10 in the package, with the demo's settings an
 
 The images of each arm then teach the student in the package, by linear probing. DIR holds `test/<class>/*` (an
 ImageFolder of 32x32 images), which is only measured on. RUN_DIR receives `ARM.json` for each arm, and `table.md` when
-all are there. A run that was stopped goes on with the first arm that has no file.
+all are there. A run that was stopped goes on with the first arm that has no file. --every N measures on every N-th test
+image.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from smi_fast import InvertedDataset, Until, deep_inversion, distill, load_data
 from smi_fast.data.files import write_json
@@ -108,15 +109,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arms", default=",".join(ARMS))
-    for name, default in (("images", 128), ("batch_size", 32), ("steps", 300), ("student_seeds", 3), ("seed", 0)):
+    counts = {"images": 128, "batch_size": 32, "steps": 300, "student_seeds": 3, "seed": 0, "every": 1}
+    for name, default in counts.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     args = parser.parse_args()
     arms = args.arms.split(",")
     if not set(arms) <= set(ARMS):
         raise SystemExit(f"--arms: {args.arms} names others than {', '.join(ARMS)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    test = DataLoader(load_data(str(args.data), split="test", model=cifar10_vit()), 500)
-    about = {"device": device_name(torch.device("cpu")), "versions": versions(), "batch_size": args.batch_size}
+    test = load_data(str(args.data), split="test", model=cifar10_vit())
+    test = DataLoader(Subset(test, range(0, len(test), args.every)), 500)
+    settings = {name: value for name, value in vars(args).items() if name not in ("data", "out", "arms")}
+    about = {"device": device_name(torch.device("cpu")), "versions": versions(), "run": settings}
     found, shown = {}, ("seconds_per_image", "confidence", "student_accuracy")
     for arm in arms:
         file = args.out / f"{arm}.json"
