@@ -14,12 +14,14 @@ from smi_fast.backbones.cnn import CNN
 from smi_fast.backbones.conversion import as_backbone
 from smi_fast.backbones.pruning import Mass
 from smi_fast.inversion.checks import (
+    check_functions,
     check_jitter,
     check_normalization,
     check_numbers,
     check_pooling,
     check_start,
     check_targets,
+    check_verifier,
     check_views,
     check_weights,
 )
@@ -132,6 +134,7 @@ class Inverter:
         progress: bool = True,
     ):
         check_numbers(iterations, lr, betas, flip, verify_every)
+        check_functions(lr_schedule=lr_schedule, views=views)
         self.backbone: Backbone = as_backbone(model, dtype, backend, image_size)
         self.mean, self.std = check_normalization(self.backbone, mean, std)
         self.image_size = tuple(image_size or self.backbone.image_size)
@@ -156,15 +159,20 @@ class Inverter:
         self.view_per_image, self.views = view_per_image, views
         self.pooling = check_pooling(pooling, self.grid, iterations)
         self.clamp, self.graphs, self.progress, self.compile = clamp, graphs, progress, compile
-        self.verifier = None if verifier is None else as_backbone(verifier)
+        self.verifier = (
+            None if verifier is None else check_verifier(as_backbone(verifier), self.backbone, self.image_size)
+        )
         self.verify_every = verify_every
         self.stages = self._plan()
+        self._check_objective()
 
     def _minimise(self, objective: Objective | Loss) -> None:
         as_loss(objective)  # checks it
         self.objective, self.features = objective, features_of(objective)
         self.models = (self.backbone, *getattr(objective, "models", ()))
-        check = getattr(objective, "check", None)
+
+    def _check_objective(self) -> None:
+        check = getattr(self.objective, "check", None)
         if check is not None:
             check(self)
 
@@ -177,6 +185,7 @@ class Inverter:
         """
         other = copy.copy(self)
         other._minimise(objective)
+        other._check_objective()
         return other
 
     def _plan(self) -> list[Stage]:

@@ -220,3 +220,9 @@ def test_the_published_hook_and_priors_give_the_same_loss_and_gradient(seed, nam
         hook.close()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(value, images)[0] for value in (ours, theirs)))
+
+
+def test_adam_begins_anew_only_where_the_resolution_changes(seed):
+    given = Inverter(small_cnn(torch.float32), pooling={0: 1, 2: 1, 4: 2, 5: 2}, iterations=6, progress=False)
+    assert [(stage.start, stage.pooling) for stage in given.stages] == [(0, 1), (4, 2)]
+    assert given.pooling == {4: 2}
