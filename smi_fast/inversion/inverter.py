@@ -65,7 +65,8 @@ class Inverter:
             objective's own prior, such as that of `deep_inversion`, if it has one.
         select: which patches go on at a stopping: "attention" (the most important ones), "lowest" (the least important
             ones), "random", or a function of (importance, keep), float32 (T,) and `PackedTokens`, that returns a score
-            (T,) for each patch. The patches with the highest scores go on.
+            (T,) for each patch. The patches with the highest scores go on. In a `RebirthSchedule` they are the ones
+            that leave as a finished image, with "lowest" the least important ones.
         until: end as soon as the model is sure of all images: an `Until`, or the confidence alone. See also `stream`.
         iterations: the number of optimiser steps.
         lr, betas: the settings of Adam.
@@ -311,7 +312,8 @@ class Inverter:
 
         Each image has noise and views of its own, decided by the seed and its number. The images are those of `run`, up
         to rounding, whichever others are beside them. Images begin in batches, and go through the stoppings together;
-        only after the last stopping do they leave one by one.
+        only after the last stopping do they leave one by one. In float16 the images of a batch share the scale of the
+        loss: in an iteration in which a gradient of one overflows, all images have the gradient 0.
 
         Args:
             targets: (N,) class indices, or (N, classes) soft labels.
