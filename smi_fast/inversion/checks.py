@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from smi_fast.backbones.base import Backbone
-from smi_fast.grid import PatchGrid
 
 SUM_TOLERANCE = 1e-3  # of the probabilities of soft labels
 
@@ -56,14 +55,16 @@ def check_jitter(jitter: float | int, image_size: Sequence[int]) -> float | int:
     return float(jitter)
 
 
-def check_pooling(pooling: Mapping[int, int] | None, grid: PatchGrid, iterations: int) -> dict[int, int]:
+def check_pooling(
+    pooling: Mapping[int, int] | None, backbone: Backbone, image_size: Sequence[int], iterations: int
+) -> dict[int, int]:
     """Check by which factors the images are pooled from which iterations on, and return the iterations at which the
     factor changes, in order.
 
     Raises:
         TypeError: it is no mapping.
         ValueError: an iteration or a factor is out of range, a factor does not divide the images, or the model does not
-            take whole images.
+            take whole images or images as small as this.
     """
     if not isinstance(pooling, Mapping | None):
         raise TypeError(f"pooling maps iterations to factors, got {pooling!r}")
@@ -72,13 +73,14 @@ def check_pooling(pooling: Mapping[int, int] | None, grid: PatchGrid, iterations
             raise ValueError(f"pooling begins at iteration {iteration!r}, expected one of 0 to {iterations - 1}")
         if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
             raise ValueError(f"pooling at iteration {iteration} must be an integer from 1 on, got {factor!r}")
-        if any(side % factor for side in grid.image_size):
-            size = "x".join(map(str, grid.image_size))
+        if any(side % factor for side in image_size):
+            size = "x".join(map(str, image_size))
             raise ValueError(f"images of {size} pixels cannot be pooled by {factor}, which does not divide them")
-        if factor > 1 and grid.num_patches > 1:
+        if factor > 1 and backbone.grid(image_size).num_patches > 1:
             raise ValueError(
                 f"images cannot be pooled by {factor}: the model takes patches of one size, not whole images"
             )
+        backbone.grid([side // factor for side in image_size])
     factors, before = {}, 1
     for iteration, factor in sorted((pooling or {}).items()):
         if factor != before:

@@ -158,7 +158,7 @@ class Inverter:
         self.iterations, self.lr, self.betas, self.lr_schedule = iterations, lr, betas, lr_schedule
         self.jitter, self.flip = check_jitter(jitter, self.image_size), flip
         self.view_per_image, self.views = view_per_image, views
-        self.pooling = check_pooling(pooling, self.grid, iterations)
+        self.pooling = check_pooling(pooling, self.backbone, self.image_size, iterations)
         self.clamp, self.graphs, self.progress, self.compile = clamp, graphs, progress, compile
         self.verifier = (
             None if verifier is None else check_verifier(as_backbone(verifier), self.backbone, self.image_size)
