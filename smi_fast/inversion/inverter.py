@@ -84,8 +84,8 @@ class Inverter:
             Adam and the schedule of the learning rate begin anew. Shifts of a view are multiples of the factor. Only
             for models that take whole images, such as CNNs.
         clamp: after each step, clamp pixels to the range of real images.
-        verifier: another network, which classifies the images as they are every `verify_every` iterations and at the
-            end. It decides nothing; the result has its accuracy.
+        verifier: another network with the same classes, which classifies the images as they are every `verify_every`
+            iterations and at the end. It decides nothing; the result has its accuracy.
         image_size: (height, width) in pixels. None: the model's.
         mean, std: the normalisation of images, one number per channel. None: the model's, by timm's data config.
         dtype, backend: arguments for `accelerate`. They cannot be given with a model that is accelerated already.
