@@ -43,7 +43,7 @@ def outputs(backbone: CNN, images: Tensor, features: tuple[str, ...] = ("batch_n
     patches = PackedTokens.from_batch(images.flatten(1)[:, None], torch.zeros(1, device=images.device))
     found = backbone.outputs(patches, grid_size=(1, 1), features=features)
     grid = PatchGrid.of(images.shape[-2:], images.shape[-2:])
-    return Outputs(found.logits, None, {}, found.backend, patches, grid, found.batch_norm)
+    return Outputs(found.logits, None, {}, found.backend, patches, grid, batch_norm=found.batch_norm)
 
 
 def batch_norm_inputs(model: nn.Module, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:

@@ -67,10 +67,11 @@ class CNN(nn.Module):
         self.image_size: tuple[int, int] = tuple(image_size or config["input_size"][1:])
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
-        self.num_classes: int = self._count_classes()
+        self.num_classes: int = self._count_classes(self.image_size)
+        self._sizes = {self.image_size}  # of which an image has been tried
 
-    def _count_classes(self) -> int:
-        shape = (1, self.num_channels, *self.image_size)
+    def _count_classes(self, image_size: tuple[int, int]) -> int:
+        shape = (1, self.num_channels, *image_size)
         try:
             with frozen(self), torch.no_grad():
                 logits = self(torch.zeros(shape, dtype=self._parameter.dtype, device=self.device))
@@ -119,6 +120,7 @@ class CNN(nn.Module):
 
         Raises:
             ValueError: the proportions are not those of `self.image_size`.
+            UnsupportedModelError: the model cannot run on an image of this size. One is tried for each new size.
         """
         (height, width), own = image_size, self.image_size
         if min(height, width) < 1 or height * own[1] != width * own[0]:
@@ -126,6 +128,9 @@ class CNN(nn.Module):
                 f"images have {height}x{width} pixels, which are not the proportions of {own[0]}x{own[1]}: "
                 f"CNN(model, image_size=({height}, {width})) takes them"
             )
+        if (height, width) not in self._sizes:
+            self._count_classes((height, width))
+            self._sizes.add((height, width))
         return PatchGrid.of(image_size, image_size)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import smi_fast.cli.arguments as arguments
 from smi_fast import kernels
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     names = class_names(model)
     classes = parse_classes(args.classes, names)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    verifier = None if args.verifier is None else arguments.model_of(args, "verifier")
+    verifier = verifier_of(args)
     inverter = settings.inverter(model, dtype=dtype, backend=args.backend, verifier=verifier, progress=not args.quiet)
     count, shape = len(classes) * args.images_per_class, (len(inverter.mean), *inverter.image_size)
     arguments.check_memory("--images-per-class", count, shape)
@@ -106,6 +106,16 @@ def run(args: argparse.Namespace) -> int:
         print("interrupted: the results are those of the iterations that ran", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def verifier_of(args: argparse.Namespace) -> nn.Module | None:
+    """Load the verifier, if the command has one."""
+    if args.verifier is not None:
+        return arguments.model_of(args, "verifier")
+    for name in ("pretrained", "checkpoint"):
+        if getattr(args, f"verifier_{name}"):
+            raise ValueError(f"--verifier-{name} is about the weights of the model that --verifier names")
+    return None
 
 
 def invert(inverter: Inverter, targets: Tensor, batch_size: int, seed: int) -> Inversion:

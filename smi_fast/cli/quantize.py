@@ -105,7 +105,7 @@ def real_images(args: argparse.Namespace, model: nn.Module) -> Tensor:
 
 
 def inverted_images(args: argparse.Namespace, fast: AcceleratedViT) -> PackedTokens:
-    """Load evenly spaced images of the stored dataset, normalised for the model."""
+    """Load images of the stored dataset, evenly spaced in the order of their classes, normalised for the model."""
     dataset = InvertedDataset.load(args.calibration)
     if len(dataset) < args.images:
         raise ValueError(f"--images: {args.calibration} holds {len(dataset)} images, not {args.images}")
@@ -114,7 +114,8 @@ def inverted_images(args: argparse.Namespace, fast: AcceleratedViT) -> PackedTok
     if found != grid:
         ours, theirs = ("{}x{} pixels in patches of {}x{}".format(*g.image_size, *g.patch_size) for g in (grid, found))
         raise ValueError(f"--calibration: {args.calibration} holds images of {theirs}, the model takes {ours}")
-    chosen = torch.linspace(0, len(dataset) - 1, args.images).long().tolist()  # the dataset is sorted by class
+    by_class = torch.as_tensor(dataset.targets).argsort(stable=True)
+    chosen = by_class[torch.linspace(0, len(dataset) - 1, args.images).long()].tolist()
     tokens, _ = InvertedDataset.collate([dataset[number] for number in chosen])
     return normalize_patches(tokens, fast.mean, fast.std)
 

@@ -104,7 +104,8 @@ def distill(
         dataset: stored images. Fresh ones are drawn without replacement, until all are in the pool.
         rounds: the number of rounds.
         samples: the number of fresh images in a round. None: 128 inverted images, or the whole dataset in the first
-            round. The targets of inverted images are all classes in turn.
+            round. The targets of inverted images are all classes in turn. With a `RebirthSchedule` it is the number of
+            targets, of each of which several images are made.
         steps: the number of optimiser steps in a round.
         batch_size: the number of images in a step. They are drawn in shuffled passes over the pool.
         linear_probing: train only the head, with the rest of the student in evaluation mode. False: train the whole

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from smi_fast.backbones.base import Backbone
-from smi_fast.grid import PatchGrid
 
 SUM_TOLERANCE = 1e-3  # of the probabilities of soft labels
 
@@ -34,6 +33,13 @@ def check_numbers(iterations: int, lr: float, betas: tuple[float, float], flip: 
         raise ValueError(f"flip must lie in [0, 1], got {flip}")
 
 
+def check_functions(**functions: object) -> None:
+    """Raise TypeError, naming the argument, if one is neither a function nor None."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, got {function!r}")
+
+
 def check_jitter(jitter: float | int, image_size: Sequence[int]) -> float | int:
     """Check the largest shift of a view, a share of the image's side or an integer number of pixels, and return it.
 
@@ -49,27 +55,51 @@ def check_jitter(jitter: float | int, image_size: Sequence[int]) -> float | int:
     return float(jitter)
 
 
-def check_pooling(pooling: Mapping[int, int] | None, grid: PatchGrid, iterations: int) -> dict[int, int]:
-    """Check by which factors the images are pooled from which iterations on, and return the factors in order.
+def check_pooling(
+    pooling: Mapping[int, int] | None, backbone: Backbone, image_size: Sequence[int], iterations: int
+) -> dict[int, int]:
+    """Check by which factors the images are pooled from which iterations on, and return the iterations at which the
+    factor changes, in order.
 
     Raises:
+        TypeError: it is no mapping.
         ValueError: an iteration or a factor is out of range, a factor does not divide the images, or the model does not
-            take whole images.
+            take whole images or images as small as this.
     """
-    checked = dict(sorted((pooling or {}).items()))
-    for iteration, factor in checked.items():
+    if not isinstance(pooling, Mapping | None):
+        raise TypeError(f"pooling maps iterations to factors, got {pooling!r}")
+    for iteration, factor in (pooling or {}).items():
         if not (isinstance(iteration, int) and 0 <= iteration < iterations):
             raise ValueError(f"pooling begins at iteration {iteration!r}, expected one of 0 to {iterations - 1}")
         if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
             raise ValueError(f"pooling at iteration {iteration} must be an integer from 1 on, got {factor!r}")
-        if any(side % factor for side in grid.image_size):
-            size = "x".join(map(str, grid.image_size))
+        if any(side % factor for side in image_size):
+            size = "x".join(map(str, image_size))
             raise ValueError(f"images of {size} pixels cannot be pooled by {factor}, which does not divide them")
-        if factor > 1 and grid.num_patches > 1:
+        if factor > 1 and backbone.grid(image_size).num_patches > 1:
             raise ValueError(
                 f"images cannot be pooled by {factor}: the model takes patches of one size, not whole images"
             )
-    return checked
+        backbone.grid([side // factor for side in image_size])
+    factors, before = {}, 1
+    for iteration, factor in sorted((pooling or {}).items()):
+        if factor != before:
+            factors[iteration] = before = factor
+    return factors
+
+
+def check_verifier(verifier: Backbone, backbone: Backbone, image_size: Sequence[int]) -> Backbone:
+    """Check that a network can classify the images of an inversion, and return it.
+
+    Raises:
+        ValueError: it has other classes or channels, is on another device, or does not take images of this size.
+    """
+    for what in ("num_classes", "num_channels", "device"):
+        theirs, ours = getattr(verifier, what), getattr(backbone, what)
+        if theirs != ours:
+            raise ValueError(f"the verifier's {what} is {theirs}, the inverted model's is {ours}")
+    verifier.grid(image_size)
+    return verifier
 
 
 def check_normalization(

@@ -100,6 +100,8 @@ class competition:
                 f"the student takes patches of {sizes[0]} pixels and the inverted model of {sizes[1]}: such a student "
                 'needs whole images, so use stopping="dense"'
             )
+        for factor in inverter.pooling.values():
+            student.grid([side // factor for side in inverter.image_size])
 
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
         """Return the objective's loss and the term of the competition."""
@@ -107,7 +109,7 @@ class competition:
         student = self.student.outputs(self._seen(outputs, grid), grid_size=grid.size).logits
         student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, outputs.logits))
         divergence = jensen_shannon(student / self.temperature, teacher / self.temperature, self.js)
-        if getattr(self.objective, "norm", "batch") == "batch":
+        if getattr(self.objective, "norm", None) != "image":
             divergence = divergence.mean()
         return self.objective.loss(outputs, targets) + self.weight * (1 - divergence.clamp(0, 1)).sum()
 

@@ -14,12 +14,14 @@ from smi_fast.backbones.cnn import CNN
 from smi_fast.backbones.conversion import as_backbone
 from smi_fast.backbones.pruning import Mass
 from smi_fast.inversion.checks import (
+    check_functions,
     check_jitter,
     check_normalization,
     check_numbers,
     check_pooling,
     check_start,
     check_targets,
+    check_verifier,
     check_views,
     check_weights,
 )
@@ -63,7 +65,8 @@ class Inverter:
             objective's own prior, such as that of `deep_inversion`, if it has one.
         select: which patches go on at a stopping: "attention" (the most important ones), "lowest" (the least important
             ones), "random", or a function of (importance, keep), float32 (T,) and `PackedTokens`, that returns a score
-            (T,) for each patch. The patches with the highest scores go on.
+            (T,) for each patch. The patches with the highest scores go on. In a `RebirthSchedule` they are the ones
+            that leave as a finished image, with "lowest" the least important ones.
         until: end as soon as the model is sure of all images: an `Until`, or the confidence alone. See also `stream`.
         iterations: the number of optimiser steps.
         lr, betas: the settings of Adam.
@@ -81,8 +84,8 @@ class Inverter:
             Adam and the schedule of the learning rate begin anew. Shifts of a view are multiples of the factor. Only
             for models that take whole images, such as CNNs.
         clamp: after each step, clamp pixels to the range of real images.
-        verifier: another network, which classifies the images as they are every `verify_every` iterations and at the
-            end. It decides nothing; the result has its accuracy.
+        verifier: another network with the same classes, which classifies the images as they are every `verify_every`
+            iterations and at the end. It decides nothing; the result has its accuracy.
         image_size: (height, width) in pixels. None: the model's.
         mean, std: the normalisation of images, one number per channel. None: the model's, by timm's data config.
         dtype, backend: arguments for `accelerate`. They cannot be given with a model that is accelerated already.
@@ -132,6 +135,7 @@ class Inverter:
         progress: bool = True,
     ):
         check_numbers(iterations, lr, betas, flip, verify_every)
+        check_functions(lr_schedule=lr_schedule, views=views)
         self.backbone: Backbone = as_backbone(model, dtype, backend, image_size)
         self.mean, self.std = check_normalization(self.backbone, mean, std)
         self.image_size = tuple(image_size or self.backbone.image_size)
@@ -154,17 +158,22 @@ class Inverter:
         self.iterations, self.lr, self.betas, self.lr_schedule = iterations, lr, betas, lr_schedule
         self.jitter, self.flip = check_jitter(jitter, self.image_size), flip
         self.view_per_image, self.views = view_per_image, views
-        self.pooling = check_pooling(pooling, self.grid, iterations)
+        self.pooling = check_pooling(pooling, self.backbone, self.image_size, iterations)
         self.clamp, self.graphs, self.progress, self.compile = clamp, graphs, progress, compile
-        self.verifier = None if verifier is None else as_backbone(verifier)
+        self.verifier = (
+            None if verifier is None else check_verifier(as_backbone(verifier), self.backbone, self.image_size)
+        )
         self.verify_every = verify_every
         self.stages = self._plan()
+        self._check_objective()
 
     def _minimise(self, objective: Objective | Loss) -> None:
         as_loss(objective)  # checks it
         self.objective, self.features = objective, features_of(objective)
         self.models = (self.backbone, *getattr(objective, "models", ()))
-        check = getattr(objective, "check", None)
+
+    def _check_objective(self) -> None:
+        check = getattr(self.objective, "check", None)
         if check is not None:
             check(self)
 
@@ -177,6 +186,7 @@ class Inverter:
         """
         other = copy.copy(self)
         other._minimise(objective)
+        other._check_objective()
         return other
 
     def _plan(self) -> list[Stage]:
@@ -302,7 +312,8 @@ class Inverter:
 
         Each image has noise and views of its own, decided by the seed and its number. The images are those of `run`, up
         to rounding, whichever others are beside them. Images begin in batches, and go through the stoppings together;
-        only after the last stopping do they leave one by one.
+        only after the last stopping do they leave one by one. In float16 the images of a batch share the scale of the
+        loss: in an iteration in which a gradient of one overflows, all images have the gradient 0.
 
         Args:
             targets: (N,) class indices, or (N, classes) soft labels.

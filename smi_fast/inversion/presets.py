@@ -81,7 +81,7 @@ class InversionSettings:
 
     def replaced(self, values: Mapping[str, Any]) -> InversionSettings:
         """Return the settings with other values, by the names of settings of the run or of its objective. If the number
-        of iterations changes, the iterations at which the resolution changes are scaled with it.
+        of iterations changes, the iterations at which the resolution changes and a `WarmupCosine` are scaled with it.
 
         Raises:
             ValueError: neither has a setting of this name, or a value is out of range.
@@ -96,6 +96,8 @@ class InversionSettings:
         if scale != 1 and "pooling" not in values:
             starts = {round(start * scale): factor for start, factor in self.pooling.items()}
             settings = replace(settings, pooling={at: f for at, f in starts.items() if at < settings.iterations})
+        if scale != 1 and "lr_schedule" not in values and isinstance(self.lr_schedule, WarmupCosine):
+            settings = replace(settings, lr_schedule=self.lr_schedule.scaled(scale))
         return replace(settings, objective=replace(self.objective, **of_objective)) if of_objective else settings
 
     def record(self) -> dict:

@@ -231,6 +231,11 @@ class WarmupCosine:
         if self.warmup < 0 or (self.period is not None and self.period < 1):
             raise ValueError(f"warmup must be at least 0 and period at least 1, got {self.warmup} and {self.period}")
 
+    def scaled(self, scale: float) -> WarmupCosine:
+        """Return the schedule for a run of another length, of which it takes the same shares."""
+        period = None if self.period is None else max(1, round(self.period * scale))
+        return WarmupCosine(round(self.warmup * scale), period)
+
     def __call__(self, step: int, steps: int) -> float:
         """Return the factor of a step, counted from 0."""
         period = self.period or steps

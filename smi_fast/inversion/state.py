@@ -127,7 +127,7 @@ class InversionState:
     def _move(self, patches: PackedTokens) -> None:
         self.moving = patches
         self.sites = self.grid.sites(patches)
-        self.mask = self.grid.mask(patches)
+        self.mask = self.grid.mask(patches).contiguous()  # `put` writes it
 
     @property
     def batch_size(self) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor
 class Until:
     """The condition on which an image is finished before the last iteration.
 
-    From the last stopping on, the model classifies the kept patches in the plain view every so many iterations. An
-    image is finished once the model was sure of its target in several checks in a row.
+    From the last stopping and the last change of the resolution on, the model classifies the kept patches in the plain
+    view every so many iterations. An image is finished once the model was sure of its target in several checks in a
+    row.
 
     Args:
         confidence: the probability of the target, in (0, 1), of which a sure model is. For soft labels p and the

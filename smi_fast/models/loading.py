@@ -92,12 +92,12 @@ def untrained_model(name: str, teacher: nn.Module, seed: int = 0) -> nn.Module:
     """
     _check_name(name)
     backbone = as_backbone(teacher)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng([]):  # of the CPU: torch.manual_seed would also seed GPUs
+        torch.default_generator.manual_seed(seed)
         try:
             model = _make(name, num_classes=backbone.num_classes)
             if isinstance(model, VisionTransformer):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 model = _make(name, num_classes=backbone.num_classes, img_size=backbone.image_size)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
             raise ValueError(f"{name} cannot be made: {first_line(error)}") from error

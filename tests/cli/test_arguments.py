@@ -17,7 +17,7 @@ REBIRTH = replace(DEMO, stopping=RebirthSchedule(4), lr_schedule=WarmupCosine())
 WEIGHTED = replace(
     CIFAR10_CNN, objective=deep_inversion_cnn(3.0, 1.0, tv_l1=0.5, tv_l2=2.5e-5, l2=0.0, l2_norm="batch")
 )
-SHORT = replace(IMAGENET_CNN, iterations=30, pooling={0: 2, 20: 1})
+SHORT = replace(IMAGENET_CNN, iterations=30, pooling={0: 2, 20: 1}, lr_schedule=WarmupCosine(1))
 
 
 def timm_resnet(pretrained):

@@ -185,6 +185,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
         (["--stopping", "1:0.9,2:0.9"], "leaves no patch"),
         (["--stopping", "700:0.3"], "iteration 700, but there are only 600"),
         (["--stopping", "nonsense"], "cannot read 'nonsense'"),
+        (["--verifier-checkpoint", "nowhere.pth"], "--verifier-checkpoint is about the weights of the model that"),
         (["--model", "deit_tiny_patch16_225"], "no model 'deit_tiny_patch16_225'"),
         (["--model", "resnet18", "--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),

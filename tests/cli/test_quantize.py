@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 import smi_fast
 from smi_fast.cli import main
+from smi_fast.cli.quantize import inverted_images
 from smi_fast.models import cifar10_vit
 
 pytest.importorskip("matplotlib")
@@ -50,6 +52,19 @@ def test_kept_patches_alone_calibrate(inverted, tmp_path):
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None] for key in ("mean", "std"))
     pixels = (dataset.patches.unflatten(1, (3, -1)) - mean) / std
     assert ranges["input"] == pytest.approx([pixels.min().item(), pixels.max().item()], rel=1e-5)
+
+
+def test_calibration_images_are_of_all_classes_in_whatever_order_they_are_stored(tmp_path):
+    """As `smi-fast invert --stopping rebirth=2` stores them: all classes, and then all of them again."""
+    images = torch.arange(20)[:, None, None, None].expand(20, 3, 32, 32) / 20.0
+    record = {name: cifar10_vit().pretrained_cfg[name] for name in ("mean", "std")}
+    dataset = smi_fast.InvertedDataset.from_images(images, None, torch.arange(20) % 10, (4, 4), record)
+    dataset.save(tmp_path / "images.safetensors")
+    args = Namespace(calibration=tmp_path / "images.safetensors", images=10)
+    tokens = inverted_images(args, smi_fast.accelerate(cifar10_vit(False)))
+    mean, std = (torch.tensor(record[name])[:, None] for name in ("mean", "std"))
+    pixels = tokens.values.view(10, 64, 3, 16) * std + mean
+    assert sorted(pixels[:, 0, 0, 0].mul(20).round().int().remainder(10).tolist()) == list(range(10))
 
 
 def test_the_retry_after_a_bad_test_image_is_welcome(data, refused, tmp_path):

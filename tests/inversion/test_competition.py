@@ -227,6 +227,23 @@ def test_the_wrapped_objective_keeps_its_features_and_its_prior(seed):
     torch.testing.assert_close(found.losses, expected.losses)
 
 
+def test_an_objective_with_a_norm_of_its_own_kind_gets_the_mean(seed):
+    class Scaled:
+        norm = 2.0
+
+        def loss(self, outputs, targets):
+            return outputs.logits.sum() * self.norm
+
+    tokens = smi_fast.accelerate(vit(0)).grid((12, 16))
+    packed = PackedTokens.from_batch(torch.randn(3, 12, 48, dtype=torch.float64), torch.arange(12))
+    outputs = smi_fast.accelerate(vit(0)).outputs(packed, grid_size=tokens.size)
+    outputs = Outputs(outputs.logits, patches=packed, grid=tokens, mean=MEANS[0], std=STDS[0])
+    student = as_backbone(vit(1))
+    term = competition(Scaled(), student, 7.0).loss(outputs, None) - outputs.logits.sum() * 2
+    batch = competition(deep_inversion(), student, 7.0).loss(outputs, torch.tensor([4, 0, 1]))
+    torch.testing.assert_close(term, batch - F.cross_entropy(outputs.logits, torch.tensor([4, 0, 1])))
+
+
 def test_what_does_not_fit_is_named(seed):
     teacher, student = vit(0), vit(1)
 
@@ -252,6 +269,8 @@ def test_what_does_not_fit_is_named(seed):
     coarse = competition(deep_inversion(), vit(1, patch_size=2))
     with pytest.raises(ValueError, match=r"2x2 pixels and the inverted model of 4x4: .* needs whole images"):
         inverter(teacher, coarse, stopping={2: 0.5})
+    with pytest.raises(ValueError, match="images of 6x8 pixels are not divided by patches of 4x4"):
+        inverter(cnn(0), competition(deep_inversion(), student), pooling={0: 2, 1: 1})
     student.head.weight.data[0, :2] = math.nan
     with pytest.raises(ValueError, match=r"the objective's AcceleratedViT's weight head\.weight holds 2 values"):
         inverter(teacher, competition(deep_inversion(), student)).run([0])

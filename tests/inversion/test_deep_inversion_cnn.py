@@ -220,3 +220,17 @@ def test_the_published_hook_and_priors_give_the_same_loss_and_gradient(seed, nam
         hook.close()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(value, images)[0] for value in (ours, theirs)))
+
+
+def test_adam_begins_anew_only_where_the_resolution_changes(seed):
+    given = Inverter(small_cnn(torch.float32), pooling={0: 1, 2: 1, 4: 2, 5: 2}, iterations=6, progress=False)
+    assert [(stage.start, stage.pooling) for stage in given.stages] == [(0, 1), (4, 2)]
+    assert given.pooling == {4: 2}
+
+
+def test_a_resolution_too_low_for_the_model_is_refused_before_the_run(seed):
+    layers = nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = CNN(nn.Sequential(*layers), image_size=(16, 16))
+    with pytest.raises(UnsupportedModelError, match=r"cannot run on an image of shape \(1, 3, 4, 4\)"):
+        Inverter(model, pooling={0: 4, 2: 1}, iterations=4)
+    assert Inverter(model, pooling={0: 2, 2: 1}, iterations=4).pooling == {0: 2, 2: 1}

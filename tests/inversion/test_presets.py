@@ -66,9 +66,12 @@ def test_psaq_has_the_published_settings_and_views(seed, vit):
     assert views[:, 2].unique().tolist() == [0, 1]
 
 
-def test_a_schedule_of_resolutions_is_scaled_with_the_iterations():
+def test_schedules_are_scaled_with_the_iterations():
     assert IMAGENET_CNN.replaced({"iterations": 30}).pooling == {0: 2, 20: 1}
     assert IMAGENET_CNN.replaced({"iterations": 30, "pooling": {}}).pooling == {}
+    assert IMAGENET_CNN.replaced({"iterations": 30}).lr_schedule == WarmupCosine(1)
+    assert PSAQ.replaced({"iterations": 200}).lr_schedule == WarmupCosine(20, 100)
+    assert PSAQ.replaced({"iterations": 200, "lr_schedule": None}).lr_schedule is None
     assert IMAGENET_CNN.replaced({"tv_l2": 0.5}).objective == replace(IMAGENET_CNN.objective, tv_l2=0.5)
     with pytest.raises(ValueError, match="deep_inversion_cnn has no setting points"):
         IMAGENET_CNN.replaced({"points": 3})
@@ -84,9 +87,10 @@ def test_an_inverter_has_every_setting(vit):
         assert getattr(settings, field.name) != default, field.name
     inverter = settings.inverter(vit, progress=False)
     for field in fields(settings):
-        if field.name != "stopping":
+        if field.name not in ("stopping", "pooling"):
             assert getattr(inverter, field.name) == getattr(settings, field.name), field.name
     assert inverter.stopping == StoppingSchedule({3: 0.4})
+    assert IMAGENET_CNN.inverter(cifar10_resnet20(False)).pooling == IMAGENET_CNN.pooling
     assert (inverter.prior.tv_l2, inverter.prior.l2, inverter.prior.norm) == (0.25, 0.75, "image")
     assert not inverter.progress
 

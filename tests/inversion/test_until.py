@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cnn_cases import small_cnn
 from inversion_cases import small_model
 
 from smi_fast import Inverter, Mass, NonFiniteError, deep_inversion
@@ -85,6 +86,21 @@ def test_streamed_images_are_those_of_runs_of_their_own(trained, seed):
         assert torch.equal(result.keep[number], expected.keep[0])
         # Where a gradient is all but zero, rounding decides Adam's step.
         assert ((result.images[number] - expected.images[0]).abs() > 1e-3).float().mean() < 0.02
+
+
+def test_images_of_a_cnn_go_through_a_stream_as_through_runs_of_their_own(seed):
+    """Each begins at half resolution, and Adam and the learning rate begin anew at the full one."""
+    options = OPTIONS | {"stopping": "dense", "pooling": {0: 2, 4: 1}, "until": Until(1e-9, 1, 3)}
+    model = small_cnn(torch.float32)
+    inverter = Inverter(model, **options)
+    result = inverter.stream([4, 0, 2], 2, seed)
+    assert result.iterations.tolist() == [7, 7, 7]
+    for number, target in enumerate([4, 0, 2]):
+        generator = seeded_generator(batch_seed(seed, number))
+        views = inverter.draw_views(1, generator)
+        noise = torch.randn(1, 3, 32, 32, generator=generator)
+        alone = Inverter(model, views=lambda *_, views=views: views, **options).run([target], start=noise)
+        assert ((result.images[number] - alone.images[0]).abs() > 1e-3).float().mean() < 0.05
 
 
 def test_a_stream_gives_the_same_bits_again_and_loses_no_image(model, seed):

@@ -93,3 +93,19 @@ def test_an_unfit_verifier_is_refused_with_the_value(seed):
         run(Verifier(small_cnn(torch.float32, num_classes=5), every=1), seed)
     with pytest.raises(ValueError, match="32x32 pixels"):
         run(Verifier(cifar10_vit(False, img_size=64, depth=1), every=1), seed)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "message"),
+    [
+        (
+            lambda: small_cnn(torch.float32, num_classes=5),
+            "the verifier's num_classes is 5, the inverted model's is 10",
+        ),
+        (lambda: small_cnn(torch.float32).to("meta"), "the verifier's device is meta"),
+        (lambda: cifar10_vit(False, img_size=64, depth=1), "32x32 pixels"),
+    ],
+)
+def test_an_inverter_refuses_an_unfit_verifier_before_it_runs(verifier, message, seed):
+    with pytest.raises(ValueError, match=message):
+        Inverter(cifar10_vit(False, depth=1), verifier=verifier(), progress=False)

@@ -28,6 +28,13 @@ def test_an_untrained_model_takes_its_teachers_images(name, seed):
     assert not torch.equal(first, other)
 
 
+def test_an_untrained_model_leaves_the_random_numbers_of_gpus_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    untrained_model("cifar10_vit", cifar10_vit(False))
+    assert seeded == []
+
+
 def test_a_model_without_weights_is_read_from_a_checkpoint(seed, tmp_path):
     """Such as a student that smi-fast distill has written."""
     model = untrained_model("cifar10_resnet14", cifar10_vit(False, num_classes=4), seed)
