@@ -141,6 +141,6 @@ def test_bad_input_is_named_before_anything_is_written(models, vit, data, tiny, 
 
 def test_the_papers_preset_has_the_published_settings():
     paper = PRESETS["paper"]
-    assert (paper.inversion.iterations, paper.inversion.lr, paper.inversion.tv_l2) == (4000, 0.25, 1e-4)
+    assert (paper.inversion.iterations, paper.inversion.lr, paper.inversion.objective.tv_l2) == (4000, 0.25, 1e-4)
     assert (paper.images, paper.rounds, paper.samples, paper.steps, paper.batch_size) == (32, 1000, 100, 1, 32)
     assert paper.test_images is None
