@@ -142,6 +142,11 @@ OPTIONS = {"every": "check-every"}  # the names of options that are not those of
 LR_SCHEDULES = {"constant": None, "cosine": WarmupCosine()}
 
 
+def option_of(setting: str) -> str:
+    """Return the name of the option for a setting of an inversion."""
+    return f"--{OPTIONS.get(setting, setting).replace('_', '-')}"
+
+
 def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
     """Add the settings of an inversion. `lr` is the name of the option for its learning rate."""
     what = (
@@ -149,7 +154,7 @@ def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
     )
     group.add_argument("--objective", choices=OBJECTIVES, help=what)
     for field, (kind, what) in INVERSION.items():
-        option = lr if field == "lr" else f"--{OPTIONS.get(field, field).replace('_', '-')}"
+        option = lr if field == "lr" else option_of(field)
         paper, demo = (getattr(s, field, None) or getattr(s.objective, field, None) for s in (PAPER, DEMO))
         if paper is not None:
             what += f" (default: {paper:g} for a ViT" + (")" if demo == paper else f", {demo:g} for {MODEL_INSIDE})")
@@ -175,7 +180,7 @@ def inversion_settings(args: argparse.Namespace, model: nn.Module) -> InversionS
     if "until" in given:
         given["until"] = Until(given["until"], **checks)
     elif checks:
-        raise ValueError(f"--{OPTIONS.get(*[next(iter(checks))] * 2)} is a setting of the end that --until asks for")
+        raise ValueError(f"{option_of(next(iter(checks)))} is a setting of the end that --until asks for")
     if "lr_schedule" in given:
         given["lr_schedule"] = LR_SCHEDULES[given["lr_schedule"]]
     settings = settings_of(args.model, model, args.objective).replaced(given)

@@ -128,8 +128,8 @@ def image_source(args: argparse.Namespace, teacher: nn.Module, inversion: Invers
         return {"inverter": inverter, **competing}
     given = [name for name in ("objective", "adaptive") if getattr(args, name) is not None]
     for name in (*given, *arguments.given_inversion(args)):
-        option = "inversion-lr" if name == "lr" else arguments.OPTIONS.get(name, name).replace("_", "-")
-        raise ValueError(f"--{option} is a setting of an inversion, but the images of --dataset are inverted already")
+        option = "--inversion-lr" if name == "lr" else arguments.option_of(name)
+        raise ValueError(f"{option} is a setting of an inversion, but the images of --dataset are inverted already")
     dataset = InvertedDataset.load(args.dataset)
     dataset.verify()
     return {"dataset": dataset}
