@@ -20,6 +20,7 @@ from smi_fast.data.sparse import InvertedDataset
 from smi_fast.inversion.inverter import InversionResult, Inverter, NonFiniteError, Step
 from smi_fast.inversion.meter import StageCost, StageMeter, confidences, iteration_flops
 from smi_fast.inversion.state import Stage
+from smi_fast.inversion.stream import has_independent_images
 from smi_fast.models.loading import INSIDE
 from smi_fast.seeds import batch_seed
 from smi_fast.studies.pictures import save_grid, save_process
@@ -123,7 +124,7 @@ def invert(inverter: Inverter, targets: Tensor, batch_size: int, seed: int) -> I
     that can leave one by one go through the places of one batch."""
     meter, batches = StageMeter(inverter.backbone.device), targets.split(batch_size)
     inversion = Inversion(inverter, snapshots=Snapshots(batches[0], inverter.stages))
-    streams = inverter.until is not None and getattr(inverter.objective, "norm", None) == "image"
+    streams = inverter.until is not None and has_independent_images(inverter)
     started = time.perf_counter()
     for number, batch in enumerate([targets] if streams else batches):
         callbacks = [meter] if number else [meter, inversion.snapshots]

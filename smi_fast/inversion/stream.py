@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,13 @@ class Slots:
         )
 
 
-def check_streams(inverter: object, batch_size: int) -> None:
+def has_independent_images(inverter: Any) -> bool:
+    """Return whether no image of a batch depends on the others, as far as objective and prior say."""
+    fused = inverter.prior is None or (isinstance(inverter.prior, ImagePrior) and inverter.prior.norm == "image")
+    return fused and getattr(inverter.objective, "norm", None) == "image"
+
+
+def check_streams(inverter: Any, batch_size: int) -> None:
     """Check that the images of an inverter can leave one by one.
 
     Raises:
@@ -136,8 +143,7 @@ def check_streams(inverter: object, batch_size: int) -> None:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if inverter.until is None:
         raise ValueError("images can leave one by one only if until= says when they are finished")
-    fused = inverter.prior is None or (isinstance(inverter.prior, ImagePrior) and inverter.prior.norm == "image")
-    if getattr(inverter.objective, "norm", None) != "image" or not fused:
+    if not has_independent_images(inverter):
         raise ValueError(
             'images can leave one by one only if none depends on the others, as with deep_inversion(norm="image")'
         )
