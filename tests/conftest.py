@@ -1,8 +1,9 @@
-"""Set-up shared by all tests: Triton's interpreter where there is no GPU, fresh seeds that are printed, two devices."""
+"""Set-up shared by all tests: Triton's interpreter where there is no GPU, seeds that are printed, two devices."""
 
 import os
 import secrets
 import signal
+import zlib
 
 import hypothesis
 import pytest
@@ -17,7 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
     torch.manual_seed(0)  # of what is drawn while tests are collected, which has to be the same in all processes
 # A script's job in the background ignores Ctrl-C, and so would the tests and every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-hypothesis.settings.register_profile("smi-fast", deadline=None)  # timings say nothing on a busy machine
+# Timings say nothing on a busy machine.
+hypothesis.settings.register_profile("smi-fast", deadline=None, derandomize=os.environ.get("SMI_FAST_TEST_SEED") is None)
 hypothesis.settings.load_profile("smi-fast")
 
 
@@ -29,9 +31,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def seed() -> int:
-    """A fresh seed, shown when the test fails; SMI_FAST_TEST_SEED repeats one."""
-    value = int(os.environ.get("SMI_FAST_TEST_SEED", secrets.randbelow(2**31)))
+def seed(request) -> int:
+    """The test's own seed, shown when it fails. SMI_FAST_TEST_SEED sets another for all, and "fresh" draws one each."""
+    value = os.environ.get("SMI_FAST_TEST_SEED", zlib.crc32(request.node.name.encode()))
+    value = secrets.randbelow(2**31) if value == "fresh" else int(value)
     print(f"SMI_FAST_TEST_SEED={value}")
     torch.manual_seed(value)
     return value

@@ -158,7 +158,8 @@ def test_tokens_at_negative_positions_change_nothing_wherever_they_are(lengths, 
     found = run(x, positions, lengths, grad, patch_entropy, backend=backend)
     alone = run(x[patches], positions[patches], fewer, grad, patch_entropy, backend=backend)
     torch.testing.assert_close(found["out"], alone["out"])
-    torch.testing.assert_close(found["grad"][patches], alone["grad"])
+    scale = alone["grad"].abs().max().item()  # a narrow kernel's derivatives magnify rounding
+    torch.testing.assert_close(found["grad"][patches], alone["grad"], rtol=1e-4, atol=1e-4 * scale)
     assert (found["grad"][~patches] == 0).all()
 
 

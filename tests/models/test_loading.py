@@ -1,6 +1,6 @@
 """load_model() loads models by name and weights from files, and names what is wrong with a broken file."""
 
-import secrets
+import random
 from contextlib import suppress
 
 import numpy as np
@@ -157,9 +157,10 @@ def test_damaged_torch_files_are_one_sentence(tmp_path, seed):
     path = tmp_path / "old.pth"
     torch.save(cifar10_vit(False, depth=1).state_dict(), path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()
+    draw = random.Random(seed).randrange
     for _ in range(60):
-        damaged = bytearray(whole[: secrets.randbelow(len(whole))] if secrets.randbelow(2) else whole)
-        damaged[secrets.randbelow(min(len(damaged), 4096))] ^= 1 << secrets.randbelow(8)
+        damaged = bytearray(whole[: draw(1, len(whole))] if draw(2) else whole)
+        damaged[draw(min(len(damaged), 4096))] ^= 1 << draw(8)
         path.write_bytes(damaged)
         with suppress(ValueError):
             load_model("cifar10_vit", checkpoint=path)
