@@ -18,8 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores
     torch.manual_seed(0)  # of what is drawn while tests are collected, which has to be the same in all processes
 # A script's job in the background ignores Ctrl-C, and so would the tests and every process that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Timings say nothing on a busy machine.
-hypothesis.settings.register_profile("smi-fast", deadline=None, derandomize=os.environ.get("SMI_FAST_TEST_SEED") is None)
+FRESH = os.environ.get("SMI_FAST_TEST_SEED") == "fresh"
+hypothesis.settings.register_profile("smi-fast", deadline=None, derandomize=not FRESH)  # the machine may be busy
 hypothesis.settings.load_profile("smi-fast")
 
 
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 def seed(request) -> int:
     """The test's own seed, shown when it fails. SMI_FAST_TEST_SEED sets another for all, and "fresh" draws one each."""
     value = os.environ.get("SMI_FAST_TEST_SEED", zlib.crc32(request.node.name.encode()))
-    value = secrets.randbelow(2**31) if value == "fresh" else int(value)
+    value = secrets.randbelow(2**31) if FRESH else int(value)
     print(f"SMI_FAST_TEST_SEED={value}")
     torch.manual_seed(value)
     return value
