@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from smi_fast.data.files import atomic_write, checksum
 from smi_fast.data.tensors import open_tensors
@@ -57,6 +57,14 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
         if file.metadata().get(CHECKSUM_KEY) != str(_checksum(text, tensors)):
             raise ValueError("does not have the checksum that it was saved with, it is damaged")
         return _unpacked(json.loads(text), tensors)
+
+
+def weights_checksum(model: nn.Module) -> int:
+    """Return the CRC-32 of a model's weights."""
+    value = 0
+    for tensor in model.state_dict().values():
+        value = checksum(tensor.cpu(), value)
+    return value
 
 
 def _packed(value: Any, tensors: list[Tensor]) -> Any:

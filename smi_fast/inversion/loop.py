@@ -93,31 +93,8 @@ class Loop:
             seed=seed,
             scales_loss=self.backbone.compute_dtype == torch.float16,
             all_move=settings.published,
-            settings=self._record(),
+            settings=settings_record(settings),
         )
-
-    def _record(self) -> dict[str, Any]:
-        """Return the settings that must be equal in a saved run and in the run that continues it, functions by name."""
-        settings = self.settings
-        named = ("objective", "prior", "select", "lr_schedule", "views", "until")
-        return {
-            "stopping": repr(settings.stopping),  # str() rounds the fractions
-            "iterations": settings.iterations,
-            "lr": float(settings.lr),
-            "betas": list(map(float, settings.betas)),
-            "jitter": settings.jitter,
-            "flip": float(settings.flip),
-            "view_per_image": bool(settings.view_per_image),
-            "published": bool(settings.published),
-            "pooling": {str(iteration): factor for iteration, factor in settings.pooling.items()},
-            "clamp": bool(settings.clamp),
-            "image_size": list(settings.image_size),
-            "patch_size": list(self.grid.patch_size),
-            "mean": list(settings.mean),
-            "std": list(settings.std),
-            "dtype": str(self.backbone.compute_dtype),
-            **{name: _name_of(getattr(settings, name)) for name in named},
-        }
 
     def iterations(self, current: InversionState, stages: Sequence[Stage], *, watch: bool = False) -> Iterator[Step]:
         """Run the iterations of some stages, those that a saved run has finished left out, and yield a `Step` after
@@ -269,6 +246,30 @@ class Loop:
         known = type(objective) is deep_inversion and (prior is None or isinstance(prior, ImagePrior))
         plain = isinstance(self.backbone, AcceleratedViT) and self.backbone.is_plain
         return known and plain and not self.settings.compile and self.device.type == "cpu"
+
+
+def settings_record(inverter: Any) -> dict[str, Any]:
+    """Return the settings of an inverter that must be equal in a saved run and in the run that continues it, in JSON's
+    types. Functions are there by their names."""
+    named = ("objective", "prior", "select", "lr_schedule", "views", "until")
+    return {
+        "stopping": repr(inverter.stopping),  # str() rounds the fractions
+        "iterations": inverter.iterations,
+        "lr": float(inverter.lr),
+        "betas": list(map(float, inverter.betas)),
+        "jitter": inverter.jitter,
+        "flip": float(inverter.flip),
+        "view_per_image": bool(inverter.view_per_image),
+        "published": bool(inverter.published),
+        "pooling": {str(iteration): factor for iteration, factor in inverter.pooling.items()},
+        "clamp": bool(inverter.clamp),
+        "image_size": list(inverter.image_size),
+        "patch_size": list(inverter.grid.patch_size),
+        "mean": list(inverter.mean),
+        "std": list(inverter.std),
+        "dtype": str(inverter.backbone.compute_dtype),
+        **{name: _name_of(getattr(inverter, name)) for name in named},
+    }
 
 
 def _name_of(value: Any) -> str:

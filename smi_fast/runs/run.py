@@ -159,7 +159,8 @@ class Run:
     def _prepare(self) -> None:
         """Go on from the manifest that the folder holds, or begin."""
         for folder in (self.folder, *(self.folder / name for name in FOLDERS)):
-            remove_partials(folder)
+            if folder.is_dir():
+                remove_partials(folder)
         if (self.folder / MANIFEST).exists() and not self.overwrite:
             self._check(read_manifest(self.folder))
             return

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from smi_fast.backbones.vit import accelerate
-from smi_fast.data.files import atomic_write, checksum, read_json, write_json
+from smi_fast.data.files import atomic_write, read_json, write_json
 from smi_fast.data.labelled import accuracy, load_data
 from smi_fast.data.sparse import InvertedDataset
+from smi_fast.data.states import weights_checksum
 from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
 from smi_fast.inversion.presets import InversionSettings
 from smi_fast.inversion.schedule import StoppingSchedule
@@ -232,14 +233,6 @@ def kept(dataset: InvertedDataset) -> float:
 def name_of(model: nn.Module) -> str:
     """Return timm's name of the model, or the name of its class."""
     return (getattr(model, "pretrained_cfg", None) or {}).get("architecture", type(model).__name__)
-
-
-def weights_checksum(model: nn.Module) -> int:
-    """Return the CRC-32 of the weights."""
-    value = 0
-    for tensor in model.state_dict().values():
-        value = checksum(tensor.cpu(), value)
-    return value
 
 
 def split(count: int | None) -> str:
