@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.data.manifest import IMAGES
+from smi_fast.data.shards import open_shard
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.states import save_state, weights_checksum
 from smi_fast.data.tensors import SUFFIX
@@ -25,6 +26,7 @@ from smi_fast.inversion.result import InversionResult, Step
 from smi_fast.inversion.schedule import Release
 from smi_fast.inversion.state import Stage
 from smi_fast.inversion.stream import has_independent_images
+from smi_fast.runs.machine import made_with
 from smi_fast.runs.progress import Progress
 from smi_fast.runs.run import EVERY, Run
 from smi_fast.seeds import batch_seed, check_seed
@@ -47,13 +49,23 @@ class InversionRun:
         batch_size: the number of images that are inverted at once.
         seed: the seed of the run.
         about: further entries of the metadata of each shard.
+        names: the names of the classes. None: their numbers.
     """
 
-    def __init__(self, inverter: Inverter, targets: Tensor, batch_size: int, seed: int, about: dict[str, Any]):
+    def __init__(
+        self,
+        inverter: Inverter,
+        targets: Tensor,
+        batch_size: int,
+        seed: int,
+        about: Mapping[str, Any] | None = None,
+        names: Sequence[str] | None = None,
+    ):
         self.inverter, self.batch_size, self.seed = inverter, batch_size, seed
         self.streams = inverter.until is not None and has_independent_images(inverter)
         self.batches = targets.split(batch_size * (STREAMED if self.streams else 1))
-        self.about = about | {"mean": inverter.mean, "std": inverter.std}
+        self.about = dict(about or {}) | {"mean": inverter.mean, "std": inverter.std, "seed": seed}
+        self.names = names or [str(target) for target in range(inverter.backbone.num_classes)]
         self.copies = 1 + sum(isinstance(stop, Release) for stop in inverter.stopping.stops.values())
         self._flops: dict[int, tuple[int, int]] = {}  # of the stages, by their first iteration
 
@@ -144,6 +156,7 @@ class InversionRun:
         metadata = self.about | {
             "batch": number,
             "batch_seed": batch_seed(self.seed, number),
+            "classes": {str(target): self.names[target] for target in sorted(set(result.targets.tolist()))},
             "confidence": confidence.tolist(),
             "predicted": predicted.tolist(),
             "iterations": result.iterations.tolist(),
@@ -206,6 +219,17 @@ def shard(folder: Path, number: int) -> Path:
     return folder / IMAGES / f"{number:05}{SUFFIX}"
 
 
+def records(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the metadata of each shard of a run that is there, in the order of the batches.
+
+    Raises:
+        ValueError: a shard is damaged. The message names it.
+    """
+    for file in sorted((folder / IMAGES).glob(f"*{SUFFIX}")):
+        with open_shard(file) as (_, arguments):
+            yield arguments["metadata"]
+
+
 def invert(
     inverter: Inverter,
     targets: Tensor | Sequence[int],
@@ -216,6 +240,8 @@ def invert(
     checkpoint_every: float = EVERY,
     overwrite: bool = False,
     about: Mapping[str, Any] | None = None,
+    names: Sequence[str] | None = None,
+    command: Sequence[str] | None = None,
     files: Sequence[str] = (),
     callback: Callable[[int, Step], None] | None = None,
     finish: Callable[[Run], None] | None = None,
@@ -236,7 +262,9 @@ def invert(
         seed: decides the images. Batch n has the seed `batch_seed(seed, n)`.
         checkpoint_every: the minutes between two checkpoints of a batch.
         overwrite: begin anew in a folder that holds a run or other files.
-        about: further entries for the manifest's `made_with` and the metadata of each file, in JSON's types.
+        about: further entries of the metadata of each file, in JSON's types.
+        names: the names of the classes, for reports. None: their numbers.
+        command: the arguments of the command that begins the run, for its `--resume`.
         files: the names of files that `finish` writes, which `overwrite` removes first.
         callback: called with the number of the batch and a `Step` after every iteration.
         finish: called with the `Run` in the first process once all batches are finished.
@@ -255,10 +283,9 @@ def invert(
     targets, seed = check_targets(targets, inverter.backbone.num_classes), check_seed(seed)
     if targets.ndim != 1:
         raise ValueError("targets of a dataset are classes, not soft labels")
-    about, work = dict(about or {}), InversionRun(inverter, targets, batch_size, seed, dict(about or {}))
-    threads = torch.get_num_threads() if inverter.backbone.device.type == "cpu" else None
+    work = InversionRun(inverter, targets, batch_size, seed, about, names)
     run = Run(
-        folder, "inversion", work.settings(), {**about, "threads": threads}, files=(SNAPSHOTS, *files),
+        folder, "inversion", work.settings(), made_with(inverter.backbone.device, command), files=(SNAPSHOTS, *files),
         overwrite=overwrite, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     with run:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 PREFIX, FREE = "smi-fast", "free"
@@ -145,6 +146,21 @@ class Processes:
                 time.sleep(self.timeout / 10)
         except RuntimeError:
             return  # the store is gone; the next claim says so
+
+
+def device_of_process(device: torch.device) -> torch.device:
+    """Return the GPU of this process, if several share a machine and none was named, or else the device itself.
+
+    Raises:
+        ValueError: there is no GPU for this process.
+    """
+    if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    number, count = _integer("LOCAL_RANK"), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"--device: process {number} of this machine has no GPU, because there are only {count}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def _integer(name: str) -> int:

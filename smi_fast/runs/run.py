@@ -25,6 +25,7 @@ from smi_fast.runs.signals import Signals
 LOCK, CHECKPOINTS = ".lock", "checkpoints"
 FOLDERS = (IMAGES, CHECKPOINTS)
 SUFFIX = ".state"  # of a checkpoint, which is a safetensors file but no dataset
+REMEMBERED = ("threads", "command")  # entries of `made_with` in which the first job counts
 EVERY = 5.0  # minutes between two checkpoints
 _held: set[Path] = set()  # the folders that this process has locked; the system only tells processes apart
 
@@ -40,8 +41,8 @@ class Run:
         folder: the folder. It is made if it does not exist.
         kind: what the job makes, such as "inversion".
         settings: what decides the results, in JSON's types.
-        made_with: what the results depend on besides, such as versions. A difference is a warning. "threads" is the
-            number of torch's threads on the CPU, and a job goes on with the number that it began with.
+        made_with: what the results depend on besides, as `machine.made_with` gives it. Another device or version is a
+            warning. A job goes on with the number of torch's threads that it began with.
         files: the names of files that the job writes into the folder.
         overwrite: begin anew in a folder that holds files. Files by other names stay.
         checkpoint_every: the minutes between two checkpoints.
@@ -193,7 +194,7 @@ class Run:
             raise ValueError(f"{self.folder} holds a run with other settings: {listed}; --overwrite begins anew")
         for name, value in self.made_with.items():
             before = found["made_with"].get(name)
-            if before != value and name != "threads":
+            if before != value and name not in REMEMBERED:
                 warnings.warn(
                     f"the run was begun with {name} {_short(before)} and goes on with {_short(value)}, "
                     "which may change the last bits of further images", stacklevel=2,

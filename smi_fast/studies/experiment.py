@@ -22,9 +22,9 @@ from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
 from smi_fast.inversion.presets import InversionSettings
 from smi_fast.inversion.schedule import StoppingSchedule
 from smi_fast.quantization import check_supported, quantize
+from smi_fast.runs.machine import device_name, versions
 from smi_fast.seeds import batch_seed
 from smi_fast.studies.page import Section
-from smi_fast.studies.report import device_name, versions
 from smi_fast.studies.student import Student
 
 BATCH = 128  # images that are evaluated at once
