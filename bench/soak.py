@@ -1,0 +1,112 @@
+"""Whether a process that works for long stays as it is: its memory, its open files and its threads.
+
+    python bench/soak.py [--inversions 2000] [--images 2000]
+
+Inverts a small model again and again in one process, each tenth time into the folder of a run, and compares the process
+after a tenth of the inversions with the process at the end. Then compares the peak memory of a process that makes 20
+images with that of one that makes many. The exit code is 1 if something grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+import smi_fast
+from smi_fast.cli.report import write_report
+from smi_fast.models import cifar10_vit
+from smi_fast.runs.inversion import invert
+from smi_fast.runs.machine import processor
+from smi_fast.studies.report import as_text
+
+FEW, BATCH = 20, 10  # images
+ALLOWED = 4.0  # MiB that memory may grow by, because an allocator keeps some of what was freed
+
+
+def small_inverter(iterations: int) -> smi_fast.Inverter:
+    """Return an inverter for 8x8 pixels in 4x4 patches, half of which stop in the middle."""
+    torch.manual_seed(0)
+    model = cifar10_vit(False, img_size=8, patch_size=2, depth=2, embed_dim=32, num_heads=2, num_classes=5)
+    return smi_fast.Inverter(model, stopping={iterations // 2: 0.5}, iterations=iterations, progress=False)
+
+
+def measure() -> dict[str, float]:
+    """Return the resident memory of this process in MiB, and the numbers of its open files and threads."""
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    files = len(os.listdir("/proc/self/fd"))
+    return {"MiB": int(status["VmRSS"].split()[0]) / 1024, "files": files, "threads": int(status["Threads"])}
+
+
+def soak(inversions: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Invert so many times, and return what `measure` says after a tenth of them and at the end."""
+    inverter, targets = small_inverter(8), torch.arange(4)
+    for number in range(1, inversions + 1):
+        if number % 10 == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                invert(inverter, targets, folder, batch_size=2, seed=number, checkpoint_every=1e-9)
+        else:
+            inverter.run(targets, seed=number)
+        if number == inversions // 10:
+            early = measure()
+    return early, measure()
+
+
+def peak_memory(images: int) -> float:
+    """Return the peak memory, in MiB, of a new process that makes so many images, as `smi-fast invert` does."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_make, images).result()
+
+
+def _make(images: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        targets = torch.arange(images) % 5
+        invert(small_inverter(4), targets, folder, batch_size=BATCH, finish=lambda run: write_report(run.folder))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def timed(work: Callable, *arguments: object) -> tuple[object, str]:
+    """Return what the work returns, and how long it took."""
+    started = time.perf_counter()
+    return work(*arguments), f"{time.perf_counter() - started:.0f} s"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--inversions", type=int, default=2000, help="inversions in one process")
+    parser.add_argument("--images", type=int, default=2000, help="images whose peak memory is compared with that of 20")
+    args = parser.parse_args(arguments)
+    print(f"{processor(torch.device('cpu'))}, {torch.get_num_threads()} threads")
+    (early, late), took = timed(soak, args.inversions)
+    rows = [["", "MiB", "open files", "threads"]]
+    for number, found in ((args.inversions // 10, early), (args.inversions, late)):
+        rows.append([f"after {number} inversions", f"{found['MiB']:.1f}", str(found["files"]), str(found["threads"])])
+    print(f"{as_text(rows)}\n{took}")
+    (few, many), took = timed(lambda: (peak_memory(FEW), peak_memory(args.images)))
+    rows = [["", "peak MiB"], [f"{FEW} images", f"{few:.1f}"], [f"{args.images} images", f"{many:.1f}"]]
+    print(f"{as_text(rows)}\n{took}")
+    grew = {
+        "the memory": late["MiB"] - early["MiB"] > ALLOWED,
+        "the peak memory": many - few > ALLOWED,
+        "the number of open files": late["files"] > early["files"],
+        "the number of threads": late["threads"] > early["threads"],
+    }
+    for what in (what for what, has_grown in grew.items() if has_grown):
+        print(f"{what} grew", file=sys.stderr)
+    return int(any(grew.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
