@@ -1,0 +1,61 @@
+"""Commands that are killed at random moments, and within each of their writes, go on with the same bits."""
+
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from fault_cases import ALWAYS, COMMANDS, FAULTS, Chain, EachChange, Whole, is_one_run, moments
+
+commands = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+
+
+@commands
+def test_a_run_that_is_killed_at_any_moment_goes_on_with_the_same_bits(command, tmp_path, seed):
+    folder, draw = tmp_path / "run", random.Random(seed)
+    whole = Whole.make(command.arguments(folder), folder)
+    chain = Chain(command, folder, whole)
+    while chain.record.moments < FAULTS:
+        process = chain.start()
+        sent = process.send(signal.SIGKILL, draw.uniform(0, whole.seconds))
+        killed = time.monotonic()
+        if process.wait() == -signal.SIGKILL and sent:
+            chain.interrupted(process, killed)
+        else:
+            chain.finished(process)
+    chain.finish()
+    print(f"{command.name}: {chain.record}; a whole run takes {whole.seconds:.2f} s")
+
+
+@commands
+def test_a_run_that_is_killed_within_any_write_goes_on_with_the_same_bits(command, tmp_path):
+    folder = tmp_path / "run"
+    short = replace(command, options=f"{command.options} {command.short}")
+    whole = Whole.make(short.arguments(folder, every=ALWAYS), folder, EachChange())
+    chain = Chain(short, folder, whole, ALWAYS)
+    for moment in moments(whole.changes):
+        process = chain.start(hook=EachChange(moment))
+        assert process.wait() == -signal.SIGKILL, process.text
+        chain.interrupted(process, time.monotonic())
+        chain.finish()
+    print(f"{command.name}: {chain.record} of {whole.changes} changes of the folder")
+
+
+@commands
+def test_overwriting_never_leaves_files_of_two_runs_wherever_it_is_killed(command, tmp_path):
+    folder, template = tmp_path / "run", tmp_path / "old"
+    short = replace(command, options=f"{command.options} {command.short}")
+    old = Whole.make(short.arguments(folder, *command.other.split()), folder, moved=template)
+    shutil.copytree(template, folder)
+    whole = Whole.make(short.arguments(folder, "--overwrite", every=ALWAYS), folder, EachChange())
+    for moment in moments(whole.changes):
+        shutil.copytree(template, folder)
+        chain = Chain(short, folder, whole, ALWAYS)
+        process = chain.start("--overwrite", hook=EachChange(moment))
+        assert process.wait() == -signal.SIGKILL, process.text
+        chain.count(process, time.monotonic())
+        begun = is_one_run(folder, old, whole)
+        chain.finish(*(() if begun else ("--overwrite",)))
+    print(f"{command.name}: killed at {len(moments(whole.changes))} of {whole.changes} changes of the folder")
