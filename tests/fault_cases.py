@@ -1,6 +1,7 @@
 """What the tests of faults share: commands in processes of their own that can be killed at any moment, the log of what
 they did, and comparisons of the folders that they leave."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -12,11 +13,12 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
 
-import matplotlib
+import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -27,18 +29,17 @@ from smi_fast.data.manifest import IMAGES, MANIFEST
 from smi_fast.data.states import load_state
 from smi_fast.models import MODEL_INSIDE, cifar10_vit
 from smi_fast.models.loading import INSIDE
-from smi_fast.runs.inversion import InversionRun
 from smi_fast.runs.run import CHECKPOINTS, LOCK, Run
 
-matplotlib.use("agg")
-import matplotlib.pyplot  # noqa: E402 so that no process has to import it again
+with suppress(ImportError):  # so that no process has to import it again
+    importlib.import_module("matplotlib.backends.backend_agg")
 
 FAULTS = int(os.environ.get("SMI_FAST_FAULTS", 6))  # moments of each kind
 EVERY = 0.001  # minutes between two checkpoints
 ALWAYS = 1e-9  # minutes, after which each iteration is saved
 LIMIT = 120  # seconds after which a command hangs
 TINY = dict(depth=2, embed_dim=32, num_heads=2)  # of the model inside, in these tests
-OWN = ("started", "iteration", "saved", "began", "went on")  # events of the commands themselves
+OWN = ("started", "iteration", "saved", "began", "went on", "ended")  # events of the commands themselves
 OF_TIME = {  # figures of time and memory, which differ between two runs
     "seconds", "images_per_hour", "iterations_per_second", "speedup_over_dense", "peak_memory", "peak_memory_bytes",
 }  # fmt: skip
@@ -127,6 +128,15 @@ class Process:
         return self.output.read_text()
 
     @property
+    def refusal(self) -> str:
+        """The one sentence with which the command has ended."""
+        sentences = [line for line in self.text.splitlines() if line.startswith("smi-fast: error: ")]
+        assert self.process.exitcode == 2, self.text
+        assert len(sentences) == 1, self.text
+        assert self.text.endswith(sentences[0] + "\n")
+        return sentences[0]
+
+    @property
     def events(self) -> list[list]:
         """What the command did: what, to which checkpoint, and when by time.monotonic()."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
@@ -155,7 +165,10 @@ def _work(arguments: list[str], output: Path, log: Path, hook: Hook | None, envi
     note = _note_events(log)
     if hook is not None:
         hook(Path(arguments[arguments.index("--out") + 1]), note)
-    sys.exit(smi_fast.cli.main(arguments))
+    code = smi_fast.cli.main(arguments)
+    note("ended", "")
+    sys.stdout.flush()
+    os._exit(code)  # at once, so that no signal comes after the command has ended
 
 
 def _tiny_model() -> torch.nn.Module:
@@ -242,7 +255,7 @@ class EachChange:
         return changed
 
     def _in_two(self, write: Callable, position: int) -> Callable:
-        """Let a function, the path of whose file is at a position of its arguments, be killed with half of it written."""
+        """Let a function be killed with half of a file written, whose path is at a position of its arguments."""
 
         def changed(*arguments, **options):
             written, path = write(*arguments, **options), arguments[position]
@@ -307,13 +320,20 @@ class Whole:
     seconds: float  # from the start of the command to its end
 
     @classmethod
-    def make(cls, arguments: list[str], folder: Path, hook: Hook | None = None, moved: Path | None = None) -> "Whole":
+    def make(
+        cls,
+        arguments: list[str],
+        folder: Path,
+        hook: Hook | None = None,
+        moved: Path | None = None,
+        logs: Path | None = None,
+    ) -> "Whole":
         """Let a command run. Its folder is removed, or else moved."""
-        process = Process.start(arguments, folder.with_suffix(".whole"), hook)
+        process = Process.start(arguments, logs or folder.with_suffix(".whole"), hook)
         assert process.wait() == 0, process.text
         seconds = time.monotonic() - process.events[0][2]
         whole = cls(contents(folder), process.events, seconds)
-        shutil.rmtree(folder) if moved is None else folder.rename(moved)
+        shutil.rmtree(folder) if moved is None else shutil.move(folder, moved)
         return whole
 
     @property
@@ -333,11 +353,11 @@ def iterations_of(attempts: list) -> Counter:
 
 def lost_work(attempt: Process, killed: float, every: float) -> tuple[int, float]:
     """The iterations that a killed process had done since its last checkpoint, and their seconds."""
-    events = [entry for entry in attempt.events if entry[0] in OWN]
+    events = attempt.events
     last = max((n for n, (event, *_) in enumerate(events) if event in ("saved", "began", "went on")), default=None)
-    if last is None or not any(event == "iteration" for event, *_ in events[last:]):
+    since = [] if last is None else [entry for entry in events[last:] if entry[0] == "iteration"]
+    if not since:
         return 0, 0.0
-    since = events[last + 1 :]
     # An iteration after which the interval is over saves. The last one may have been about to.
     for _, _, moment in since[:-1]:
         assert moment - events[last][2] < 60 * every, "the command did not save when it was time to"
@@ -365,16 +385,18 @@ class Chain:
         folder: the folder that it writes to.
         whole: the undisturbed run.
         every: the minutes between two checkpoints.
+        logs: the folder for what the commands print and note. None: it is beside the run's.
     """
 
-    def __init__(self, command: Command, folder: Path, whole: Whole, every: float = EVERY):
+    def __init__(self, command: Command, folder: Path, whole: Whole, every: float = EVERY, logs: Path | None = None):
         self.command, self.folder, self.whole, self.every = command, folder, whole, every
+        self.logs = logs or folder.with_suffix(".logs")
         self.attempts: list[Process] = []
         self.record, self._lost, self._shards = Record(), 0, {}
 
     def start(self, *more: str, hook: Hook | None = None) -> Process:
         arguments = self.command.arguments(self.folder, *more, every=self.every)
-        self.attempts.append(Process.start(arguments, self.folder.with_suffix(".logs"), hook))
+        self.attempts.append(Process.start(arguments, self.logs, hook))
         return self.attempts[-1]
 
     def interrupted(self, process: Process, killed: float) -> None:
@@ -434,12 +456,9 @@ def check_images(folder: Path, whole: Whole) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if not names:
-            try:
+            with pytest.raises(FileNotFoundError, match=f"none of {planned} images"):
                 InvertedDataset.load(folder)
-            except FileNotFoundError as error:
-                assert f"none of {planned} images" in str(error)
-                return
-            raise AssertionError("images were loaded, but none is finished")
+            return
         dataset = InvertedDataset.load(folder)
     dataset.verify()
     expected = b"".join(whole.contents[name][1]["patches"][2] for name in names)

@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM at random moments: a command ends with a checkpoint, and a second signal ends it at once."""
+
+import random
+import signal
+import time
+
+import pytest
+from fault_cases import COMMANDS, FAULTS, Chain, Whole
+
+commands = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@commands
+def test_a_signal_at_any_moment_ends_a_run_without_losing_an_iteration(command, tmp_path, seed):
+    folder, draw = tmp_path / "run", random.Random(seed)
+    whole = Whole.make(command.arguments(folder), folder)
+    chain = Chain(command, folder, whole)
+    while chain.record.moments < FAULTS:
+        process, number = chain.start(), draw.choice(SIGNALS)
+        sent = process.send(number, draw.uniform(0, whole.seconds))
+        code = process.wait()
+        if code == 0 or not sent:
+            chain.finished(process)
+            continue
+        assert code == 128 + number, process.text
+        begun = f"to go on: smi-fast {command.name} --resume {folder}"
+        line = begun if (folder / "run.json").exists() else "nothing was written"
+        assert process.text.splitlines()[-1] == f"smi-fast: interrupted; {line}"
+        chain.interrupted(process, time.monotonic())
+    chain.finish("--resume", str(folder)) if (folder / "run.json").exists() else chain.finish()
+    assert max(chain.record.iterations) == 0
+    print(f"{command.name}: {chain.record}")
+
+
+@commands
+def test_a_second_signal_ends_a_run_at_once_with_every_file_whole(command, tmp_path, seed):
+    folder, draw = tmp_path / "run", random.Random(seed)
+    whole = Whole.make(command.arguments(folder), folder)
+    chain = Chain(command, folder, whole)
+    while chain.record.moments < FAULTS:
+        process = chain.start()
+        sent = process.send(draw.choice(SIGNALS), draw.uniform(0, whole.seconds))
+        sent = sent and process.send(draw.choice(SIGNALS), draw.uniform(0, 0.05))
+        killed = time.monotonic()
+        code = process.wait()
+        if code == 0 or not sent:
+            chain.finished(process) if code == 0 else chain.interrupted(process, killed)
+            continue
+        assert code in (130, 143), process.text
+        assert "Traceback" not in process.text
+        chain.interrupted(process, killed)
+    chain.finish()
+    print(f"{command.name}: {chain.record}")
