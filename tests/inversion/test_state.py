@@ -1,6 +1,7 @@
 """A run that was saved goes on as if nothing had happened, in another process too."""
 
 import io
+import json
 import subprocess
 import sys
 
@@ -51,6 +52,7 @@ def model(seed):
 def saved(state: dict) -> bytes:
     file = io.BytesIO()
     torch.save(state, file)
+    json.dumps(state, default=torch.Tensor.tolist)  # raises TypeError if it holds anything but data
     return file.getvalue()
 
 
@@ -215,6 +217,8 @@ def test_a_stream_of_soft_labels_is_saved_at_every_moment_that_there_is(model, s
     # a finished image waits for the next check; after others have left and none comes, the batch is smaller
     assert any(done & now and len(done & now) < len(now) for done, now in zip(finished, images, strict=True))
     assert {len(now) for now in images} == {1, 2}
+    ages = {found["number"]: found["iterations"] for found in states[-1]["results"]}
+    assert ages == {0: 7, 1: 8, 2: 7, 3: 7, 4: 8}  # an image of an even class is sure at the first check, 3 after 4
 
 
 def test_a_stream_of_a_cnn_goes_on_at_either_resolution_with_the_same_bits(seed):
