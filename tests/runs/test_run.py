@@ -158,7 +158,7 @@ def test_the_first_signal_ends_the_job_with_a_checkpoint(number, code, tmp_path,
             for iteration in range(9):
                 if iteration == 5:
                     os.kill(os.getpid(), number)
-                run.pause("a", lambda: {"iteration": iteration})
+                run.pause("a", lambda i=iteration: {"iteration": i})
 
     with pytest.raises(Stopped) as stopped:
         job()
