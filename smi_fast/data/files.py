@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+PARTIAL = ".partial"  # the suffix of files that are being written, and of folders that are being removed
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
@@ -30,7 +32,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
-    partial = path.parent / f".{uuid.uuid4().hex}.partial"
+    partial = partial_path(path.parent)
     try:
         partial.touch()
         mode = partial.stat().st_mode
@@ -49,6 +51,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_path(folder: Path) -> Path:
+    """Return a new path in a folder for what is there only for a moment."""
+    return folder / f".{uuid.uuid4().hex}{PARTIAL}"
 
 
 def write_json(path: str | os.PathLike, record: dict) -> None:
@@ -108,13 +115,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def remove_partials(folder: str | os.PathLike) -> list[Path]:
-    found = sorted(Path(folder).glob(".*.partial"))
-    for path in found:
-        if path.is_dir():
-            import shutil
-
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    return found
+def partials(folder: str | os.PathLike) -> list[Path]:
+    """Return what killed processes have left in a folder: the temporary files of `atomic_write`, and folders that were
+    being removed."""
+    return sorted(path for path in Path(folder).glob(f".*{PARTIAL}") if len(path.stem) == len(f".{uuid.uuid4().hex}"))

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from smi_fast.data.files import remove_partials
+from smi_fast.data.files import partial_path, partials
 from smi_fast.data.manifest import IMAGES, MANIFEST, read_manifest, write_manifest
 from smi_fast.data.states import load_state, save_state
 from smi_fast.runs.processes import Processes
@@ -160,18 +159,18 @@ class Run:
 
     def _prepare(self) -> None:
         """Go on from the manifest that the folder holds, or begin."""
-        for folder in (self.folder, *(self.folder / name for name in FOLDERS)):
-            if folder.is_dir():
-                remove_partials(folder)
-        if (self.folder / MANIFEST).exists() and not self.overwrite:
+        goes_on = (self.folder / MANIFEST).exists() and not self.overwrite
+        if goes_on:
             self._check(read_manifest(self.folder))
-            return
-        if not self.overwrite and set(os.listdir(self.folder)) - {LOCK}:
+        elif not self.overwrite and is_occupied(self.folder):
             raise ValueError(
                 f"the folder {self.folder} is not empty and holds no run; --overwrite replaces the results in it"
             )
-        self._clear()
-        write_manifest(self.folder, self.kind, self.settings, self.made_with)
+        for litter in (path for name in (".", *FOLDERS) for path in partials(self.folder / name)):
+            shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+        if not goes_on:
+            self._clear()
+            write_manifest(self.folder, self.kind, self.settings, self.made_with)
 
     def _clear(self) -> None:
         """Remove an earlier run. Its manifest goes first and its folders in one go, so that nothing of it is taken for
@@ -180,7 +179,7 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
         for name in FOLDERS:
             if (self.folder / name).exists():
-                trash = self.folder / f".{uuid.uuid4().hex}.partial"
+                trash = partial_path(self.folder)
                 os.replace(self.folder / name, trash)
                 shutil.rmtree(trash)
 
@@ -204,6 +203,11 @@ class Run:
     def _adopt(self, made_with: dict[str, Any]) -> None:
         if made_with.get("threads"):
             torch.set_num_threads(made_with["threads"])
+
+
+def is_occupied(folder: Path) -> bool:
+    """Return whether a folder holds anything but a lock and what killed processes have left."""
+    return bool(set(os.listdir(folder)) - {LOCK} - {path.name for path in partials(folder)})
 
 
 def _short(value: Any) -> str:
