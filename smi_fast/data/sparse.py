@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smi_fast.data.files import checksum
+from smi_fast.data.files import PARTIAL, checksum
 from smi_fast.data.manifest import IMAGES, MANIFEST, read_manifest
 from smi_fast.data.pngs import read_pngs, write_pngs
 from smi_fast.data.shards import INDEX, KIND, Shard, check_tensor, describe, open_shard, write_shard
@@ -395,7 +395,8 @@ def _files(path: Path) -> tuple[list[Path], int | None]:
     if (path / MANIFEST).exists():
         return sorted((path / IMAGES).glob(f"*{SUFFIX}")), read_manifest(path)["settings"].get("images")
     # the folder of a run may hold other tensors beside its images
-    return sorted(file for file in path.rglob(f"*{SUFFIX}") if not (file.parent / MANIFEST).exists()), None
+    found = (file for file in path.rglob(f"*{SUFFIX}") if file.parent.suffix != PARTIAL)
+    return sorted(file for file in found if not (file.parent / MANIFEST).exists()), None
 
 
 def _grid(image_size: tuple[int, int, int], patch_size: tuple[int, int]) -> PatchGrid:
