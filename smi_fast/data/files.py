@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,7 +24,7 @@ PARTIAL = ".partial"  # the suffix of files that are being written, and of folde
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary file beside `path`. It replaces `path` at the end of the `with` block, or is removed after an
-    error.
+    error. Then the file and its name are on the disk, and last through a power failure.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
@@ -41,6 +42,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _sync_folder(path.parent)
     except SafetensorError as error:  # safetensors reports every failure to write by this type
         raise OSError(f"{path} cannot be written: {error}") from error
     except OSError as error:
@@ -51,6 +53,18 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a power failure, if the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def partial_path(folder: Path) -> Path:
