@@ -273,6 +273,16 @@ def contents(folder: Path) -> dict[str, object]:
     return {str(file.relative_to(folder)): content(file) for file in files(folder)}
 
 
+def without_checkpoints(found: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in found.items() if not name.startswith(CHECKPOINTS)}
+
+
+def check_same(found: dict[str, object], expected: dict[str, object]) -> None:
+    """Check that the same files are in two folders, with the same contents."""
+    different = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+    assert not different, f"{different} differ; there are {sorted(found)}"
+
+
 def files(folder: Path) -> list[Path]:
     """The files of a run, without its lock and without what a killed process was writing."""
     found = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != LOCK]
@@ -290,9 +300,9 @@ def content(file: Path) -> object:
     if file.suffix == ".json":
         return _timeless(json.loads(file.read_text()))
     if file.suffix == ".state":
-        load_state(file)  # compares the checksum
+        return _timeless(load_state(file))  # which compares the checksum
     with safe_open(file, framework="pt") as tensors:
-        header = {name: _timeless(_parsed(text)) for name, text in tensors.metadata().items() if name != "checksum"}
+        header = {name: _timeless(_parsed(text)) for name, text in tensors.metadata().items()}
         header.get("smi_fast", {}).pop("checksum", None)  # it covers figures of time
         return header, {name: _bits(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
 
@@ -304,6 +314,8 @@ def _parsed(text: str) -> object:
 def _timeless(value: object) -> object:
     if isinstance(value, dict):
         return {name: _timeless(item) for name, item in value.items() if name not in OF_TIME}
+    if isinstance(value, torch.Tensor):
+        return _bits(value)
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
@@ -417,9 +429,8 @@ class Chain:
         if not (self.folder / MANIFEST).exists():
             assert set(os.listdir(self.folder) if self.folder.exists() else ()) - set(litter(self.folder)) <= {LOCK}
             return
-        for name, found in contents(self.folder).items():
-            if not name.startswith(CHECKPOINTS):
-                assert found == self.whole.contents[name], f"{name} differs"
+        found = without_checkpoints(contents(self.folder))
+        check_same(found, {name: value for name, value in self.whole.contents.items() if name in found})
         shards = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in shards_of(self.folder)}
         assert self._shards.items() <= shards.items(), "a finished file was lost or written again"
         self._shards = shards
@@ -429,7 +440,7 @@ class Chain:
     def finished(self, process: Process) -> None:
         """Check a command that has ended by itself after any number of interruptions, and clear the folder."""
         assert process.process.exitcode == 0, process.text
-        assert contents(self.folder) == self.whole.contents
+        check_same(contents(self.folder), self.whole.contents)
         assert litter(self.folder) == []
         again = iterations_of(self.attempts)
         again.subtract(self.whole.iterations)
@@ -484,10 +495,11 @@ def is_one_run(folder: Path, old: Whole, new: Whole) -> bool:
     found = contents(folder)
     manifest = found.pop(MANIFEST, None)
     if manifest == new.contents[MANIFEST]:
-        found = {name: value for name, value in found.items() if not name.startswith(CHECKPOINTS)}
-        assert all(value == new.contents[name] for name, value in found.items())
+        found = without_checkpoints(found)
+        check_same(found, {name: value for name, value in new.contents.items() if name in found})
         return True
     if manifest is not None:
-        assert found | {MANIFEST: manifest} == old.contents
-    assert all(value == old.contents[name] for name, value in found.items())
+        found[MANIFEST] = manifest
+        check_same(found, old.contents)
+    check_same(found, {name: value for name, value in old.contents.items() if name in found})
     return False
