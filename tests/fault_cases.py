@@ -467,7 +467,7 @@ def check_images(folder: Path, whole: Whole) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if not names:
-            with pytest.raises(FileNotFoundError, match=f"none of {planned} images"):
+            with pytest.raises(FileNotFoundError, match=f"none of the {planned} images"):
                 InvertedDataset.load(folder)
             return
         dataset = InvertedDataset.load(folder)

@@ -1,0 +1,43 @@
+"""A wall clock that jumps changes nothing."""
+
+import itertools
+import os
+import time
+
+import pytest
+from fault_cases import COMMANDS, Process, Whole, check_same, contents, lost_work
+
+commands = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+YEAR = 365 * 24 * 3600
+
+
+class JumpingClock:
+    """A hook by which the wall clock goes back and forward by a year, again and again."""
+
+    def __call__(self, folder, note) -> None:
+        now, jumps = time.time, itertools.cycle((YEAR, -YEAR, 0, -2 * YEAR))
+        time.time = lambda: now() + next(jumps)
+        time.time_ns = lambda: int(time.time() * 1e9)
+        replace = os.replace
+
+        def replace_at_some_time(partial, path) -> None:
+            moment = time.time()
+            os.utime(partial, (moment, moment))
+            replace(partial, path)
+
+        os.replace = replace_at_some_time
+
+
+@commands
+def test_a_run_is_the_same_though_the_wall_clock_jumps(command, tmp_path):
+    folder = tmp_path / "run"
+    whole = Whole.make(command.arguments(folder), folder)
+    first = Process.start(command.arguments(folder), tmp_path / "logs", JumpingClock())
+    first.wait_for("iteration", 30)
+    first.process.kill()
+    killed = time.monotonic()
+    first.wait()
+    lost_work(first, killed, 0.001)
+    second = Process.start(command.arguments(folder), tmp_path / "logs", JumpingClock())
+    assert second.wait() == 0, second.text
+    check_same(contents(folder), whole.contents)
