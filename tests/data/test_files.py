@@ -42,12 +42,12 @@ def test_damaged_json_is_named(tmp_path, content):
 
 
 def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):
-    path = tmp_path / "file"
+    path = tmp_path / "file.safetensors"
     path.write_text("old")
     with atomic_write(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"
-        assert partial.parent == path.parent
-        assert partial.suffix != ".safetensors"  # never seen as a part of a folder's dataset
+        assert partial.stat().st_dev == path.stat().st_dev
+        assert list(tmp_path.rglob("*.safetensors")) == [path]  # never seen as a part of a folder's dataset
     assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert os.listdir(tmp_path) == ["file.safetensors"]
