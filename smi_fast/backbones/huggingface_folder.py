@@ -28,7 +28,8 @@ def read_folder(folder: Path, known: Collection[str]) -> tuple[nn.Module, dict[s
         import transformers
     except ImportError as error:
         raise ImportError("reading a folder needs transformers: pip install smi-fast[transformers]") from error
-    kind = next(iter(_json(folder / "config.json").get("architectures") or ()), None)
+    kind = _architecture(folder / "config.json")
+    _check_names(folder)
     if kind not in known or not hasattr(transformers, kind):
         names = ", ".join(name for name in known if hasattr(transformers, name))
         raise UnsupportedModelError(f"the architecture in {folder / 'config.json'} is {kind!r}, not one of {names}")
@@ -49,6 +50,48 @@ def read_folder(folder: Path, known: Collection[str]) -> tuple[nn.Module, dict[s
     return model, preprocessing(_json(path)) if path.is_file() else {}
 
 
+def _architecture(path: Path) -> str | None:
+    """Return the name of the first class in a config.json."""
+    names = _json(path).get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def _check_names(folder: Path) -> None:
+    """Refuse a folder whose model transformers would read from somewhere else.
+
+    The files that an index names lie in this folder, and transformers would also read ../../other.safetensors.
+    An adapter_config.json would make it read the folder of another model, which that file names.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter, and only the model that it is for can be read")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index} holds no weight_map")
+    for name in names.values():
+        if not isinstance(name, str) or "\0" in name or name in ("", "..") or name != Path(name).name:
+            raise ValueError(f"{index} names the file {name!r}, which does not lie in its folder")
+
+
+@contextmanager
+def named(folder: Path) -> Iterator[Path]:
+    """Name the folder in every error that is raised inside the `with` block, except in an ImportError."""
+    try:
+        yield folder
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(_about(folder, error)) from error
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(_about(folder, error)) from error  # values of kinds that transformers does not write
+
+
+def _about(folder: Path, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, ValueError) else f"cannot be read ({type(error).__name__}: {text})"
+    return text if str(folder) in text else f"{folder}: {text}"
+
+
 @contextmanager
 def _quiet(logging: Any) -> Iterator[None]:
     """Let transformers log no more than errors, and draw no progress bars."""
@@ -66,7 +109,7 @@ def _quiet(logging: Any) -> Iterator[None]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")

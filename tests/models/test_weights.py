@@ -3,13 +3,13 @@
 import io
 import json
 import pickle
-import tarfile
 import zipfile
 
 import pytest
 import torch
 from damage_cases import cuts, flips, read_or_refused
 from safetensors.torch import save_file
+from sneaky_cases import Sneaky, sneaky_files
 
 from smi_fast.models import cifar10_vit
 from smi_fast.models.loading import load_model
@@ -113,34 +113,6 @@ def test_a_changed_byte_of_the_legacy_format_is_refused_or_leaves_a_state_dict(s
         path.write_bytes(damaged)
         read = read_or_refused(read_weights, path)
         assert read is None or all(type(tensor) is torch.Tensor for tensor in read.values())
-
-
-class Sneaky:
-    """A pickle of it makes a file when it is read."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return open, (str(self.trace), "w")
-
-
-def sneaky_files(trace):
-    """Files whose pickle would run code, by names that say how they are made."""
-    content = {"head.weight": Sneaky(trace)}
-    for name, new in (("zip", True), ("legacy", False)):
-        with io.BytesIO() as file:
-            torch.save(content, file, _use_new_zipfile_serialization=new)
-            yield name, file.getvalue()
-    yield "plain pickle", pickle.dumps(content)
-    with io.BytesIO() as file:
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            for name in ("sys_info", "pickle", "storages", "tensors"):
-                record = tarfile.TarInfo(name)
-                data = pickle.dumps(Sneaky(trace))
-                record.size = len(data)
-                tar.addfile(record, io.BytesIO(data))
-        yield "tar", file.getvalue()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
