@@ -152,6 +152,8 @@ def read_json(path: str | os.PathLike) -> dict:
 def read_image(path: str | os.PathLike, modes: tuple[str, ...] = ("RGB",)) -> Image.Image:
     """Read and decode a picture, and convert it to RGB unless its mode is one of `modes`.
 
+    PNGs have checksums, so that damage is found. In other formats a changed byte can be another picture.
+
     Raises:
         ValueError: the file is not a picture in one of `PICTURE_FORMATS`, is damaged, or has more pixels than Pillow's
             limit, `Image.MAX_IMAGE_PIXELS`, which protects the memory. The message names the file.
@@ -159,6 +161,9 @@ def read_image(path: str | os.PathLike, modes: tuple[str, ...] = ("RGB",)) -> Im
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # below twice the limit Pillow only warns
+            with Image.open(path, formats=PICTURE_FORMATS) as image:
+                if image.format == "PNG":
+                    image.verify()  # compares the checksums of its parts, which decoding does not do for pixels
             with Image.open(path, formats=PICTURE_FORMATS) as image:
                 return image.copy() if image.mode in modes else image.convert("RGB")
     except Exception as error:  # Pillow's readers raise a dozen types for damaged files
