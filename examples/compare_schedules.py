@@ -33,8 +33,8 @@ from smi_fast.inversion.inverter import InversionResult, Inverter
 from smi_fast.inversion.meter import confidences
 from smi_fast.inversion.presets import DEMO, InversionSettings
 from smi_fast.models import cifar10_student, cifar10_vit
+from smi_fast.runs.machine import device_name, versions
 from smi_fast.seeds import batch_seed
-from smi_fast.studies.report import device_name, versions
 
 UNTIL = Until(confidence=0.9, checks=2, every=20)
 ARMS = {

@@ -39,9 +39,9 @@ from smi_fast.data.files import write_json
 from smi_fast.data.labelled import accuracy
 from smi_fast.inversion.presets import CIFAR10_CNN, InversionSettings
 from smi_fast.models.loading import load_model, untrained_model
+from smi_fast.runs.machine import device_name, versions
 from smi_fast.studies.pictures import save_grid
 from smi_fast.studies.plots import save_accuracy
-from smi_fast.studies.report import device_name, versions
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 ARMS = {  # arguments of `distill`

@@ -13,6 +13,7 @@ FLOORS = [  # each folder or file imports only from itself and from the floors b
     ["cli"],
     ["studies"],
     ["quantization", "distillation"],
+    ["runs"],
     ["inversion"],
     ["models"],
     ["data"],

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import smi_fast
-from smi_fast.cli import distill, evaluate, info, invert, quantize, reproduce
+from smi_fast.cli import distill, evaluate, info, invert, quantize, report, reproduce
 from smi_fast.cli.arguments import Parser
-from smi_fast.cli.output import INTERRUPTED
+from smi_fast.cli.output import resumed
+from smi_fast.data.manifest import MANIFEST
 from smi_fast.inversion.inverter import NonFiniteError
+from smi_fast.runs.processes import device_of_process
+from smi_fast.runs.signals import Stopped
 
-COMMANDS = (info, invert, quantize, distill, reproduce, evaluate)
+COMMANDS = (info, invert, report, quantize, distill, reproduce, evaluate)
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # what torch's RuntimeErrors say
 
 
@@ -20,25 +27,54 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can act on, or 130 after Ctrl-C. Each error or warning is one
-        line on the standard error stream.
+        The exit code: 0, 2 after an error that the user can act on, 130 after Ctrl-C, or 143 after SIGTERM. Each error
+        or warning is one line on the standard error stream.
     """
-    args = argparse.Namespace(written=[])  # a command adds the names of the files that it has written completely
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            _parser().parse_args(arguments, args)
+    args = argparse.Namespace(written=[])
+    with warnings.catch_warnings(), _raising(signal.SIGTERM):
+        warnings.showwarning = _show_warning
+        try:
+            given = resumed(sys.argv[1:] if arguments is None else arguments)
+            args.command = [argument for argument in given if argument != "--overwrite"]
+            _parser().parse_args(given, args)
+            if hasattr(args, "device"):
+                args.device = device_of_process(args.device)
             return args.run(args)
-    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
-        expected = isinstance(error, NonFiniteError) or any(text in str(error) for text in OUT_OF_MEMORY)
-        if isinstance(error, RuntimeError) and not expected:
-            raise
-        print(f"smi-fast: error: {_sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        what = f"after it wrote {', '.join(args.written)} to {args.out}" if args.written else "before it wrote anything"
-        print(f"smi-fast: interrupted {what}", file=sys.stderr)
-        return INTERRUPTED
+        except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+            spent = any(text in str(error) for text in OUT_OF_MEMORY) or isinstance(error, MemoryError)
+            if isinstance(error, RuntimeError) and not (spent or isinstance(error, NonFiniteError)):
+                raise
+            advice = "; a smaller --batch-size needs less" if spent and hasattr(args, "batch_size") else ""
+            print(f"smi-fast: error: {_sentence(error)}{advice}", file=sys.stderr)
+            return 2
+        except (KeyboardInterrupt, Stopped) as error:
+            print(f"smi-fast: interrupted; {_going_on(args)}", file=sys.stderr)
+            return error.exit_code if isinstance(error, Stopped) else 128 + signal.SIGINT
+
+
+@contextmanager
+def _raising(number: int) -> Iterator[None]:
+    """Let a signal raise `Stopped`, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(*_: object) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _going_on(args: argparse.Namespace) -> str:
+    """Return how to go on after an interruption."""
+    out = getattr(args, "out", None)
+    if out is None or not (out / MANIFEST).exists():
+        return "nothing was written"
+    return f"to go on: smi-fast {args.command[0]} --resume {out}"
 
 
 def _parser() -> Parser:

@@ -21,8 +21,9 @@ from smi_fast.distillation import Round, distill
 from smi_fast.inversion.presets import InversionSettings
 from smi_fast.models import CNN_INSIDE, STUDENT_INSIDE
 from smi_fast.models.loading import WITHOUT_WEIGHTS, untrained_model
+from smi_fast.runs.machine import device_name, versions
 from smi_fast.studies.plots import save_accuracy
-from smi_fast.studies.report import as_text, device_name, versions
+from smi_fast.studies.report import as_text
 
 UNTRAINED_STUDENT = "cifar10_resnet8"  # the student of the CNN inside
 FILES = ("student.safetensors", "accuracy.png", "report.json")

@@ -9,7 +9,7 @@ import torch
 
 from smi_fast import kernels
 from smi_fast.models import MODEL_DIR, MODEL_INSIDE
-from smi_fast.studies.report import device_name, versions
+from smi_fast.runs.machine import device_name, versions
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

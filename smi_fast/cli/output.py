@@ -1,13 +1,17 @@
-"""The folder that a command writes its results to, which is tested before the work begins."""
+"""The folder that a command writes its results to and goes on from, which is tested before the work begins."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from smi_fast.data.manifest import MANIFEST, read_manifest
+from smi_fast.runs.run import EVERY, LOCK
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
@@ -51,6 +55,75 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
     add_out(output, default, "folder for the results")
     output.add_argument("--overwrite", action="store_true", help="replace results in a folder that is not empty")
     add_quiet(output)
+
+
+def add_run(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --out, --overwrite, --resume, --checkpoint-every and --quiet."""
+    output = parser.add_argument_group("output")
+    what = "folder for the results; the same command goes on with what it finds there"
+    add_out(output, default, what)
+    output.add_argument("--overwrite", action="store_true", help="begin anew in a folder that is not empty")
+    what = "go on with the run in this folder, with the options that it was begun with"
+    output.add_argument("--resume", type=Path, metavar="FOLDER", help=what)
+    what = "minutes between two checkpoints, from which a run goes on after an interruption"
+    output.add_argument("--checkpoint-every", type=minutes, default=EVERY, metavar="MINUTES", help=what)
+    add_quiet(output)
+
+
+def say(text: str) -> None:
+    """Print a text, in the first of the processes that share a run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def minutes(text: str) -> float:
+    """Read a time in minutes."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of minutes, got {text!r}") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be more than 0 and finite, got {text}")
+    return value
+
+
+def resumed(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command, with those that began the run that --resume names in front of them.
+
+    Raises:
+        ValueError: the folder holds no run of this command.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    try:
+        given, others = parser.parse_known_args(arguments)
+    except SystemExit:  # --resume without a folder, which the command's own parser refuses
+        return list(arguments)
+    if given.resume is None:
+        return list(arguments)
+    if not (given.resume / MANIFEST).is_file():
+        raise ValueError(f"--resume: {given.resume} holds no run")
+    command = read_manifest(given.resume)["made_with"].get("command")
+    if not command or command[:1] != others[:1]:
+        made = f"smi-fast {command[0]}" if command else "a program"
+        raise ValueError(f"--resume: the run in {given.resume} was begun by {made}, which has to go on with it")
+    return [*command, *others[1:], "--out", str(given.resume)]
+
+
+def check_out(args: argparse.Namespace, files: Sequence[str]) -> None:
+    """Check early, before models are read, that a command may write these files to its folder.
+
+    Raises:
+        ValueError: the folder cannot be made or written to, holds files of another origin and is not to be
+            overwritten, or holds a folder by the name of a file.
+    """
+    out = args.out
+    check_writable(out)
+    if out.is_dir() and not args.overwrite and not (out / MANIFEST).exists() and set(os.listdir(out)) - {LOCK}:
+        raise ValueError(f"--out: the folder {out} is not empty; --overwrite replaces the results in it")
+    for name in (MANIFEST, *files):
+        if (out / name).is_dir():
+            raise ValueError(f"--out: {out / name} is a folder, but the command writes a file by that name")
 
 
 def add_out(parser: argparse._ActionsContainer, default: str, what: str) -> None:

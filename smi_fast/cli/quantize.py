@@ -19,9 +19,10 @@ from smi_fast.data.sparse import InvertedDataset, normalize_patches
 from smi_fast.grid import PatchGrid
 from smi_fast.packed import PackedTokens
 from smi_fast.quantization import check_supported, quantize
+from smi_fast.runs.machine import device_name, versions
 from smi_fast.seeds import seeded_generator
 from smi_fast.studies.plots import save_ranges
-from smi_fast.studies.report import as_text, device_name, versions
+from smi_fast.studies.report import as_text
 
 FILES = ("quantized.safetensors", "quantized.pt2", "ranges.png", "report.json")
 

@@ -178,3 +178,15 @@ def checksum(tensor: Tensor, before: int = 0) -> int:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def remove_partials(folder: str | os.PathLike) -> list[Path]:
+    found = sorted(Path(folder).glob(".*.partial"))
+    for path in found:
+        if path.is_dir():
+            import shutil
+
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return found

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import operator
 import os
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.data.files import checksum
+from smi_fast.data.manifest import IMAGES, MANIFEST, read_manifest
 from smi_fast.data.pngs import read_pngs, write_pngs
 from smi_fast.data.shards import INDEX, KIND, Shard, check_tensor, describe, open_shard, write_shard
 from smi_fast.data.tensors import SUFFIX, new_file
@@ -53,6 +55,7 @@ class InvertedDataset(torch.utils.data.Dataset):
         grid: the `PatchGrid` of the images.
         transform: a function that is applied to every sample that `dataset[i]` returns, such as
             `RandomHorizontalFlip`, or None. It is neither saved nor exported.
+        missing: the number of images that a run is yet to make, if `load` has read the folder of a run.
 
     Raises:
         ValueError: the shapes, dtypes or values of the tensors contradict each other. The message names the first
@@ -61,6 +64,7 @@ class InvertedDataset(torch.utils.data.Dataset):
     """
 
     transform: Callable[[Sample], Sample] | None = None
+    missing = 0
 
     def __init__(
         self,
@@ -260,8 +264,8 @@ class InvertedDataset(torch.utils.data.Dataset):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> InvertedDataset:
-        """Read a file, or all `*.safetensors` files in a folder and the folders below it, sorted by path, as one
-        dataset.
+        """Read a file, the folder of a run, or all `*.safetensors` files in a folder and those below it, sorted by
+        path, as one dataset. Of the folder of a run, only the files of its images are read.
 
         Several runs can thus add to one dataset: each saves a file of its own below the folder. Images keep their
         indices if later files have later names. Only metadata entries on which all files agree are kept.
@@ -272,20 +276,27 @@ class InvertedDataset(torch.utils.data.Dataset):
         a DataLoader's worker, does not contain the patches but opens its files again.
 
         Raises:
-            FileNotFoundError: there is no such file, or no dataset in the folder.
+            FileNotFoundError: there is no such file, or no dataset in the folder, or none yet.
             ValueError: a file is truncated, damaged, foreign, inconsistent or of a newer format, or its image_size,
                 patch_size, mean or std differs from the first file's. The message names the file and what is wrong.
         """
         path = Path(path)
-        files = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path]
+        files, planned = _files(path)
         if not files:
-            raise FileNotFoundError(f"{path}: the folder holds no {SUFFIX} file")
+            none = f"no {SUFFIX} file" if planned is None else f"none of the {planned} images of its run yet"
+            raise FileNotFoundError(f"{path}: the folder holds {none}")
         parts = []
         for file in files:
             with open_shard(file) as (shard, arguments):
                 parts.append(cls(shard, **arguments))
                 parts[0]._check_joins(parts[-1], files[0].relative_to(path))
-        return parts[0]._join(parts)
+        dataset = parts[0]._join(parts)
+        dataset.missing = max(0, (planned or 0) - len(dataset))
+        if dataset.missing:
+            warnings.warn(
+                f"{path} holds {len(dataset)} of {planned} images, because the run is not finished", stacklevel=2
+            )
+        return dataset
 
     def _check_joins(self, other: InvertedDataset, name: Path) -> None:
         """Check that another file may belong to one dataset with this file, which is called `name`."""
@@ -375,6 +386,16 @@ def normalize_patches(tokens: PackedTokens, mean: Sequence[float], std: Sequence
     mean, std = (tokens.values.new_tensor(v)[:, None] for v in (mean, std))
     values = (tokens.values.unflatten(1, (len(mean), -1)) - mean) / std
     return dataclasses.replace(tokens, values=values.flatten(1))
+
+
+def _files(path: Path) -> tuple[list[Path], int | None]:
+    """Return the files of a dataset, and how many images there are to be if the path is the folder of a run."""
+    if not path.is_dir():
+        return [path], None
+    if (path / MANIFEST).exists():
+        return sorted((path / IMAGES).glob(f"*{SUFFIX}")), read_manifest(path)["settings"].get("images")
+    # the folder of a run may hold other tensors beside its images
+    return sorted(file for file in path.rglob(f"*{SUFFIX}") if not (file.parent / MANIFEST).exists()), None
 
 
 def _grid(image_size: tuple[int, int, int], patch_size: tuple[int, int]) -> PatchGrid:

@@ -93,31 +93,8 @@ class Loop:
             seed=seed,
             scales_loss=self.backbone.compute_dtype == torch.float16,
             all_move=settings.published,
-            settings=self._record(),
+            settings=settings_record(settings),
         )
-
-    def _record(self) -> dict[str, Any]:
-        """Return the settings that must be equal in a saved run and in the run that continues it, functions by name."""
-        settings = self.settings
-        named = ("objective", "prior", "select", "lr_schedule", "views", "until")
-        return {
-            "stopping": repr(settings.stopping),  # str() rounds the fractions
-            "iterations": settings.iterations,
-            "lr": float(settings.lr),
-            "betas": list(map(float, settings.betas)),
-            "jitter": settings.jitter,
-            "flip": float(settings.flip),
-            "view_per_image": bool(settings.view_per_image),
-            "published": bool(settings.published),
-            "pooling": {str(iteration): factor for iteration, factor in settings.pooling.items()},
-            "clamp": bool(settings.clamp),
-            "image_size": list(settings.image_size),
-            "patch_size": list(self.grid.patch_size),
-            "mean": list(settings.mean),
-            "std": list(settings.std),
-            "dtype": str(self.backbone.compute_dtype),
-            **{name: _name_of(getattr(settings, name)) for name in named},
-        }
 
     def iterations(self, current: InversionState, stages: Sequence[Stage], *, watch: bool = False) -> Iterator[Step]:
         """Run the iterations of some stages, those that a saved run has finished left out, and yield a `Step` after
@@ -138,18 +115,19 @@ class Loop:
                 else:
                     replayed(current.current)
                 current.advance()
-                yield Step(iteration, stage, current.losses[iteration], current, self.started)
+                loss = current.losses[iteration]
+                yield Step(iteration, stage, loss, current, self.started, current.state_dict)
 
     def enter(self, current: InversionState, stage: Stage) -> Stage:
         """Begin a stage, or go on with the one that a saved run has begun. Return it with its number of patches."""
-        begins = current.iteration == stage.start
+        begins = not current.history or current.history[-1].start != stage.start
         if begins and stage.start in self.settings.pooling and stage.start:
             current.restart()
         if begins and stage.start in self.settings.stopping.stops:
             self._stop(current, self.settings.stopping.stops[stage.start])
         current.pooling, current.lr = stage.pooling, self._rates(stage)
         stage = self.settings.stage(stage.start, stage.end, current.patches)
-        if not current.history or current.history[-1].start != stage.start:
+        if begins:
             current.history.append(stage)
         free_memory(self.device)  # cached blocks of other shapes do not fit this stage
         return stage
@@ -224,6 +202,11 @@ class Loop:
         outputs = self._outputs(tokens, grid_size=grid.size, **asked)
         return replace(outputs, patches=tokens, grid=grid, mean=self.settings.mean, std=self.settings.std)
 
+    def is_due(self, current: InversionState) -> bool:
+        """Return whether the images are to be checked now, as they are every so often after the last stopping."""
+        settled = current.iteration - self.settings.stages[-1].start
+        return settled > 0 and settled % self.settings.until.every == 0
+
     @torch.no_grad()
     def check(self, current: InversionState) -> list[int]:
         """Classify the kept patches in the plain view, and return how many checks in a row each image has passed."""
@@ -269,6 +252,31 @@ class Loop:
         known = type(objective) is deep_inversion and (prior is None or isinstance(prior, ImagePrior))
         plain = isinstance(self.backbone, AcceleratedViT) and self.backbone.is_plain
         return known and plain and not self.settings.compile and self.device.type == "cpu"
+
+
+def settings_record(inverter: Any) -> dict[str, Any]:
+    """Return the settings of an inverter that must be equal in a saved run and in the run that continues it, in JSON's
+    types. Functions are there by their names."""
+    named = ("objective", "prior", "select", "lr_schedule", "views", "until")
+    return {
+        "stopping": repr(inverter.stopping),  # str() rounds the fractions
+        "iterations": inverter.iterations,
+        "lr": float(inverter.lr),
+        "betas": list(map(float, inverter.betas)),
+        "jitter": inverter.jitter,
+        "flip": float(inverter.flip),
+        "view_per_image": bool(inverter.view_per_image),
+        "published": bool(inverter.published),
+        "pooling": {str(iteration): factor for iteration, factor in inverter.pooling.items()},
+        "clamp": bool(inverter.clamp),
+        "image_size": list(inverter.image_size),
+        "patch_size": list(inverter.grid.patch_size),
+        "mean": list(inverter.mean),
+        "std": list(inverter.std),
+        "dtype": str(inverter.backbone.compute_dtype),
+        **{name: _name_of(getattr(inverter, name)) for name in named},
+        "verify_every": None if inverter.verifier is None else inverter.verify_every,
+    }
 
 
 def _name_of(value: Any) -> str:

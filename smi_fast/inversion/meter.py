@@ -7,11 +7,12 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,41 +34,81 @@ FIRST_CALLS = 5  # a stage's first iterations load libraries, compile kernels, l
 
 @dataclass
 class StageCost:
-    """The cost of one stage over all batches. Peak memory is the device's on CUDA, and the process's on a CPU."""
+    """The cost of one stage. Peak memory is the device's on CUDA, and the process's on a CPU."""
 
     stage: Stage
-    durations: list[float] = field(default_factory=list)  # seconds of each iteration
-    settled: list[float] = field(default_factory=list)  # seconds of the iterations that represent the stage
+    iterations: int
+    seconds: float
+    iterations_per_second: float  # by the median of the iterations that represent the stage
     peak_memory: int = 0  # bytes
     flops: int = 0  # operations of one iteration of a whole batch
     flops_paper: int = 0  # the same by the paper's count
 
-    @property
-    def iterations(self) -> int:
-        return len(self.durations)
+    def record(self) -> dict[str, Any]:
+        """Return the cost in JSON's types."""
+        return asdict(self)
 
-    @property
-    def seconds(self) -> float:
-        return sum(self.durations)
+    @classmethod
+    def merged(cls, records: Iterable[Mapping[str, Any]]) -> list[StageCost]:
+        """Return the cost of each stage over several batches, from their records. Its speed is the median of
+        theirs, and its operations are those of the largest batch."""
+        by_start: dict[int, list[StageCost]] = {}
+        for record in records:
+            cost = cls(**{**record, "stage": Stage(**record["stage"])})
+            by_start.setdefault(cost.stage.start, []).append(cost)
+        return [
+            cls(
+                parts[0].stage,
+                iterations=sum(part.iterations for part in parts),
+                seconds=sum(part.seconds for part in parts),
+                iterations_per_second=statistics.median(part.iterations_per_second for part in parts),
+                peak_memory=max(part.peak_memory for part in parts),
+                flops=max(part.flops for part in parts),
+                flops_paper=max(part.flops_paper for part in parts),
+            )
+            for _, parts in sorted(by_start.items())
+        ]
 
-    @property
-    def iterations_per_second(self) -> float:
-        """The speed by the median of the settled iterations, or of all iterations if none has settled."""
-        return 1 / max(statistics.median(self.settled or self.durations), 1e-9)  # a clock may stand still
+
+@dataclass
+class _Times:
+    """What a meter knows of one stage."""
+
+    stage: Stage
+    durations: list[float] = field(default_factory=list)  # seconds of each iteration
+    settled: list[float] = field(default_factory=list)  # seconds of the iterations that represent the stage
+    peak_memory: int = 0
+
+    def cost(self) -> StageCost:
+        typical = statistics.median(self.settled or self.durations)
+        speed = 1 / max(typical, 1e-9)  # a clock may stand still
+        return StageCost(self.stage, len(self.durations), sum(self.durations), speed, self.peak_memory)
 
 
 class StageMeter:
     """A callback of `Inverter.run` that times each iteration and reads the peak memory of each stage.
 
     A run takes place inside `with meter.batch():`. On a GPU the meter waits for the device between stages only.
-
-    Attributes:
-        costs: the cost of each stage, by the stage's first iteration.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.costs: dict[int, StageCost] = {}
+        self._times: dict[int, _Times] = {}  # by the stage's first iteration
+
+    @property
+    def costs(self) -> dict[int, StageCost]:
+        """The cost of each stage over all batches, by the stage's first iteration."""
+        return {start: times.cost() for start, times in self._times.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured so far. Inside the `with` block this ends a measurement and begins another."""
+        self._end_stage()
+        return {"times": [asdict(times) for times in self._times.values()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for times in state["times"]:
+            self._times[times["stage"]["start"]] = _Times(**{**times, "stage": Stage(**times["stage"])})
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -91,11 +132,11 @@ class StageMeter:
     def _end_stage(self) -> None:
         if self._stage is None:
             return
-        cost = self.costs.setdefault(self._stage.start, StageCost(self._stage))
+        times = self._times.setdefault(self._stage.start, _Times(self._stage))
         durations = [self._seconds(*pair) for pair in pairwise(self._moments)]
-        cost.durations += durations
-        cost.settled += durations[FIRST_CALLS:-1]  # the last one measures attention, without a CUDA graph
-        cost.peak_memory = max(cost.peak_memory, self._peak())
+        times.durations += durations
+        times.settled += durations[FIRST_CALLS:-1]  # the last one measures attention, without a CUDA graph
+        times.peak_memory = max(times.peak_memory, self._peak())
         self._stage, self._moments = None, self._moments[-1:]
         self._clear_peak()
 

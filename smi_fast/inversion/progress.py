@@ -31,7 +31,16 @@ class Bar(tqdm):
             mininterval=0.5,
         )
 
+    def to(self, n: int) -> None:
+        """Set the position."""
+        self.update(n - self.n)
+
     def advance(self, stage: Stage, loss: Tensor) -> None:
+        self.report(stage, loss)
+        self.update()
+
+    def report(self, stage: Stage, loss: Tensor) -> None:
+        """Show the loss and the tokens of an iteration as soon as the loss has arrived."""
         if self.disable:
             return
         if self._loss is None and (time.monotonic() - self._asked > 0.5 or self.n + 1 == self.total):
@@ -43,4 +52,3 @@ class Bar(tqdm):
         if self._loss is not None and (self._arrived is None or self._arrived.query()):
             self.set_postfix(tokens=stage.tokens, loss=f"{self._loss.item():.3f}", refresh=False)
             self._loss = None
-        self.update()

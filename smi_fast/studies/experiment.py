@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from smi_fast.backbones.vit import accelerate
-from smi_fast.data.files import atomic_write, checksum, read_json, write_json
+from smi_fast.data.files import atomic_write, read_json, write_json
 from smi_fast.data.labelled import accuracy, load_data
 from smi_fast.data.sparse import InvertedDataset
+from smi_fast.data.states import weights_checksum
 from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
 from smi_fast.inversion.presets import InversionSettings
 from smi_fast.inversion.schedule import StoppingSchedule
 from smi_fast.quantization import check_supported, quantize
+from smi_fast.runs.machine import device_name, versions
 from smi_fast.seeds import batch_seed
 from smi_fast.studies.page import Section
-from smi_fast.studies.report import device_name, versions
 from smi_fast.studies.student import Student
 
 BATCH = 128  # images that are evaluated at once
@@ -232,14 +233,6 @@ def kept(dataset: InvertedDataset) -> float:
 def name_of(model: nn.Module) -> str:
     """Return timm's name of the model, or the name of its class."""
     return (getattr(model, "pretrained_cfg", None) or {}).get("architecture", type(model).__name__)
-
-
-def weights_checksum(model: nn.Module) -> int:
-    """Return the CRC-32 of the weights."""
-    value = 0
-    for tensor in model.state_dict().values():
-        value = checksum(tensor.cpu(), value)
-    return value
 
 
 def split(count: int | None) -> str:

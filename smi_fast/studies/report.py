@@ -1,35 +1,11 @@
-"""What reports have in common: the versions and the device that made the figures, and tables as text."""
+"""What reports have in common: the cost of each stage, and tables as text."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-import timm
-import torch
-
-import smi_fast
 from smi_fast.inversion.meter import StageCost
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of this package, of Python and of the libraries that results depend on."""
-    libraries = {"torch": torch.__version__, "timm": timm.__version__}
-    return {"smi_fast": smi_fast.__version__, "python": platform.python_version()} | libraries
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the GPU, or of the CPU with the number of threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def stage_records(costs: Sequence[StageCost]) -> list[dict]:

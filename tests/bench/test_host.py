@@ -14,7 +14,8 @@ HOST = Path(__file__).parents[2] / "bench" / "host.py"
 def test_every_pass_is_timed(tmp_path):
     command = [sys.executable, str(HOST), "--model", "test_vit", "--rounds", "1"]
     done = subprocess.run(command, env=fake_cuda(tmp_path), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    # torch's threads may be torn down in the wrong order at the end of a process whose runtime computes nothing
+    assert done.returncode == 0 or done.stderr == "terminate called without an active exception\n", done.stderr[-3000:]
     rows = [
         re.fullmatch(r"(.{27}) (.{14}) +([0-9.]+) ms +([0-9.]+) of timm's", line) for line in done.stdout.splitlines()
     ]

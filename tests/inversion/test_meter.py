@@ -1,5 +1,6 @@
 """The meter measures speeds of stages without their first calls, and durations that add up to the run's."""
 
+import json
 import time
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from smi_fast import Inverter, StoppingSchedule, accelerate
 from smi_fast.inversion.inverter import Stage
-from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
+from smi_fast.inversion.meter import StageCost, StageMeter, confidences, iteration_flops
 
 
 def speeds(monkeypatch, *runs: list[tuple[Stage, list[float]]]) -> list[float]:
@@ -55,10 +56,10 @@ def test_durations_add_up_to_the_time_of_the_run(device, seed):
     with meter.batch():
         inverter.run([0, 1], callback=lambda step: [meter(step), ends.append(step.seconds())])
     elapsed = time.perf_counter() - before
-    durations = [seconds for cost in meter.costs.values() for seconds in cost.durations]
-    assert [cost.iterations for cost in meter.costs.values()] == [4, 8]
-    assert min(durations) > 0
-    assert 0.5 * ends[-1] < sum(durations) < elapsed
+    costs = meter.costs.values()
+    assert [cost.iterations for cost in costs] == [4, 8]
+    assert min(cost.seconds for cost in costs) > 0
+    assert 0.5 * ends[-1] < sum(cost.seconds for cost in costs) < elapsed
 
 
 def test_an_error_ends_the_stage_that_it_interrupts():
@@ -72,6 +73,35 @@ def test_an_error_ends_the_stage_that_it_interrupts():
     with pytest.raises(RuntimeError):
         run()
     assert [cost.iterations for cost in meter.costs.values()] == [1]
+
+
+def test_costs_of_batches_add_up_from_their_records():
+    dense, sparse = Stage(0, 8, 64, 65), Stage(8, 100, 14, 15)
+    costs = [
+        StageCost(sparse, 92, 4.0, 23.0, 10, flops=5, flops_paper=7),
+        StageCost(dense, 8, 2.0, 4.0, 30),
+        StageCost(sparse, 10, 1.0, 25.0, 20, flops=3, flops_paper=8),
+    ]
+    assert StageCost.merged(json.loads(json.dumps([cost.record() for cost in costs]))) == [
+        StageCost(dense, 8, 2.0, 4.0, 30),
+        StageCost(sparse, 102, 5.0, 24.0, 20, flops=5, flops_paper=8),
+    ]
+
+
+def test_a_meter_that_goes_on_has_the_costs_of_before(monkeypatch):
+    now, meter, stage = 100.0, StageMeter(torch.device("cpu")), Stage(0, 9, 64, 65)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    for iterations in (range(4), range(4, 9)):
+        again = StageMeter(torch.device("cpu"))
+        again.load_state_dict(json.loads(json.dumps(meter.state_dict())) if iterations.start else {"times": []})
+        with again.batch():
+            for iteration in iterations:
+                now += 2.0
+                again(SimpleNamespace(iteration=iteration, stage=stage))
+            meter = again
+            saved = meter.state_dict()
+    assert [(cost.iterations, cost.seconds) for cost in meter.costs.values()] == [(9, 18.0)]
+    assert [len(times["durations"]) for times in saved["times"]] == [9]
 
 
 @pytest.mark.parametrize("kept", [16, 5])

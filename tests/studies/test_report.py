@@ -7,10 +7,8 @@ from smi_fast.inversion.meter import StageCost
 from smi_fast.studies.report import as_text, stage_records, stage_table
 
 COSTS = [
-    StageCost(
-        Stage(0, 8, 64, 65), [0.2] * 8, settled=[0.2], peak_memory=3 * 2**20, flops=4 * 10**9, flops_paper=7 * 10**9
-    ),
-    StageCost(Stage(8, 100, 14, 15), [0.05] * 92, settled=[], peak_memory=2**20, flops=10**9, flops_paper=2 * 10**9),
+    StageCost(Stage(0, 8, 64, 65), 8, 1.6, 5.0, peak_memory=3 * 2**20, flops=4 * 10**9, flops_paper=7 * 10**9),
+    StageCost(Stage(8, 100, 14, 15), 92, 4.6, 20.0, peak_memory=2**20, flops=10**9, flops_paper=2 * 10**9),
 ]
 
 

@@ -1,0 +1,311 @@
+"""invert(): many images over hours or days, on one device or many, written batch by batch."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smi_fast.data.manifest import IMAGES
+from smi_fast.data.shards import open_shard
+from smi_fast.data.sparse import InvertedDataset
+from smi_fast.data.states import save_state, weights_checksum
+from smi_fast.data.tensors import SUFFIX
+from smi_fast.inversion.checks import check_targets
+from smi_fast.inversion.inverter import Inverter
+from smi_fast.inversion.loop import settings_record
+from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
+from smi_fast.inversion.result import InversionResult, Step
+from smi_fast.inversion.schedule import Release
+from smi_fast.inversion.state import Stage
+from smi_fast.inversion.stream import has_independent_images
+from smi_fast.runs.machine import made_with
+from smi_fast.runs.progress import Progress
+from smi_fast.runs.run import EVERY, Run
+from smi_fast.seeds import batch_seed, check_seed
+
+SNAPSHOTS = "process.state"  # the file of the first batch's images at several moments
+STREAMED = 8  # batches' worth of images that go through the places of one batch, and into one shard
+MAX_SNAPSHOTS = 10  # images in a snapshot
+EMPTY = {"inversion": None, "meter": {"times": []}, "seconds": 0.0, "iterations": 0, "snapshots": None}
+
+
+class InversionRun:
+    """The batches of a run, each of which becomes a shard.
+
+    What a batch holds follows from the run's settings alone, and so the images do not depend on which process makes
+    it, or on how often it was interrupted.
+
+    Args:
+        inverter: makes the images.
+        targets: (N,) int64.
+        batch_size: the number of images that are inverted at once.
+        seed: the seed of the run.
+        about: further entries of the metadata of each shard.
+        names: the names of the classes. None: their numbers.
+    """
+
+    def __init__(
+        self,
+        inverter: Inverter,
+        targets: Tensor,
+        batch_size: int,
+        seed: int,
+        about: Mapping[str, Any] | None = None,
+        names: Sequence[str] | None = None,
+    ):
+        self.inverter, self.batch_size, self.seed = inverter, batch_size, seed
+        self.streams = inverter.until is not None and has_independent_images(inverter)
+        self.batches = targets.split(batch_size * (STREAMED if self.streams else 1))
+        self.about = dict(about or {}) | {"mean": inverter.mean, "std": inverter.std, "seed": seed}
+        self.names = names or [str(target) for target in range(inverter.backbone.num_classes)]
+        self.copies = 1 + sum(isinstance(stop, Release) for stop in inverter.stopping.stops.values())
+        self._flops: dict[int, tuple[int, int]] = {}  # of the stages, by their first iteration
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the images, for the run's manifest."""
+        targets = torch.cat(self.batches)
+        return {
+            **settings_record(self.inverter),
+            "weights": weights_checksum(self.inverter.backbone),
+            "backend": self.inverter.backbone.backend,
+            "targets": targets.tolist(),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "images": len(targets) * self.copies,
+        }
+
+    @property
+    def iterations(self) -> int:
+        """The number of iterations of a batch, or the most that images of a stream need."""
+        return self.inverter.iterations * -(-len(self.batches[0]) // self.batch_size)
+
+    def finished(self, folder: Path) -> list[int]:
+        """Return the numbers of the batches whose shards are in the folder of the run.
+
+        Raises:
+            ValueError: there are other files between the shards.
+        """
+        there = {file.name for file in (folder / IMAGES).iterdir()} if (folder / IMAGES).is_dir() else set()
+        numbers = [number for number in range(len(self.batches)) if shard(folder, number).name in there]
+        foreign = there - {shard(folder, number).name for number in numbers}
+        if foreign:
+            raise ValueError(f"{folder / IMAGES / min(foreign)} is no file of this run")
+        return numbers
+
+    def make(self, number: int, run: Run, progress: Progress, tell: Callable[[int, Step], None] | None = None) -> None:
+        """Invert batch `number`, from its last checkpoint if there is one, and write its shard.
+
+        Raises:
+            Stopped: a signal has asked for an end. The batch has a checkpoint.
+            NonFiniteError: see `Inverter.run`.
+        """
+        name, inverter, targets = f"{number:05}", self.inverter, self.batches[number]
+        meter, before = StageMeter(inverter.backbone.device), run.checkpoint(name) or EMPTY
+        meter.load_state_dict(before["meter"])
+        snapshots = Snapshots(targets, inverter.stages, before["snapshots"]) if number == 0 else None
+        started = time.perf_counter() - before["seconds"]
+        progress.begin(before["iterations"])
+
+        def save(step: Step) -> dict[str, Any]:
+            return {
+                "inversion": step.state_dict(),
+                "meter": meter.state_dict(),
+                "seconds": time.perf_counter() - started,
+                "iterations": progress.of_batch,
+                "snapshots": None if snapshots is None else snapshots.state_dict(),
+            }
+
+        def callback(step: Step) -> None:
+            for of_step in (meter, progress, snapshots):
+                if of_step is not None:
+                    of_step(step)
+            if tell is not None:
+                tell(number, step)
+            run.pause(name, lambda: save(step))
+
+        options = {"seed": batch_seed(self.seed, number), "callback": callback, "state": before["inversion"]}
+        with meter.batch(), _silent(inverter):
+            if self.streams:
+                result = inverter.stream(targets, self.batch_size, **options)
+            else:
+                result = inverter.run(targets, **options)
+        if result.interrupted:
+            raise KeyboardInterrupt
+        if snapshots is not None:
+            save_state(run.folder / SNAPSHOTS, snapshots.state_dict())
+        self._write(number, result, meter, run.folder, time.perf_counter() - started)
+        run.discard(name)
+        progress.end()
+
+    def _write(self, number: int, result: InversionResult, meter: StageMeter, folder: Path, seconds: float) -> None:
+        backbone = self.inverter.backbone
+        confidence, predicted = confidences(
+            backbone, result.images, result.keep, result.targets, self.inverter.mean, self.inverter.std
+        )
+        costs = list(meter.costs.values())
+        for cost in costs:
+            cost.flops, cost.flops_paper = self._operations(cost.stage)
+        metadata = self.about | {
+            "batch": number,
+            "batch_seed": batch_seed(self.seed, number),
+            "classes": {str(target): self.names[target] for target in sorted(set(result.targets.tolist()))},
+            "confidence": confidence.tolist(),
+            "predicted": predicted.tolist(),
+            "iterations": result.iterations.tolist(),
+            "verified": [list(record) for record in result.verified],
+            "loss": result.losses.tolist(),
+            "tokens": [[stage.start, stage.end, stage.tokens] for stage in result.history],
+            "seconds": seconds,
+            "stages": [cost.record() for cost in costs],
+        }
+        file = shard(folder, number)
+        file.parent.mkdir(exist_ok=True)
+        images = InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
+        images.save(file, overwrite=True)
+
+    def _operations(self, stage: Stage) -> tuple[int, int]:
+        """Return the operations of an iteration of a whole batch, by torch's count and by the paper's."""
+        if stage.start not in self._flops:
+            size = min(self.batch_size, len(self.batches[0]))
+            counts = (iteration_flops(self.inverter, stage, size, flops=flops) for flops in ("torch", "paper"))
+            self._flops[stage.start] = tuple(counts)
+        return self._flops[stage.start]
+
+
+class Snapshots:
+    """A callback that keeps the first image of each class, for up to ten classes, at the end of each stage. If no patch
+    stops, it does so at four moments of the run.
+
+    Args:
+        targets: (B,) of the batch.
+        stages: the stages of the run.
+        state: what `state_dict` returned, to go on from there.
+    """
+
+    def __init__(self, targets: Tensor, stages: Sequence[Stage], state: dict[str, Any] | None = None):
+        end = stages[-1].end
+        self.moments = {stage.end for stage in stages} | ({end // 20, end // 4, end // 2} if len(stages) < 3 else set())
+        self.is_sparse = stages[0].patches != 1
+        first_of_class = {int(target): number for number, target in reversed(list(enumerate(targets)))}
+        self.numbers = sorted(first_of_class.values())[:MAX_SNAPSHOTS]
+        self.images: list[Tensor] = []
+        self.titles: list[str] = []
+        if state is not None:
+            self.moments, self.images, self.titles = set(state["moments"]), state["images"], state["titles"]
+
+    def __call__(self, step: Step) -> None:
+        done, numbers = step.iteration + 1, step.numbers
+        if done in self.moments and set(self.numbers) <= set(numbers):  # images of a stream leave one by one
+            self.moments.remove(done)
+            going_on = step.images()[-len(numbers) :]  # without those that were released before
+            self.images.append(going_on[[numbers.index(number) for number in self.numbers]].cpu())
+            self.titles.append(f"iteration {done}" + f" · {step.stage.patches:.4g} patches" * self.is_sparse)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the images and their titles, and the moments that are yet to come."""
+        return {"moments": sorted(self.moments), "images": self.images, "titles": self.titles}
+
+
+def shard(folder: Path, number: int) -> Path:
+    """Return the file of a batch."""
+    return folder / IMAGES / f"{number:05}{SUFFIX}"
+
+
+def records(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the metadata of each shard of a run that is there, in the order of the batches.
+
+    Raises:
+        ValueError: a shard is damaged. The message names it.
+    """
+    for file in sorted((folder / IMAGES).glob(f"*{SUFFIX}")):
+        with open_shard(file) as (_, arguments):
+            yield arguments["metadata"]
+
+
+def invert(
+    inverter: Inverter,
+    targets: Tensor | Sequence[int],
+    folder: str | os.PathLike,
+    *,
+    batch_size: int = 128,
+    seed: int = 0,
+    checkpoint_every: float = EVERY,
+    overwrite: bool = False,
+    about: Mapping[str, Any] | None = None,
+    names: Sequence[str] | None = None,
+    command: Sequence[str] | None = None,
+    files: Sequence[str] = (),
+    callback: Callable[[int, Step], None] | None = None,
+    finish: Callable[[Run], None] | None = None,
+) -> InvertedDataset:
+    """Invert one image for each target, and write them batch by batch into a folder.
+
+    Each batch is a file `images/NUMBER.safetensors`, which appears when the batch is finished. What was finished is
+    never lost: called again with the same arguments, the function goes on from the last checkpoint, with the same bits.
+    Processes that torchrun has started share the batches, and the images do not depend on how many they are. On a CPU
+    the last bits depend on the number of threads. The folder remembers the number that the run began with, and sets it.
+
+    Args:
+        inverter: makes the images. With `until` and images that do not depend on each other, they go through the
+            places of one batch (`Inverter.stream`), eight batches' worth to a file.
+        targets: (N,) class indices.
+        folder: the folder of the run. It is made if it does not exist. `InvertedDataset.load` reads it at any moment.
+        batch_size: the number of images that are inverted at once.
+        seed: decides the images. Batch n has the seed `batch_seed(seed, n)`.
+        checkpoint_every: the minutes between two checkpoints of a batch.
+        overwrite: begin anew in a folder that holds a run or other files.
+        about: further entries of the metadata of each file, in JSON's types.
+        names: the names of the classes, for reports. None: their numbers.
+        command: the arguments of the command that begins the run, for its `--resume`.
+        files: the names of files that `finish` writes, which `overwrite` removes first.
+        callback: called with the number of the batch and a `Step` after every iteration.
+        finish: called with the `Run` in the first process once all batches are finished.
+
+    Returns:
+        The dataset of all images.
+
+    Raises:
+        ValueError, TypeError: see `Inverter.run` and `Run`. The message says what is wrong.
+        Stopped: Ctrl-C or SIGTERM has asked for an end. The batch in progress has a checkpoint.
+        ConnectionError: the store of the processes cannot be reached.
+        NonFiniteError: see `Inverter.run`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    targets, seed = check_targets(targets, inverter.backbone.num_classes), check_seed(seed)
+    if targets.ndim != 1:
+        raise ValueError("targets of a dataset are classes, not soft labels")
+    work = InversionRun(inverter, targets, batch_size, seed, about, names)
+    run = Run(
+        folder, "inversion", work.settings(), made_with(inverter.backbone.device, command), files=(SNAPSHOTS, *files),
+        overwrite=overwrite, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    with run:
+        processes, count = run.processes, len(work.batches)
+        if processes.size > count and processes.is_first:
+            warnings.warn(f"{processes.size} processes share {count} batches: some have nothing to do", stacklevel=2)
+        finished = work.finished(run.folder)
+        with Progress(run, count, len(finished), work.iterations, inverter.progress) as progress:
+            for number in processes.parts(count, lambda n: shard(run.folder, n).exists(), progress.wait):
+                work.make(number, run, progress, callback)
+        if finish is not None and processes.is_first:
+            finish(run)
+    return InvertedDataset.load(folder)
+
+
+@contextmanager
+def _silent(inverter: Inverter) -> Iterator[None]:
+    """Let the inverter show no progress, because the run does."""
+    shown, inverter.progress = inverter.progress, False
+    try:
+        yield
+    finally:
+        inverter.progress = shown

@@ -1,0 +1,179 @@
+"""Processes: those that share a run, and how they divide its parts among each other."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+PREFIX, FREE = "smi-fast", "free"
+TIMEOUT = "SMI_FAST_RANK_TIMEOUT"  # the environment's name for the seconds after which a silent process counts as dead
+POLL = 0.2  # seconds
+
+
+class Processes:
+    """The processes of a run, each of which makes some of its parts.
+
+    They talk through a store of torch.distributed, which torchrun or the first process holds. A process claims a part
+    before it makes it. Each process says now and then that it is alive. If one has been silent for long, another one
+    takes over what it had claimed. Should it be alive after all, both make the same part with the same bits, and the
+    files of one replace those of the other.
+
+    Args:
+        store: the store. None: this process is alone.
+        rank, size: the number of this process from 0, and of all processes.
+        timeout: the seconds of silence after which a process counts as dead.
+        pulse: another connection to the store, for the thread that says that this process is alive.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store | None = None,
+        rank: int = 0,
+        size: int = 1,
+        timeout: float = 60.0,
+        pulse: dist.Store | None = None,
+    ):
+        self.store, self.rank, self.size, self.timeout = store or dist.HashStore(), rank, size, timeout
+        self._heard: dict[int, tuple[int, float]] = {}  # how often a process has been heard of, and when last
+        if pulse is not None:
+            threading.Thread(target=self._beat, args=(pulse,), daemon=True).start()
+
+    @classmethod
+    def of_environment(cls) -> Processes:
+        """Join the processes that torchrun has started, or a scheduler that sets RANK, WORLD_SIZE, MASTER_ADDR and
+        MASTER_PORT. Without RANK, this process is alone.
+
+        Raises:
+            ValueError: one of the other variables is missing or not a number.
+            ConnectionError: the store cannot be reached.
+        """
+        if "RANK" not in os.environ:
+            return cls()
+        rank, size, port = (_integer(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        host, timeout = os.environ.get("MASTER_ADDR"), _seconds(os.environ.get(TIMEOUT, "60"))
+        if host is None:
+            raise ValueError("RANK is set, and so MASTER_ADDR has to be")
+        holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+        def connect(holds: bool) -> dist.Store:
+            try:
+                seconds = timedelta(seconds=timeout)
+                store = dist.TCPStore(host, port, is_master=holds, timeout=seconds, wait_for_workers=False)
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConnectionError(
+                    f"the store of the processes at {host}:{port} cannot be reached: {reason}"
+                ) from None
+            return dist.PrefixStore(f"{PREFIX}/{attempt}", store)
+
+        return cls(connect(holds_store), rank, size, timeout, connect(False))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def parts(self, count: int, is_finished: Callable[[int], bool], wait: Callable[[], None]) -> Iterator[int]:
+        """Yield the numbers of the parts that this process is to make, until all are finished, by whichever process.
+
+        Args:
+            count: the number of parts.
+            is_finished: says whether a part is finished.
+            wait: called now and then while other processes make the parts that are left.
+        """
+        left = range(count)
+        while left := [number for number in left if not is_finished(number)]:
+            claimed = next(filter(self._claim, left), None)
+            if claimed is None:
+                wait()
+                time.sleep(POLL)
+            elif not is_finished(claimed):
+                yield claimed
+
+    def release(self, number: int) -> None:
+        """Let another process make a part that this one has claimed."""
+        self.store.compare_set(f"part/{number}", str(self.rank), FREE)
+
+    def tell(self, key: str, value: str) -> None:
+        """Let all processes read a value."""
+        self.store.set(key, value)
+
+    def hear(self, key: str, wait: Callable[[], None]) -> str:
+        """Wait for a value that another process tells, and return it."""
+        while not self.store.check([key]):
+            wait()
+            time.sleep(POLL)
+        return self.store.get(key).decode()
+
+    def count(self, key: str, amount: int) -> int:
+        """Add to a number that all processes share, and return it."""
+        return self.store.add(key, amount)
+
+    def leave(self, wait: bool) -> None:
+        """Say that this process needs the store no longer. The first one, which may hold it, can wait until the others
+        need it no longer either."""
+        self.tell(f"left/{self.rank}", "left")
+        others = range(1, self.size) if self.is_first and wait else ()
+        while any(not self.store.check([f"left/{rank}"]) and not self._is_dead(rank) for rank in others):
+            time.sleep(POLL)
+
+    def _claim(self, number: int) -> bool:
+        """Return whether this process is the one to make a part."""
+        key, mine = f"part/{number}", str(self.rank)
+        owner = self.store.compare_set(key, "", mine).decode()
+        if owner not in (mine, FREE) and not self._is_dead(int(owner)):
+            return False
+        return owner == mine or self.store.compare_set(key, owner, mine).decode() == mine
+
+    def _is_dead(self, rank: int) -> bool:
+        if rank == self.rank:
+            return False
+        times, now = self.count(f"alive/{rank}", 0), time.monotonic()
+        if times != self._heard.get(rank, (None, now))[0]:
+            self._heard[rank] = times, now
+        return now - self._heard[rank][1] > self.timeout
+
+    def _beat(self, pulse: dist.Store) -> None:
+        try:
+            while True:
+                pulse.add(f"alive/{self.rank}", 1)
+                time.sleep(self.timeout / 10)
+        except RuntimeError:
+            return  # the store is gone; the next claim says so
+
+
+def device_of_process(device: torch.device) -> torch.device:
+    """Return the GPU of this process, if several share a machine and none was named, or else the device itself.
+
+    Raises:
+        ValueError: there is no GPU for this process.
+    """
+    if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    number, count = _integer("LOCAL_RANK"), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"--device: process {number} of this machine has no GPU, because there are only {count}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def _integer(name: str) -> int:
+    text = os.environ.get(name)
+    if text is None or not text.isdecimal():
+        raise ValueError(f"RANK is set, and so {name} has to be a number, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise ValueError(f"{TIMEOUT} must be a positive number of seconds, not {text!r}")

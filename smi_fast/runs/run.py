@@ -1,0 +1,211 @@
+"""Run: the folder of a long job, which one job at a time writes to, and from which it goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smi_fast.data.files import remove_partials
+from smi_fast.data.manifest import IMAGES, MANIFEST, read_manifest, write_manifest
+from smi_fast.data.states import load_state, save_state
+from smi_fast.runs.processes import Processes
+from smi_fast.runs.signals import Signals
+
+LOCK, CHECKPOINTS = ".lock", "checkpoints"
+FOLDERS = (IMAGES, CHECKPOINTS)
+SUFFIX = ".state"  # of a checkpoint, which is a safetensors file but no dataset
+REMEMBERED = ("threads", "command")  # entries of `made_with` in which the first job counts
+EVERY = 5.0  # minutes between two checkpoints
+_held: set[tuple[int, Path]] = set()  # who has locked what in this process, since the system only tells processes apart
+
+
+class Run:
+    """The folder of a long job. Used as a context manager, it holds the folder's lock, which the end of the process
+    frees however it comes, and takes signals (see `Signals`).
+
+    The manifest in the folder says what the job makes. If it is there already, the job goes on, and its settings have
+    to be the same.
+
+    Args:
+        folder: the folder. It is made if it does not exist.
+        kind: what the job makes, such as "inversion".
+        settings: what decides the results, in JSON's types.
+        made_with: what the results depend on besides, as `machine.made_with` gives it. Another device or version is a
+            warning. A job goes on with the number of torch's threads that it began with.
+        files: the names of files that the job writes into the folder.
+        overwrite: begin anew in a folder that holds files. Files by other names stay.
+        checkpoint_every: the minutes between two checkpoints.
+        processes: those that share the run. None: those of the environment.
+
+    Raises:
+        ValueError: the time between checkpoints is not positive. On entering: the folder is in use, holds files of
+            another origin or a run with other settings, or its manifest is damaged. The message says which.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        kind: str,
+        settings: dict[str, Any],
+        made_with: dict[str, Any] | None = None,
+        *,
+        files: Sequence[str] = (),
+        overwrite: bool = False,
+        checkpoint_every: float = EVERY,
+        processes: Processes | None = None,
+    ):
+        if not checkpoint_every > 0:
+            raise ValueError(f"the minutes between two checkpoints must be more than 0, got {checkpoint_every}")
+        self.folder, self.kind = Path(folder), kind
+        self.settings, self.made_with = json.loads(json.dumps([settings, made_with or {}]))
+        self.files, self.overwrite, self.every = files, overwrite, 60 * checkpoint_every
+        self.processes = processes or Processes.of_environment()
+        self.signals = Signals()
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> Run:
+        with ExitStack() as stack:
+            if self.processes.is_first:
+                self._open(stack)
+            elif self.processes.hear("folder", lambda: None) != "open":
+                raise SystemExit(2)  # the first process has said why
+            self._adopt(read_manifest(self.folder)["made_with"])
+            stack.enter_context(self.signals)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        self._stack.close()
+        with suppress(RuntimeError):  # the store may be gone
+            self.processes.leave(wait=kind is None)
+
+    def pause(self, name: str, save: Callable[[], dict[str, Any]]) -> None:
+        """Save a checkpoint if it is time to, or if a signal has asked for an end. Call it after every iteration.
+
+        Args:
+            name: the name of the checkpoint. A later one of the same name replaces it.
+            save: returns the state to save, as `save_state` takes it.
+
+        Raises:
+            Stopped: a signal has asked for an end, and the checkpoint is saved.
+        """
+        if self.signals.asked is not None or time.monotonic() - self._saved >= self.every:
+            self.save(name, save())
+        self.signals.check()
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Save a checkpoint."""
+        self._checkpoint(name).parent.mkdir(exist_ok=True)
+        save_state(self._checkpoint(name), state)
+        self._saved = time.monotonic()
+
+    def checkpoint(self, name: str) -> dict[str, Any] | None:
+        """Return the last checkpoint of this name, with tensors on the CPU, or None if there is none. A damaged one is
+        a warning, and the job begins that part again."""
+        try:
+            return load_state(self._checkpoint(name))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            warnings.warn(f"{error}; what it held is computed again", stacklevel=2)
+            return None
+
+    def discard(self, name: str) -> None:
+        """Remove a checkpoint, if it is there."""
+        self._checkpoint(name).unlink(missing_ok=True)
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.folder / CHECKPOINTS / f"{name}{SUFFIX}"
+
+    def _open(self, stack: ExitStack) -> None:
+        """Lock the folder, and make it ready for this run."""
+        missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock(stack)
+            self._prepare()
+        except BaseException:
+            self.processes.tell("folder", "refused")
+            if missing:
+                (self.folder / LOCK).unlink(missing_ok=True)
+            for folder in missing:
+                with suppress(OSError):  # another run may have made it too
+                    folder.rmdir()
+            raise
+        self.processes.tell("folder", "open")
+
+    def _lock(self, stack: ExitStack) -> None:
+        place = self.folder.resolve()
+        held = os.getpid(), place
+        if held in _held:
+            raise ValueError(f"{self.folder} is in use by another run of this process")
+        file = stack.enter_context((place / LOCK).open("a"))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock that child processes do not inherit
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{self.folder} is in use by another process") from None
+        _held.add(held)
+        stack.callback(_held.discard, held)
+
+    def _prepare(self) -> None:
+        """Go on from the manifest that the folder holds, or begin."""
+        for folder in (self.folder, *(self.folder / name for name in FOLDERS)):
+            if folder.is_dir():
+                remove_partials(folder)
+        if (self.folder / MANIFEST).exists() and not self.overwrite:
+            self._check(read_manifest(self.folder))
+            return
+        if not self.overwrite and set(os.listdir(self.folder)) - {LOCK}:
+            raise ValueError(
+                f"the folder {self.folder} is not empty and holds no run; --overwrite replaces the results in it"
+            )
+        self._clear()
+        write_manifest(self.folder, self.kind, self.settings, self.made_with)
+
+    def _clear(self) -> None:
+        """Remove an earlier run. Its manifest goes first and its folders in one go, so that nothing of it is taken for
+        a part of this run, whenever the process ends."""
+        for name in (MANIFEST, *self.files):
+            (self.folder / name).unlink(missing_ok=True)
+        for name in FOLDERS:
+            if (self.folder / name).exists():
+                trash = self.folder / f".{uuid.uuid4().hex}.partial"
+                os.replace(self.folder / name, trash)
+                shutil.rmtree(trash)
+
+    def _check(self, found: dict[str, Any]) -> None:
+        """Check that a manifest is of this run."""
+        if found["kind"] != self.kind:
+            raise ValueError(f"{self.folder} holds a run of kind {found['kind']}, not {self.kind}")
+        theirs, ours = found["settings"], self.settings
+        different = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+        if different:
+            listed = ", ".join(f"{n} is {_short(theirs.get(n))}, not {_short(ours.get(n))}" for n in different)
+            raise ValueError(f"{self.folder} holds a run with other settings: {listed}; --overwrite begins anew")
+        for name, value in self.made_with.items():
+            before = found["made_with"].get(name)
+            if before != value and name not in REMEMBERED:
+                warnings.warn(
+                    f"the run was begun with {name} {_short(before)} and goes on with {_short(value)}, "
+                    "which may change the last bits of further images", stacklevel=2,
+                )  # fmt: skip
+
+    def _adopt(self, made_with: dict[str, Any]) -> None:
+        if made_with.get("threads"):
+            torch.set_num_threads(made_with["threads"])
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
