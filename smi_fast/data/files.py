@@ -149,6 +149,29 @@ def read_json(path: str | os.PathLike) -> dict:
     return record
 
 
+def sealed(record: dict) -> dict:
+    """Return a record for `write_json` with an entry "checksum": the CRC-32 of the rest, as `json.dumps` writes it with
+    sorted keys."""
+    record = json.loads(json.dumps(_finite(record)))
+    return record | {"checksum": _record_checksum(record)}
+
+
+def read_sealed(path: str | os.PathLike) -> dict:
+    """Read a file that holds a `sealed` record, and return the record without its checksum.
+
+    Raises:
+        ValueError: the file does not hold the record that it was written with. The message names it.
+    """
+    record = read_json(path)
+    if record.pop("checksum", None) != _record_checksum(record):
+        raise ValueError(f"{path} is damaged: it does not have the checksum that it was saved with")
+    return record
+
+
+def _record_checksum(record: dict) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
 def read_image(path: str | os.PathLike, modes: tuple[str, ...] = ("RGB",)) -> Image.Image:
     """Read and decode a picture, and convert it to RGB unless its mode is one of `modes`.
 
@@ -178,15 +201,3 @@ def checksum(tensor: Tensor, before: int = 0) -> int:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def remove_partials(folder: str | os.PathLike) -> list[Path]:
-    found = sorted(Path(folder).glob(".*.partial"))
-    for path in found:
-        if path.is_dir():
-            import shutil
-
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    return found

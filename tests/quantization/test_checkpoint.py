@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 import torch
+from damage_cases import cuts, read_or_refused
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -64,6 +65,14 @@ def test_every_flipped_bit_is_found(seed, tmp_path, weight_bits):
         print(f"byte {place} of {len(data)}, header {header}: {data[place]} became {damaged[place]}")
         with pytest.raises(ValueError, match=r"model\.safetensors: "):
             QuantizedViT.load(path)
+
+
+def test_every_cut_is_found(model, images, seed, tmp_path):
+    path = tmp_path / "model.safetensors"
+    quantize(model, images).save(path)
+    for cut in cuts(path.read_bytes(), seed, 40):
+        path.write_bytes(cut)
+        assert read_or_refused(QuantizedViT.load, path) is None, len(cut)
 
 
 def test_version_1_without_checksum_is_read(model, images, tmp_path):
