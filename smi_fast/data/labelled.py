@@ -96,9 +96,12 @@ def accuracy(
 
 
 def _by_name(name: str, root: Path, split: str, model: nn.Module, transform: Callable) -> Dataset:
-    which = {"split": "train" if split == "train" else "val"} if name == "ImageNet" else {"train": split == "train"}
+    if name == "ImageNet":
+        options = {"split": "train" if split == "train" else "val", "loader": read_image}
+    else:
+        options = {"train": split == "train"}
     try:
-        dataset = getattr(datasets, name)(str(root), **which, transform=transform)
+        dataset = getattr(datasets, name)(str(root), **options, transform=transform)
     except ModuleNotFoundError as error:
         raise ValueError(f"{name} cannot be read from {root}: torchvision needs {error.name} for it") from error
     except Exception as error:  # torchvision and the readers behind it raise a dozen types between them
