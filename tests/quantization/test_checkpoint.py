@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import zlib
 
 import pytest
@@ -108,6 +109,24 @@ def test_foreign_files_are_refused(model, images, tmp_path):
     InvertedDataset.from_images(torch.rand(5, 3, 32, 32), keep, keep[:, 0], (8, 8)).save(path, overwrite=True)
     with pytest.raises(ValueError, match="so it is not a quantised model"):
         QuantizedViT.load(path)
+
+
+@pytest.mark.parametrize("name", ["depth", "embed_dim", "num_classes", "in_chans", "img_size", "mlp_ratio"])
+def test_a_header_cannot_claim_a_model_larger_than_the_file(model, images, tmp_path, name):
+    path = tmp_path / "model.safetensors"
+    quantize(model, images).save(path)
+
+    def claim(text):
+        header = json.loads(text)
+        header["arguments"][name] = [96 * 10**6] * 2 if name == "img_size" else 96 * 10**6
+        return json.dumps(header)
+
+    rewrite(path, claim)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    assert read_or_refused(QuantizedViT.load, path) is None
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_utime - before.ru_utime < 5
+    assert after.ru_maxrss - before.ru_maxrss < 200_000  # KB
 
 
 def test_names_in_the_file_are_those_of_version_2(model, images, tmp_path):
