@@ -61,6 +61,25 @@ def test_an_adapter_does_not_redirect_to_another_folder(folder):
         smi_fast.from_huggingface(folder)
 
 
+def change_config(folder, **entries):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+
+
+@pytest.mark.parametrize("entry", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_a_config_does_not_choose_the_code_that_runs(folder, entry):
+    """transformers would take a name with a slash for code on the hub, download it and run it."""
+    expected = smi_fast.from_huggingface(folder)(images())
+    change_config(folder, **{entry: "someone/kernel"}, auto_map={"AutoModel": "someone/model--code.Model"})
+    assert torch.equal(smi_fast.from_huggingface(folder)(images()), expected)
+
+
+def test_quantised_weights_are_refused(folder):
+    change_config(folder, quantization_config={"quant_method": "unknown"})  # transformers would ignore it
+    with pytest.raises(smi_fast.UnsupportedModelError, match=f"^the weights in {folder} are quantised$"):
+        smi_fast.from_huggingface(folder)
+
+
 def test_a_folder_with_pickled_weights_is_refused_and_they_do_not_run(folder, tmp_path):
     for file in folder.glob("model*"):
         file.unlink()
