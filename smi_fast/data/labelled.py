@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 from smi_fast.backbones.base import class_names, frozen
+from smi_fast.bars import ProgressBar
 from smi_fast.data.files import first_line, read_image
-from smi_fast.progress import Progress
 
 NAMES = ("CIFAR10", "CIFAR100", "ImageNet")
 FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the names that the folder of a split may have
@@ -86,7 +86,7 @@ def accuracy(
         device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
     right, count = 0, 0
     with frozen(model) if is_module else nullcontext(), torch.no_grad():
-        for images, labels in Progress(loader, "evaluating", shown=progress, unit="batch"):
+        for images, labels in ProgressBar(loader, "evaluating", shown=progress, unit="batch"):
             logits = model(images.to(device=device))
             right += (logits.argmax(1) == labels.to(logits.device)).sum()  # stays on the device, so that nothing waits
             count += len(labels)

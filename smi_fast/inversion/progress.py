@@ -7,11 +7,11 @@ import time
 import torch
 from torch import Tensor
 
+from smi_fast.bars import ProgressBar
 from smi_fast.inversion.state import Stage
-from smi_fast.progress import Progress
 
 
-class Bar(Progress):
+class Bar(ProgressBar):
     """A progress bar that shows the loss a few times a second. It never waits for a loss to arrive on the host."""
 
     _asked = 0.0  # when the loss was last asked for
@@ -22,10 +22,6 @@ class Bar(Progress):
     def of(cls, total: int, initial: int, shown: bool, unit: str = "it") -> Bar:
         """Return a bar for so many iterations or images, of which some are done."""
         return cls(desc="inverting", shown=shown, total=total, initial=initial, unit=unit)
-
-    def to(self, n: int) -> None:
-        """Set the position."""
-        self.update(n - self.n)
 
     def advance(self, stage: Stage, loss: Tensor) -> None:
         self.report(stage, loss)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import nn
 
+from smi_fast.bars import ProgressBar
 from smi_fast.inversion.presets import DEMO, PAPER
-from smi_fast.progress import Progress
 from smi_fast.studies.ablation import figure8, table6, table7
 from smi_fast.studies.downstream import table3, table4, table5
 from smi_fast.studies.experiment import Experiment, Settings
@@ -90,7 +90,7 @@ def reproduce(
         names = [name for name in names if name not in NEED_STUDENT]
     run = Experiment(model, student, data, root, Path(out), settings, progress)
     run.begin()
-    for name in Progress(names, "reproducing", shown=progress, unit="section"):
+    for name in ProgressBar(names, "reproducing", shown=progress, unit="section"):
         run.section(name, SECTIONS[name])
         write(run, student_note)
     return write(run, student_note)

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 
-class Progress(tqdm):
+class ProgressBar(tqdm):
     """tqdm's progress bar. Where the output is not a terminal, it is plain lines instead: at most one every 30 seconds,
     and one at the end.
 
