@@ -7,19 +7,20 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
 from smi_fast.data.files import naming
 
+SUFFIX = ".batch"  # of an event file, before the number of the batch
+
 
 class TensorBoard(AbstractContextManager):
     """Event files with a tag for each value, and pictures. A step is an iteration of the whole run.
 
-    If the run goes on from an earlier step, TensorBoard hides what was logged from there on, unless batches that come
-    later are among it, as when another process had this batch.
+    Each batch has a file. If it goes on from an earlier step, TensorBoard hides what was logged from there on, unless
+    there are files of later batches, which it would hide too. Another process had the batch then.
 
     Args:
         folder: the folder of the files, which is made by the first `write`.
@@ -33,23 +34,26 @@ class TensorBoard(AbstractContextManager):
 
     def __init__(self, folder: Path, iterations: int):
         self.folder, self.iterations = folder, iterations
+        self.number: int | None = None  # the batch that `writer` writes about
         self.writer: SummaryWriter | None = None
+
+    def _open(self, number: int, step: int) -> None:
+        """Open a file for batch `number` from this step on."""
+        self.__exit__()
+        there = [int(path.suffix[len(SUFFIX) :]) for path in self.folder.glob(f"*{SUFFIX}[0-9]*")]
+        purge = step if there and max(there) == number else None
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge, filename_suffix=f"{SUFFIX}{number}")
+        self.number = number
 
     @contextmanager
     def _step(self, number: int, iteration: int) -> Iterator[int]:
         """Yield the step, and write the events of the `with` block to the file."""
         step = number * self.iterations + iteration
         with naming(self.folder):
-            if self.writer is None:
-                purge = step if self._newest() <= (number + 1) * self.iterations else None
-                self.writer = SummaryWriter(str(self.folder), purge_step=purge)
+            if number != self.number:
+                self._open(number, step)
             yield step
             self.writer.flush()
-
-    def _newest(self) -> int:
-        """Return the newest step that the files hold."""
-        files = [EventFileLoader(str(path)) for path in self.folder.glob("events.*")]
-        return max((event.step for file in files for event in file.Load()), default=0)
 
     def write(self, number: int, iteration: int, values: Mapping[str, float]) -> None:
         """Log values of batch `number`, `iteration` of whose iterations are done."""

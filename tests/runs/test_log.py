@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 import pytest
 import torch
@@ -169,6 +170,13 @@ def test_a_full_disk_is_an_error_that_names_the_table(tmp_path):
     assert places(tmp_path) == [(0, 50), (0, 100)]
 
 
+@pytest.fixture
+def each_file_has_a_second_of_its_own(monkeypatch):
+    """TensorBoard reads files in the order of their names, which begin with the second in which they were opened."""
+    seconds = count(2_000_000_000)
+    monkeypatch.setattr(time, "time", lambda: next(seconds))
+
+
 def test_tensorboard_counts_the_iterations_of_all_batches(tmp_path):
     with open_log("tensorboard", tmp_path, iterations=100) as log:
         told(log, (0, 50), (0, 100), (1, 50))
@@ -181,7 +189,7 @@ def test_tensorboard_counts_the_iterations_of_all_batches(tmp_path):
     assert seen.Tags()["scalars"] == ["loss", "speed"]
 
 
-def test_tensorboard_shows_each_step_once_after_a_run_has_gone_on(tmp_path):
+def test_tensorboard_shows_each_step_once_after_a_run_has_gone_on(tmp_path, each_file_has_a_second_of_its_own):
     with open_log("tensorboard", tmp_path, iterations=100) as log:
         told(log, (0, 50), (0, 100), (1, 50), (1, 100))
     with open_log("tensorboard", tmp_path, iterations=100) as log:
@@ -189,7 +197,7 @@ def test_tensorboard_shows_each_step_once_after_a_run_has_gone_on(tmp_path):
     assert [(event.step, event.value) for event in events(tmp_path / "log").Scalars("loss")][2:] == [(150, -1.0)]
 
 
-def test_tensorboard_hides_no_later_batches_that_are_finished(tmp_path):
+def test_tensorboard_hides_no_later_batches_that_are_finished(tmp_path, each_file_has_a_second_of_its_own):
     """A process that goes on may take over an earlier batch than those that it has finished."""
     with open_log("tensorboard", tmp_path, iterations=100) as log:
         told(log, (1, 50), (1, 100), (3, 50), (3, 100))
