@@ -320,6 +320,21 @@ def test_a_stream_has_each_of_its_iterations_once(tmp_path, seed):
     assert len(seen) > 6
 
 
+def test_a_stream_that_goes_on_is_told_how_many_iterations_are_done(tmp_path, seed):
+    ours = inverter(objective=deep_inversion(norm="image"), until=Until(0.99, every=2), stopping={2: 0.5}, iterations=6)
+    states = []
+    with open_log("csv", tmp_path, iterations=6) as log:
+        logger = Logger(log, ours, every=1)
+        ours.stream([0, 1, 2], 2, seed, lambda step: [logger(step), states.append(step.state_dict())])
+    whole = [(row["iteration"], row["loss"], row["confidence"]) for row in table(tmp_path)]
+    with open_log("csv", tmp_path, iterations=6) as log:
+        logger = Logger(log, ours, every=1)
+        logger.begin(0, done=9)
+        ours.stream([0, 1, 2], 2, seed, logger, state=states[8])
+    assert [(row["iteration"], row["loss"], row["confidence"]) for row in table(tmp_path)] == whole
+    assert len(whole) == len(states) > 9
+
+
 def test_images_that_were_released_are_not_measured_again_and_targets_may_be_soft(tmp_path, seed):
     hard = torch.tensor([2, 4])
     ours = inverter(stopping=RebirthSchedule(2))
