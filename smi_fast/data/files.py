@@ -116,6 +116,21 @@ def remove_partials(folder: str | os.PathLike) -> list[Path]:
     return found
 
 
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Let errors of the system that name no file name `path`.
+
+    Raises:
+        OSError: the error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 def write_json(path: str | os.PathLike, record: dict) -> None:
     """Write `record` as strict JSON, complete or not at all. NaN and infinity, which JSON lacks, become null.
 
