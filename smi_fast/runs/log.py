@@ -9,6 +9,7 @@ from pathlib import Path
 
 from smi_fast.inversion.inverter import Inverter, Step
 from smi_fast.inversion.meter import confidences
+from smi_fast.runs.run import LOG
 from smi_fast.runs.table import Table
 
 KINDS = ("csv", "tensorboard")
@@ -19,10 +20,10 @@ def open_log(kind: str | None, folder: str | os.PathLike, *, iterations: int, ra
     """Open the log of a run, or go on with the one that is there.
 
     Args:
-        kind: "csv" for a `Table` in log.csv, "tensorboard" for a `TensorBoard` in log/, or None for no log.
+        kind: "csv" for a `Table` in log/log.csv, "tensorboard" for a `TensorBoard` in log/, or None for no log.
         folder: the folder of the run.
         iterations: the number of iterations of a batch. TensorBoard's steps count those of all batches.
-        rank: the number of this process. Process 1 writes log-1.csv or log/1, and so on, so that each has its own file.
+        rank: the number of this process. Process 1 writes log/log-1.csv or log/1, and so on, so that each has its own file.
 
     Returns:
         A context manager, which gives the log, or None if there is none.
@@ -35,13 +36,14 @@ def open_log(kind: str | None, folder: str | os.PathLike, *, iterations: int, ra
     if kind is None:
         return nullcontext()
     if kind == "csv":
-        return Table(Path(folder, f"log-{rank}.csv" if rank else "log.csv"))
+        Path(folder, LOG).mkdir(exist_ok=True)
+        return Table(Path(folder, LOG, f"log-{rank}.csv" if rank else "log.csv"))
     if kind == "tensorboard":
         try:
             from smi_fast.runs.tensorboard import TensorBoard
         except ImportError:
             raise ValueError("a log for TensorBoard needs its package: pip install smi-fast[tensorboard]") from None
-        return TensorBoard(Path(folder, "log", str(rank) if rank else ""), iterations)
+        return TensorBoard(Path(folder, LOG, str(rank) if rank else ""), iterations)
     raise ValueError(f"the log must be one of {', '.join(KINDS)}, got {kind!r}")
 
 

@@ -27,11 +27,11 @@ def told(log, *lines: tuple[int, int]) -> None:
         log.write(number, iteration, {"loss": number + iteration / 1000, "speed": 7.0})
 
 
-def table(folder, name: str = "log.csv") -> list[dict[str, str]]:
+def table(folder, name: str = "log/log.csv") -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO((folder / name).read_text())))
 
 
-def places(folder, name: str = "log.csv") -> list[tuple[int, int]]:
+def places(folder, name: str = "log/log.csv") -> list[tuple[int, int]]:
     return [(int(row["batch"]), int(row["iteration"])) for row in table(folder, name)]
 
 
@@ -75,7 +75,7 @@ def test_a_line_is_in_the_table_when_write_returns(tmp_path):
         for iteration in (50, 100):
             log.write(3, iteration, {"loss": 1 / iteration, "confidence": float("nan")})
             assert table(tmp_path)[-1]["loss"] == f"{1 / iteration:.6g}"
-    assert (tmp_path / "log.csv").read_text().splitlines()[0] == "batch,iteration,seconds,loss,confidence"
+    assert (tmp_path / "log" / "log.csv").read_text().splitlines()[0] == "batch,iteration,seconds,loss,confidence"
     assert places(tmp_path) == [(3, 50), (3, 100)]
     assert [row["confidence"] for row in table(tmp_path)] == ["nan", "nan"]
 
@@ -84,7 +84,7 @@ def test_a_line_is_in_the_table_when_write_returns(tmp_path):
 def test_a_line_that_a_kill_has_cut_is_removed_and_written_again(tmp_path, lost):
     with open_log("csv", tmp_path, iterations=100) as log:
         told(log, (0, 50))
-    path, whole = tmp_path / "log.csv", (tmp_path / "log.csv").read_bytes()
+    path, whole = tmp_path / "log" / "log.csv", (tmp_path / "log" / "log.csv").read_bytes()
     path.write_bytes(whole[: len(whole) - lost])
     with open_log("csv", tmp_path, iterations=100) as log:
         assert path.read_bytes() in (b"", whole.splitlines(True)[0])
@@ -110,7 +110,7 @@ def test_seconds_go_on_over_processes(tmp_path, monkeypatch):
         with open_log("csv", tmp_path, iterations=100) as log:
             for iteration in (50, 100):
                 now[0] += 30
-                told(log, (len(places(tmp_path)) if (tmp_path / "log.csv").exists() else 0, iteration))
+                told(log, (len(places(tmp_path)) if (tmp_path / "log" / "log.csv").exists() else 0, iteration))
         now[0] = 100.0  # another machine's clock
     assert [row["seconds"] for row in table(tmp_path)] == ["30.0", "60.0", "90.0", "120.0"]
 
@@ -137,10 +137,10 @@ def test_the_first_line_decides_the_columns(tmp_path):
     ],
 )
 def test_another_file_or_a_damaged_one_is_refused_and_left_alone(tmp_path, text):
-    (tmp_path / "log.csv").write_text(text)
+    (tmp_path / "log" / "log.csv").write_text(text)
     with pytest.raises(ValueError, match=r"log\.csv is no log of a run, or damaged: "):
         open_log("csv", tmp_path, iterations=100)
-    assert (tmp_path / "log.csv").read_text() == text
+    assert (tmp_path / "log" / "log.csv").read_text() == text
 
 
 def test_each_process_has_files_of_its_own(tmp_path):
@@ -149,9 +149,9 @@ def test_each_process_has_files_of_its_own(tmp_path):
             with open_log(kind, tmp_path, iterations=100, rank=rank) as log:
                 told(log, (rank, 50))
     assert {path.name: places(tmp_path, path.name) for path in tmp_path.glob("*.csv")} == {
-        "log.csv": [(0, 50)],
-        "log-1.csv": [(1, 50)],
-        "log-12.csv": [(12, 50)],
+        "log/log.csv": [(0, 50)],
+        "log/log-1.csv": [(1, 50)],
+        "log/log-12.csv": [(12, 50)],
     }
     assert {path: steps(tmp_path / path) for path in ("log", "log/1", "log/12")} == {
         "log": [50],
@@ -298,7 +298,7 @@ def test_a_run_that_goes_on_has_the_lines_of_one_that_was_not_interrupted(tmp_pa
     with open_log("csv", tmp_path / "whole", iterations=10) as log:
         logger = Logger(log, ours, every=2)
         ours.run([0, 1], seed, lambda step: [logger(step), states.update({step.iteration: step.state_dict()})])
-    (tmp_path / "parts" / "log.csv").write_text((tmp_path / "whole" / "log.csv").read_text()[:-30])
+    (tmp_path / "parts" / "log" / "log.csv").write_text((tmp_path / "whole" / "log" / "log.csv").read_text()[:-30])
     with open_log("csv", tmp_path / "parts", iterations=10) as log:
         ours.run([0, 1], seed, Logger(log, ours, every=2), state=states[4])
     whole, parts = (
