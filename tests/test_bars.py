@@ -87,7 +87,7 @@ def test_on_a_terminal_it_is_a_bar_in_one_line(monkeypatch):
     text, end, _ = text.replace("\r\n", "\n").split("\n")
     assert end == "end"
     assert text.count("\r") >= 5
-    assert re.search(r"\rjob:  50%\|█+ +\| 2/4 \[", text)
+    assert re.search(r"\rjob:  50%\|█+▌? +\| 2/4 \[", text)
     assert 70 < max(map(len, text.strip().split("\r"))) <= 80
 
 
