@@ -395,7 +395,7 @@ def _files(path: Path) -> tuple[list[Path], int | None]:
     if (path / MANIFEST).exists():
         return sorted((path / IMAGES).glob(f"*{SUFFIX}")), read_manifest(path)["settings"].get("images")
     # the folder of a run may hold other tensors beside its images
-    found = (file for file in path.rglob(f"*{SUFFIX}") if file.parent.suffix != PARTIAL)
+    found = (file for file in path.rglob(f"*{SUFFIX}") if not PARTIAL.fullmatch(file.parent.name))
     return sorted(file for file in found if not (file.parent / MANIFEST).exists()), None
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -15,14 +16,14 @@ from typing import Any
 
 import torch
 
-from smi_fast.data.files import partial_path, partials
+from smi_fast.data.files import PARTIAL, remove_partials
 from smi_fast.data.manifest import IMAGES, MANIFEST, read_manifest, write_manifest
 from smi_fast.data.states import load_state, save_state
 from smi_fast.runs.processes import Processes
 from smi_fast.runs.signals import Signals
 
-LOCK, CHECKPOINTS = ".lock", "checkpoints"
-FOLDERS = (IMAGES, CHECKPOINTS)
+LOCK, CHECKPOINTS, LOG = ".lock", "checkpoints", "log"
+FOLDERS = (IMAGES, CHECKPOINTS, LOG)
 SUFFIX = ".state"  # of a checkpoint, which is a safetensors file but no dataset
 REMEMBERED = ("threads", "command")  # entries of `made_with` in which the first job counts
 EVERY = 5.0  # minutes between two checkpoints
@@ -166,8 +167,9 @@ class Run:
             raise ValueError(
                 f"the folder {self.folder} is not empty and holds no run; --overwrite replaces the results in it"
             )
-        for litter in (path for name in (".", *FOLDERS) for path in partials(self.folder / name)):
-            shutil.rmtree(litter) if litter.is_dir() else litter.unlink()
+        for folder in (self.folder, *(self.folder / name for name in FOLDERS)):
+            if folder.is_dir():
+                remove_partials(folder)
         if not goes_on:
             self._clear()
             write_manifest(self.folder, self.kind, self.settings, self.made_with)
@@ -179,7 +181,7 @@ class Run:
             (self.folder / name).unlink(missing_ok=True)
         for name in FOLDERS:
             if (self.folder / name).exists():
-                trash = partial_path(self.folder)
+                trash = self.folder / f".{uuid.uuid4().hex}.partial"
                 os.replace(self.folder / name, trash)
                 shutil.rmtree(trash)
 
@@ -207,7 +209,7 @@ class Run:
 
 def is_occupied(folder: Path) -> bool:
     """Return whether a folder holds anything but a lock and what killed processes have left."""
-    return bool(set(os.listdir(folder)) - {LOCK} - {path.name for path in partials(folder)})
+    return any(name != LOCK and not PARTIAL.fullmatch(name) for name in os.listdir(folder))
 
 
 def _short(value: Any) -> str:

@@ -4,10 +4,8 @@ import itertools
 import os
 import time
 
-import pytest
-from fault_cases import COMMANDS, Process, Whole, check_same, contents, lost_work
+from fault_cases import Process, check_same, contents, lost_work
 
-commands = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 YEAR = 365 * 24 * 3600
 
 
@@ -28,10 +26,7 @@ class JumpingClock:
         os.replace = replace_at_some_time
 
 
-@commands
-def test_a_run_is_the_same_though_the_wall_clock_jumps(command, tmp_path):
-    folder = tmp_path / "run"
-    whole = Whole.make(command.arguments(folder), folder)
+def test_a_run_is_the_same_though_the_wall_clock_jumps(command, folder, whole, tmp_path):
     first = Process.start(command.arguments(folder), tmp_path / "logs", JumpingClock())
     first.wait_for("iteration", 30)
     first.process.kill()

@@ -8,9 +8,7 @@ import subprocess
 import time
 
 import pytest
-from fault_cases import COMMANDS, FAULTS, Chain, Process, Whole
-
-commands = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+from fault_cases import FAULTS, Chain, Process, Whole
 
 
 @pytest.fixture
@@ -30,7 +28,6 @@ def free(place) -> int:
     return status.f_bavail * status.f_frsize
 
 
-@commands
 def test_a_full_disk_is_one_sentence_and_with_room_again_the_run_goes_on(command, small_disk, tmp_path, seed):
     folder, ballast, draw = small_disk / "run", small_disk / "ballast", random.Random(seed)
     kept = tmp_path / "kept"
@@ -69,11 +66,10 @@ def folders(folder) -> list:
     return [folder, *(path for path in folder.rglob("*") if path.is_dir())]
 
 
-@commands
-def test_a_folder_that_becomes_unwritable_is_one_sentence_and_later_the_run_goes_on(command, tmp_path, seed):
-    folder, draw = tmp_path / "run", random.Random(seed)
-    whole = Whole.make(command.arguments(folder), folder)
-    chain = Chain(command, folder, whole)
+def test_a_folder_that_becomes_unwritable_is_one_sentence_and_later_the_run_goes_on(
+    command, folder, whole, chain, seed
+):
+    draw = random.Random(seed)
     while chain.record.moments < FAULTS:
         process = chain.start(hook=obey_permissions)
         process.wait_for("began")
@@ -93,9 +89,8 @@ def test_a_folder_that_becomes_unwritable_is_one_sentence_and_later_the_run_goes
     print(f"{command.name}: {chain.record}")
 
 
-@commands
-def test_a_folder_that_is_removed_meanwhile_is_one_sentence(command, tmp_path, seed):
-    folder, draw = tmp_path / "run", random.Random(seed)
+def test_a_folder_that_is_removed_meanwhile_is_one_sentence(command, folder, tmp_path, seed):
+    draw = random.Random(seed)
     for moment in range(max(1, FAULTS // 6)):
         process = Process.start(command.arguments(folder), tmp_path / "logs")
         process.wait_for("iteration", draw.randint(1, 100))

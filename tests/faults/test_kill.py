@@ -6,17 +6,11 @@ import signal
 import time
 from dataclasses import replace
 
-import pytest
-from fault_cases import ALWAYS, COMMANDS, FAULTS, Chain, EachChange, Whole, is_one_run, moments
-
-commands = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+from fault_cases import ALWAYS, FAULTS, Chain, EachChange, Whole, is_one_run, moments
 
 
-@commands
-def test_a_run_that_is_killed_at_any_moment_goes_on_with_the_same_bits(command, tmp_path, seed):
-    folder, draw = tmp_path / "run", random.Random(seed)
-    whole = Whole.make(command.arguments(folder), folder)
-    chain = Chain(command, folder, whole)
+def test_a_run_that_is_killed_at_any_moment_goes_on_with_the_same_bits(command, whole, chain, seed):
+    draw = random.Random(seed)
     while chain.record.moments < FAULTS:
         process = chain.start()
         sent = process.send(signal.SIGKILL, draw.uniform(0, whole.seconds))
@@ -29,9 +23,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_with_the_same_bits(command, 
     print(f"{command.name}: {chain.record}; a whole run takes {whole.seconds:.2f} s")
 
 
-@commands
-def test_a_run_that_is_killed_within_any_write_goes_on_with_the_same_bits(command, tmp_path):
-    folder = tmp_path / "run"
+def test_a_run_that_is_killed_within_any_write_goes_on_with_the_same_bits(command, folder):
     short = replace(command, options=f"{command.options} {command.short}")
     whole = Whole.make(short.arguments(folder, every=ALWAYS), folder, EachChange())
     chain = Chain(short, folder, whole, ALWAYS)
@@ -43,9 +35,8 @@ def test_a_run_that_is_killed_within_any_write_goes_on_with_the_same_bits(comman
     print(f"{command.name}: {chain.record} of {whole.changes} changes of the folder")
 
 
-@commands
-def test_overwriting_never_leaves_files_of_two_runs_wherever_it_is_killed(command, tmp_path):
-    folder, template = tmp_path / "run", tmp_path / "old"
+def test_overwriting_never_leaves_files_of_two_runs_wherever_it_is_killed(command, folder, tmp_path):
+    template = tmp_path / "old"
     short = replace(command, options=f"{command.options} {command.short}")
     old = Whole.make(short.arguments(folder, *command.other.split()), folder, moved=template)
     shutil.copytree(template, folder)

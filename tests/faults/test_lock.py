@@ -5,9 +5,7 @@ import signal
 import time
 
 import pytest
-from fault_cases import COMMANDS, Process, Whole, check_same, contents
-
-commands = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+from fault_cases import Process, check_same, contents
 
 
 def everything(folder):
@@ -16,11 +14,8 @@ def everything(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-@commands
 @pytest.mark.parametrize("more", [(), ("--overwrite",)], ids=["the same", "overwrite"])
-def test_a_second_process_in_a_folder_is_refused_and_changes_nothing(command, more, tmp_path):
-    folder = tmp_path / "run"
-    whole = Whole.make(command.arguments(folder), folder)
+def test_a_second_process_in_a_folder_is_refused_and_changes_nothing(command, folder, whole, more, tmp_path):
     first = Process.start(command.arguments(folder), tmp_path / "logs")
     first.wait_for("saved")
     os.kill(first.process.pid, signal.SIGSTOP)
@@ -52,9 +47,7 @@ def with_a_child(folder, note) -> None:
     Run.pause = pause_with_a_child
 
 
-@commands
-def test_the_lock_is_free_at_once_after_a_kill_though_a_child_of_the_process_lives(command, tmp_path):
-    folder = tmp_path / "run"
+def test_the_lock_is_free_at_once_after_a_kill_though_a_child_of_the_process_lives(command, folder, tmp_path):
     first = Process.start(command.arguments(folder), tmp_path / "logs", with_a_child)
     first.wait_for("saved")
     child = next(int(event.split()[1]) for event, *_ in first.events if event.startswith("child"))

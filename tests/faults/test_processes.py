@@ -34,6 +34,8 @@ def wait_for(condition, what: str) -> None:
 def test_a_process_takes_over_what_a_killed_one_had_claimed(tmp_path):
     folder = tmp_path / "run"
     whole = Whole.make(INVERT.arguments(folder), folder)
+    folder = tmp_path / "run"
+    whole = Whole.make(INVERT.arguments(folder), folder)
     store = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "SMI_FAST_RANK_TIMEOUT": "2"}
     ranks = [
         Process.start(INVERT.arguments(folder), tmp_path / "logs", RANK=str(rank), WORLD_SIZE="2", **store)

@@ -4,18 +4,13 @@ import random
 import signal
 import time
 
-import pytest
-from fault_cases import COMMANDS, FAULTS, Chain, Whole
+from fault_cases import FAULTS
 
-commands = pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@commands
-def test_a_signal_at_any_moment_ends_a_run_without_losing_an_iteration(command, tmp_path, seed):
-    folder, draw = tmp_path / "run", random.Random(seed)
-    whole = Whole.make(command.arguments(folder), folder)
-    chain = Chain(command, folder, whole)
+def test_a_signal_at_any_moment_ends_a_run_without_losing_an_iteration(command, folder, whole, chain, seed):
+    draw = random.Random(seed)
     while chain.record.moments < FAULTS:
         process, number = chain.start(), draw.choice(SIGNALS)
         sent = process.send(number, draw.uniform(0, whole.seconds))
@@ -33,11 +28,8 @@ def test_a_signal_at_any_moment_ends_a_run_without_losing_an_iteration(command, 
     print(f"{command.name}: {chain.record}")
 
 
-@commands
-def test_a_second_signal_ends_a_run_at_once_with_every_file_whole(command, tmp_path, seed):
-    folder, draw = tmp_path / "run", random.Random(seed)
-    whole = Whole.make(command.arguments(folder), folder)
-    chain = Chain(command, folder, whole)
+def test_a_second_signal_ends_a_run_at_once_with_every_file_whole(command, folder, whole, chain, seed):
+    draw = random.Random(seed)
     while chain.record.moments < FAULTS:
         process = chain.start()
         sent = process.send(draw.choice(SIGNALS), draw.uniform(0, whole.seconds))
