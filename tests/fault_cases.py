@@ -363,8 +363,8 @@ def iterations_of(attempts: list) -> Counter:
     return Counter(name for attempt in attempts for event, name, _ in attempt.events if event == "iteration")
 
 
-def lost_work(attempt: Process, killed: float, every: float) -> tuple[int, float]:
-    """The iterations that a killed process had done since its last checkpoint, and their seconds."""
+def lost_work(attempt: Process, every: float) -> tuple[int, float]:
+    """The iterations that a process had done since its last checkpoint when it ended, and their seconds."""
     events = attempt.events
     last = max((n for n, (event, *_) in enumerate(events) if event in ("saved", "began", "went on")), default=None)
     since = [] if last is None else [entry for entry in events[last:] if entry[0] == "iteration"]
@@ -373,7 +373,7 @@ def lost_work(attempt: Process, killed: float, every: float) -> tuple[int, float
     # An iteration after which the interval is over saves. The last one may have been about to.
     for _, _, moment in since[:-1]:
         assert moment - events[last][2] < 60 * every, "the command did not save when it was time to"
-    return len(since), killed - events[last][2]
+    return len(since), since[-1][2] - events[last][2]
 
 
 @dataclass
@@ -411,14 +411,14 @@ class Chain:
         self.attempts.append(Process.start(arguments, self.logs, hook))
         return self.attempts[-1]
 
-    def interrupted(self, process: Process, killed: float) -> None:
+    def interrupted(self, process: Process) -> None:
         """Check the folder after an interruption."""
-        self.count(process, killed)
+        self.count(process)
         self.check_folder()
 
-    def count(self, process: Process, killed: float) -> None:
+    def count(self, process: Process) -> None:
         """Count the work that an interruption has lost."""
-        iterations, seconds = lost_work(process, killed, self.every)
+        iterations, seconds = lost_work(process, self.every)
         self._lost += iterations
         self.record.moments += 1
         self.record.iterations.append(iterations)

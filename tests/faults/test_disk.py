@@ -43,7 +43,7 @@ def test_a_full_disk_is_one_sentence_and_with_room_again_the_run_goes_on(command
             continue
         assert "No space left on device" in process.refusal
         assert str(folder) in process.refusal
-        chain.interrupted(process, time.monotonic())
+        chain.interrupted(process)
         ballast.unlink()
         if draw.random() < 0.5:
             chain.finish()
@@ -84,7 +84,7 @@ def test_a_folder_that_becomes_unwritable_is_one_sentence_and_later_the_run_goes
             continue
         assert "Permission denied" in process.refusal
         assert str(folder) in process.refusal
-        chain.interrupted(process, time.monotonic())
+        chain.interrupted(process)
         chain.finish()
     print(f"{command.name}: {chain.record}")
 

@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-import time
 from dataclasses import replace
 
 from fault_cases import ALWAYS, FAULTS, Chain, EachChange, Whole, is_one_run, moments
@@ -14,9 +13,8 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_with_the_same_bits(command, 
     while chain.record.moments < FAULTS:
         process = chain.start()
         sent = process.send(signal.SIGKILL, draw.uniform(0, whole.seconds))
-        killed = time.monotonic()
         if process.wait() == -signal.SIGKILL and sent:
-            chain.interrupted(process, killed)
+            chain.interrupted(process)
         else:
             chain.finished(process)
     chain.finish()
@@ -30,7 +28,7 @@ def test_a_run_that_is_killed_within_any_write_goes_on_with_the_same_bits(comman
     for moment in moments(whole.changes):
         process = chain.start(hook=EachChange(moment))
         assert process.wait() == -signal.SIGKILL, process.text
-        chain.interrupted(process, time.monotonic())
+        chain.interrupted(process)
         chain.finish()
     print(f"{command.name}: {chain.record} of {whole.changes} changes of the folder")
 
@@ -46,7 +44,7 @@ def test_overwriting_never_leaves_files_of_two_runs_wherever_it_is_killed(comman
         chain = Chain(short, folder, whole, ALWAYS)
         process = chain.start("--overwrite", hook=EachChange(moment))
         assert process.wait() == -signal.SIGKILL, process.text
-        chain.count(process, time.monotonic())
+        chain.count(process)
         begun = is_one_run(folder, old, whole)
         chain.finish(*(() if begun else ("--overwrite",)))
     print(f"{command.name}: killed at {len(moments(whole.changes))} of {whole.changes} changes of the folder")

@@ -2,7 +2,6 @@
 
 import random
 import signal
-import time
 
 from fault_cases import FAULTS
 
@@ -22,7 +21,7 @@ def test_a_signal_at_any_moment_ends_a_run_without_losing_an_iteration(command, 
         begun = f"to go on: smi-fast {command.name} --resume {folder}"
         line = begun if (folder / "run.json").exists() else "nothing was written"
         assert process.text.splitlines()[-1] == f"smi-fast: interrupted; {line}"
-        chain.interrupted(process, time.monotonic())
+        chain.interrupted(process)
     chain.finish("--resume", str(folder)) if (folder / "run.json").exists() else chain.finish()
     assert max(chain.record.iterations) == 0
     print(f"{command.name}: {chain.record}")
@@ -34,13 +33,12 @@ def test_a_second_signal_ends_a_run_at_once_with_every_file_whole(command, folde
         process = chain.start()
         sent = process.send(draw.choice(SIGNALS), draw.uniform(0, whole.seconds))
         sent = sent and process.send(draw.choice(SIGNALS), draw.uniform(0, 0.05))
-        killed = time.monotonic()
         code = process.wait()
         if code == 0 or not sent:
-            chain.finished(process) if code == 0 else chain.interrupted(process, killed)
+            chain.finished(process) if code == 0 else chain.interrupted(process)
             continue
         assert code in (130, 143), process.text
         assert "Traceback" not in process.text
-        chain.interrupted(process, killed)
+        chain.interrupted(process)
     chain.finish()
     print(f"{command.name}: {chain.record}")
