@@ -10,6 +10,7 @@ images with that of one that makes many. The exit code is 1 if something grew.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -30,38 +31,42 @@ from smi_fast.runs.inversion import invert
 from smi_fast.runs.machine import processor
 from smi_fast.studies.report import as_text
 
-FEW, BATCH = 20, 10  # images
+FEW, BATCH, SIDE = 20, 10, 64  # images, images at once, and pixels
 ALLOWED = 4.0  # MiB that memory may grow by, because an allocator keeps some of what was freed
 
 
-def small_inverter(iterations: int) -> smi_fast.Inverter:
-    """Return an inverter for 8x8 pixels in 4x4 patches, half of which stop in the middle."""
+def small_inverter(iterations: int, side: int = 8) -> smi_fast.Inverter:
+    """Return an inverter for images of side x side pixels in 4x4 patches, half of which stop in the middle."""
     torch.manual_seed(0)
-    model = cifar10_vit(False, img_size=8, patch_size=2, depth=2, embed_dim=32, num_heads=2, num_classes=5)
-    return smi_fast.Inverter(model, stopping={iterations // 2: 0.5}, iterations=iterations, progress=False)
+    shape = dict(img_size=side, patch_size=side // 4, depth=2, embed_dim=32, num_heads=2, num_classes=5)
+    stopping = {iterations // 2: 0.5}
+    return smi_fast.Inverter(cifar10_vit(False, **shape), stopping=stopping, iterations=iterations, progress=False)
 
 
 def measure() -> dict[str, float]:
-    """Return the resident memory of this process in MiB, and the numbers of its open files and threads."""
+    """Return the resident memory of this process in MiB, without what is free but kept by the allocators of Python and
+    of the C library, and the numbers of its open files and threads."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     lines = Path("/proc/self/status").read_text().splitlines()
     status = dict(line.split(":", 1) for line in lines)
     files = len(os.listdir("/proc/self/fd"))
     return {"MiB": int(status["VmRSS"].split()[0]) / 1024, "files": files, "threads": int(status["Threads"])}
 
 
-def soak(inversions: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Invert so many times, and return what `measure` says after a tenth of them and at the end."""
+def soak(inversions: int) -> dict[int, dict[str, float]]:
+    """Invert so many times, and return what `measure` says after each tenth of them."""
     inverter, targets = small_inverter(8), torch.arange(4)
+    found = {}
     for number in range(1, inversions + 1):
         if number % 10 == 0:
             with tempfile.TemporaryDirectory() as folder:
                 invert(inverter, targets, folder, batch_size=2, seed=number, checkpoint_every=1e-9)
         else:
             inverter.run(targets, seed=number)
-        if number == inversions // 10:
-            early = measure()
-    return early, measure()
+        if number % (inversions // 10) == 0:
+            found[number] = measure()
+    return found
 
 
 def peak_memory(images: int) -> float:
@@ -73,7 +78,7 @@ def peak_memory(images: int) -> float:
 def _make(images: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         targets = torch.arange(images) % 5
-        invert(small_inverter(4), targets, folder, batch_size=BATCH, finish=lambda run: write_report(run.folder))
+        invert(small_inverter(2, SIDE), targets, folder, batch_size=BATCH, finish=lambda run: write_report(run.folder))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -89,19 +94,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=2000, help="images whose peak memory is compared with that of 20")
     args = parser.parse_args(arguments)
     print(f"{processor(torch.device('cpu'))}, {torch.get_num_threads()} threads")
-    (early, late), took = timed(soak, args.inversions)
+    found, took = timed(soak, args.inversions)
     rows = [["", "MiB", "open files", "threads"]]
-    for number, found in ((args.inversions // 10, early), (args.inversions, late)):
-        rows.append([f"after {number} inversions", f"{found['MiB']:.1f}", str(found["files"]), str(found["threads"])])
+    for number, at in found.items():
+        rows.append([f"after {number} inversions", f"{at['MiB']:.1f}", str(at["files"]), str(at["threads"])])
     print(f"{as_text(rows)}\n{took}")
     (few, many), took = timed(lambda: (peak_memory(FEW), peak_memory(args.images)))
-    rows = [["", "peak MiB"], [f"{FEW} images", f"{few:.1f}"], [f"{args.images} images", f"{many:.1f}"]]
+    rows = [["", "peak MiB", "pixels in MiB"]]
+    for number, peak in ((FEW, few), (args.images, many)):
+        rows.append([f"{number} images", f"{peak:.1f}", f"{number * 3 * SIDE**2 * 4 / 2**20:.1f}"])
     print(f"{as_text(rows)}\n{took}")
+    growth = {what: found[max(found)][what] - found[min(found)][what] for what in found[min(found)]}
     grew = {
-        "the memory": late["MiB"] - early["MiB"] > ALLOWED,
+        "the memory": growth["MiB"] > ALLOWED,
         "the peak memory": many - few > ALLOWED,
-        "the number of open files": late["files"] > early["files"],
-        "the number of threads": late["threads"] > early["threads"],
+        "the number of open files": growth["files"] > 0,
+        "the number of threads": growth["threads"] > 0,
     }
     for what in (what for what, has_grown in grew.items() if has_grown):
         print(f"{what} grew", file=sys.stderr)

@@ -290,6 +290,7 @@ class InvertedDataset(torch.utils.data.Dataset):
             with open_shard(file) as (shard, arguments):
                 parts.append(cls(shard, **arguments))
                 parts[0]._check_joins(parts[-1], files[0].relative_to(path))
+                parts[0].metadata = parts[-1].metadata = _common(parts[0].metadata, parts[-1].metadata)
         dataset = parts[0]._join(parts)
         dataset.missing = max(0, (planned or 0) - len(dataset))
         if dataset.missing:
@@ -311,8 +312,6 @@ class InvertedDataset(torch.utils.data.Dataset):
 
     def _join(self, parts: list[InvertedDataset]) -> InvertedDataset:
         """Extend this dataset, the first of the parts, to the images of all parts, and return it."""
-        metadata = [part.metadata.items() for part in parts]
-        self.metadata = {k: v for k, v in self.metadata.items() if all((k, v) in items for items in metadata)}
         self._first_images = cumulative_lengths(torch.tensor([len(part) for part in parts]))[:-1].tolist()
         self._shards = [shard for part in parts for shard in part._shards]
         self.cu_seqlens = cumulative_lengths(torch.cat([part.cu_seqlens.diff() for part in parts]))
@@ -406,6 +405,11 @@ def _grid(image_size: tuple[int, int, int], patch_size: tuple[int, int]) -> Patc
         if not (is_size and all(type(n) is int and n > 0 for n in size)):
             raise ValueError(f"{name} must be {length} positive integers, not {size}")
     return PatchGrid.of(image_size[1:], tuple(patch_size))
+
+
+def _common(metadata: dict, other: dict) -> dict:
+    """Return the entries on which two files agree."""
+    return {key: value for key, value in metadata.items() if (key, value) in other.items()}
 
 
 def _check_positions(positions: Tensor, lengths: Tensor, patches: int) -> None:
