@@ -14,7 +14,6 @@ import ctypes
 import gc
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -43,15 +42,22 @@ def small_inverter(iterations: int, side: int = 8) -> smi_fast.Inverter:
     return smi_fast.Inverter(cifar10_vit(False, **shape), stopping=stopping, iterations=iterations, progress=False)
 
 
+def status() -> dict[str, str]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {name: value.split()[0] for name, _, value in (line.partition(":") for line in lines) if value.strip()}
+
+
+def memory() -> float:
+    """Return this process's memory in MiB, without files that are mapped into it, which the system may drop."""
+    return int(status()["RssAnon"]) / 1024
+
+
 def measure() -> dict[str, float]:
-    """Return the resident memory of this process in MiB, without what is free but kept by the allocators of Python and
-    of the C library, and the numbers of its open files and threads."""
+    """Return the memory of this process in MiB, without what is free but kept by the allocators of Python and of the C
+    library, and the numbers of its open files and threads."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    status = dict(line.split(":", 1) for line in lines)
-    files = len(os.listdir("/proc/self/fd"))
-    return {"MiB": int(status["VmRSS"].split()[0]) / 1024, "files": files, "threads": int(status["Threads"])}
+    return {"MiB": memory(), "files": len(os.listdir("/proc/self/fd")), "threads": int(status()["Threads"])}
 
 
 def soak(inversions: int) -> dict[int, dict[str, float]]:
@@ -76,10 +82,19 @@ def peak_memory(images: int) -> float:
 
 
 def _make(images: int) -> float:
+    found = []
+
+    def note(*_: object) -> None:
+        found.append(memory())
+
     with tempfile.TemporaryDirectory() as folder:
-        targets = torch.arange(images) % 5
-        invert(small_inverter(2, SIDE), targets, folder, batch_size=BATCH, finish=lambda run: write_report(run.folder))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        dataset = invert(
+            small_inverter(2, SIDE), torch.arange(images) % 5, folder, batch_size=BATCH, callback=note,
+            finish=lambda run: write_report(run.folder),
+        )  # fmt: skip
+        assert len(dataset) == images
+        note()
+    return max(found)
 
 
 def timed(work: Callable, *arguments: object) -> tuple[object, str]:
