@@ -37,6 +37,7 @@ class Signals:
     def __init__(self):
         self.asked: int | None = None
         self._before: dict[int, object] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -53,6 +54,8 @@ class Signals:
             raise Stopped(self.asked)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a DataLoader's worker, which its parent ends
         if self.asked is None:
             self.asked, self._when = number, time.monotonic()
             print("stopping after this iteration; once more to stop at once", file=sys.stderr)
