@@ -37,9 +37,9 @@ class Signals:
     def __init__(self):
         self.asked: int | None = None
         self._before: dict[int, object] = {}
-        self._process = os.getpid()
 
     def __enter__(self) -> Signals:
+        self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self

@@ -149,9 +149,9 @@ class Experiment:
         """Return a figure, in JSON's types: from the checkpoint of this name, or made now and saved there."""
         state = self.job.checkpoint(_file_name(name))
         if state is None:
-            self.job.signals.check()
             state = {"value": make()}
             self.job.save(_file_name(name), state)
+            self.job.signals.check()
         return state["value"]
 
     def watched(self, batches: Iterable[Value]) -> Iterator[Value]:
