@@ -3,9 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from argparse import Namespace
 
 import pytest
@@ -90,58 +87,45 @@ def test_calibration_images_are_of_all_classes_in_whatever_order_they_are_stored
 
 @pytest.fixture(scope="module")
 def command(data, tmp_path_factory):
-    """A run of two batches of calibration and three of test images for each model, which was not interrupted."""
-    command = ["quantize", "--images", "40", "--data", str(data), "--batch-size", "8", "--quiet", "--out"]
+    """A command with four calibration images and three batches of test images, and the folder of its whole run."""
+    command = ["quantize", "--images", "4", "--data", str(data), "--batch-size", "8", "--quiet"]
     out = tmp_path_factory.mktemp("quantized") / "whole"
-    assert main([*command, str(out)]) == 0
-    return command[:-1], out
+    assert main([*command, "--out", str(out)]) == 0
+    return command, out
 
 
 def test_a_run_that_stops_after_every_batch_repeats_none_and_ends_with_the_same_bits(command, tmp_path, monkeypatch):
-    """Every process ends at its first pause, of which there are 2 + 3 + 3."""
-    command, whole = command
-    pause, out, codes = Run.pause, tmp_path / "out", []
+    """Every process ends at its first pause, of which there are two in the calibration and three for each model."""
+    monkeypatch.setattr("smi_fast.quantization.calibration.CALIBRATION_BATCH", 2)
+    pause, whole, out, codes = Run.pause, tmp_path / "whole", tmp_path / "out", []
+    assert main([*command[0], "--out", str(whole)]) == 0
 
     def stop(run, name, save):
         run.signals.asked = signal.SIGTERM
         pause(run, name, save)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "pause", stop)
-        while not codes or codes[-1]:
-            codes.append(main([*command, "--out", str(out)]))
-            assert len(codes) < 10
+    monkeypatch.setattr(Run, "pause", stop)
+    while not codes or codes[-1]:
+        codes.append(main([*command[0], "--out", str(out)]))
+        assert len(codes) < 10
     assert codes == [143] * 8 + [0]
     assert_equal(result(out), result(whole))
 
 
-def test_ctrl_c_and_sigterm_end_a_run_that_others_may_not_enter_and_resume_goes_on(command, tmp_path, capsys):
+def test_ctrl_c_and_sigterm_end_a_run_that_others_may_not_enter_and_resume_goes_on(command, stopped, tmp_path):
     command, whole = command
-    out, began = tmp_path / "out", 0
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        how = ["quantize", "--resume", str(out)] if began else [*command, "--out", str(out), "--batch-size", "1"]
-        program = [sys.executable, "-m", "smi_fast", *how, "--checkpoint-every", "0.00001"]
-        with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
-            while newest(out) <= began:
-                assert process.poll() is None
-                time.sleep(0.001)
-            process.send_signal(signal.SIGSTOP)  # so that it is still there when another one comes
-            assert main(["quantize", "--resume", str(out)]) == 2
-            assert "is in use by another process" in capsys.readouterr().err
-            process.send_signal(number)
-            process.send_signal(signal.SIGCONT)
-            error = process.communicate()[1]
-        assert process.returncode == code, error
+    out = tmp_path / "out"
+    resume = ["quantize", "--resume", str(out)]
+    for arguments, number, code in (
+        ([*command, "--out", str(out), "--batch-size", "1"], signal.SIGINT, 130),
+        (resume, signal.SIGTERM, 143),
+    ):
+        found, error = stopped(arguments, out, number)
+        assert found == code, error
         assert error.endswith(f"smi-fast: interrupted; to go on: smi-fast quantize --resume {out}\n")
         assert not (out / "report.json").exists()
-        began = newest(out)
-    assert main(["quantize", "--resume", str(out)]) == 0
+    assert main(resume) == 0
     assert_equal(result(out), result(whole))
-
-
-def newest(out) -> int:
-    """When the last checkpoint of a run was written, in nanoseconds."""
-    return max((file.stat().st_mtime_ns for file in out.glob("checkpoints/*.state")), default=0)
 
 
 def test_a_finished_run_tells_its_results_again_and_measures_nothing(command, tmp_path, capsys, monkeypatch):
@@ -173,7 +157,7 @@ def test_a_damaged_part_is_made_again_with_the_same_bits(command, seed, tmp_path
 def test_a_run_of_other_settings_is_refused_by_their_names_and_stays(command, inverted, tmp_path, capsys):
     command, _ = command
     out, mine = tmp_path / "out", shutil.copytree(inverted, tmp_path / "mine")
-    fixed = [*command, "--out", str(out), "--images", "10", "--calibration", str(mine)]
+    fixed = [*command, "--out", str(out), "--calibration", str(mine)]
     assert main(fixed) == 0
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     capsys.readouterr()

@@ -1,6 +1,5 @@
 """Real images are left with the patches that get the most attention, and pixels survive the way into a dataset."""
 
-import pytest
 import torch
 
 from smi_fast import accelerate
