@@ -15,6 +15,7 @@ from smi_fast.cli.output import add_run, check_out, say
 from smi_fast.cli.report import FILES, write_report
 from smi_fast.models.loading import INSIDE
 from smi_fast.runs.inversion import invert
+from smi_fast.runs.log import KINDS
 from smi_fast.runs.machine import device_name, versions
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,7 +43,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     machine.add_argument("--dtype", choices=DTYPES, help=what)
     what = "kernels in Triton or in plain torch; auto takes Triton on CUDA"
     machine.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help=what)
-    add_run(parser, "smi-fast-output")
+    output = add_run(parser, "smi-fast-output")
+    what = "write loss, confidence, patches and images per second to the folder log"
+    output.add_argument("--log", choices=KINDS, help=what)
+    arguments.add_numbers(output, log_every=(arguments.count, 50, "iterations from one line of the log to the next"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     verifier = verifier_of(args)
     inverter = settings.inverter(model, dtype=dtype, backend=args.backend, verifier=verifier, progress=not args.quiet)
+    count, shape = len(classes) * args.images_per_class, (len(inverter.mean), *inverter.image_size)
+    arguments.check_memory("--images-per-class", count, (2,))  # the targets; images are written batch by batch
+    arguments.check_memory("--batch-size", min(args.batch_size, count), shape)
     targets = torch.tensor(classes).repeat_interleave(args.images_per_class)
     weights = "inside" if args.model in INSIDE else "folder"
     about = {
@@ -70,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     invert(
         inverter, targets, args.out, batch_size=args.batch_size, seed=args.seed, overwrite=args.overwrite,
         checkpoint_every=args.checkpoint_every, about=about, names=names, command=args.command, files=FILES,
+        log=args.log, log_every=args.log_every,
         finish=lambda run: say(write_report(run.folder)),
     )  # fmt: skip
     return 0

@@ -57,8 +57,8 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
     add_quiet(output)
 
 
-def add_run(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --out, --overwrite, --resume, --checkpoint-every and --quiet."""
+def add_run(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
+    """Add --out, --overwrite, --resume, --checkpoint-every and --quiet, and return their group."""
     output = parser.add_argument_group("output")
     what = "folder for the results; the same command goes on with what it finds there"
     add_out(output, default, what)
@@ -68,6 +68,7 @@ def add_run(parser: argparse.ArgumentParser, default: str) -> None:
     what = "minutes between two checkpoints, from which a run goes on after an interruption"
     output.add_argument("--checkpoint-every", type=minutes, default=EVERY, metavar="MINUTES", help=what)
     add_quiet(output)
+    return output
 
 
 def say(text: str) -> None:

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
 from smi_fast.backbones.base import frozen
+from smi_fast.bars import ProgressBar
 from smi_fast.data.labelled import accuracy
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip
 from smi_fast.distillation.losses import transfer_loss
@@ -151,7 +151,7 @@ def distill(
     image_size = (teacher_reader.fast.num_channels, *grid.image_size)
     mirror = RandomHorizontalFlip(image_size, grid.patch_size, p=1) if flip else None
     total = rounds * (steps + (0 if inverter is None else inverter.iterations))
-    bar = tqdm(total=total, disable=not progress, unit="it", dynamic_ncols=True, mininterval=0.5)
+    bar = ProgressBar(total=total, shown=progress)
 
     with frozen(teacher_reader.fast), frozen(student_reader.fast), _own_randomness(seed, student_reader.device), bar:
         # Everything that a round hands on to the next, besides torch's own random state, which decides dropout:
@@ -197,7 +197,7 @@ def distill(
     return DistillationResult(history, batches, interrupted)
 
 
-def _inverted(inverter: Inverter, count: int, seed: int, bar: tqdm, number: int) -> tuple[InvertedDataset, int]:
+def _inverted(inverter: Inverter, count: int, seed: int, bar: ProgressBar, number: int) -> tuple[InvertedDataset, int]:
     """Invert the images of round `number`, counted from 0: `count` images of all classes in turn. Return them and the
     number of iterations that ran."""
     targets = torch.arange(number * count, (number + 1) * count) % inverter.backbone.num_classes
@@ -220,7 +220,7 @@ def _stored(dataset: InvertedDataset, order: Tensor, count: int, number: int) ->
 
 
 def _train(
-    pool: Pool, optimizer: torch.optim.SGD, steps: int, temperature: float, generator: torch.Generator, bar: tqdm
+    pool: Pool, optimizer: torch.optim.SGD, steps: int, temperature: float, generator: torch.Generator, bar: ProgressBar
 ) -> float:
     """Train the student on the pool for a round, and return the mean loss."""
     student, total = pool.student.fast, torch.zeros((), device=pool.student.device)
@@ -246,7 +246,7 @@ def _measure(
         return lambda: float(evaluate(student))
     if not linear_probing:
         return lambda: accuracy(reader.fast, evaluate, progress=False)
-    batches = tqdm(evaluate, "features of the test data", disable=not progress, unit="batch", dynamic_ncols=True)
+    batches = ProgressBar(evaluate, "features of the test data", shown=progress, unit="batch")
     features = [
         (reader.features(lambda images=images: reader.fast(images.to(reader.device))), labels)
         for images, labels in batches

@@ -26,6 +26,7 @@ from smi_fast.inversion.result import InversionResult, Step
 from smi_fast.inversion.schedule import Release
 from smi_fast.inversion.state import Stage
 from smi_fast.inversion.stream import has_independent_images
+from smi_fast.runs.log import Logger, open_log
 from smi_fast.runs.machine import made_with
 from smi_fast.runs.progress import Progress
 from smi_fast.runs.run import EVERY, Run
@@ -100,7 +101,14 @@ class InversionRun:
             raise ValueError(f"{folder / IMAGES / min(foreign)} is no file of this run")
         return numbers
 
-    def make(self, number: int, run: Run, progress: Progress, tell: Callable[[int, Step], None] | None = None) -> None:
+    def make(
+        self,
+        number: int,
+        run: Run,
+        progress: Progress,
+        logger: Logger,
+        tell: Callable[[int, Step], None] | None = None,
+    ) -> None:
         """Invert batch `number`, from its last checkpoint if there is one, and write its shard.
 
         Raises:
@@ -113,6 +121,7 @@ class InversionRun:
         snapshots = Snapshots(targets, inverter.stages, before["snapshots"]) if number == 0 else None
         started = time.perf_counter() - before["seconds"]
         progress.begin(before["iterations"])
+        logger.begin(number, before["iterations"])
 
         def save(step: Step) -> dict[str, Any]:
             return {
@@ -124,7 +133,7 @@ class InversionRun:
             }
 
         def callback(step: Step) -> None:
-            for of_step in (meter, progress, snapshots):
+            for of_step in (meter, progress, logger, snapshots):
                 if of_step is not None:
                     of_step(step)
             if tell is not None:
@@ -243,6 +252,8 @@ def invert(
     names: Sequence[str] | None = None,
     command: Sequence[str] | None = None,
     files: Sequence[str] = (),
+    log: str | None = None,
+    log_every: int = 50,
     callback: Callable[[int, Step], None] | None = None,
     finish: Callable[[Run], None] | None = None,
 ) -> InvertedDataset:
@@ -266,6 +277,8 @@ def invert(
         names: the names of the classes, for reports. None: their numbers.
         command: the arguments of the command that begins the run, for its `--resume`.
         files: the names of files that `finish` writes, which `overwrite` removes first.
+        log: "csv" or "tensorboard", to log loss, confidence, patches and speed into the folder `log`, see `open_log`.
+        log_every: the number of iterations from one line of the log to the next.
         callback: called with the number of the batch and a `Step` after every iteration.
         finish: called with the `Run` in the first process once all batches are finished.
 
@@ -293,9 +306,13 @@ def invert(
         if processes.size > count and processes.is_first:
             warnings.warn(f"{processes.size} processes share {count} batches: some have nothing to do", stacklevel=2)
         finished = work.finished(run.folder)
-        with Progress(run, count, len(finished), work.iterations, inverter.progress) as progress:
+        with (
+            Progress(run, count, len(finished), work.iterations, inverter.progress) as progress,
+            open_log(log, run.folder, iterations=work.iterations, rank=processes.rank) as lines,
+        ):
+            logger = Logger(lines, inverter, every=log_every)
             for number in processes.parts(count, lambda n: shard(run.folder, n).exists(), progress.wait):
-                work.make(number, run, progress, callback)
+                work.make(number, run, progress, logger, callback)
         if finish is not None and processes.is_first:
             finish(run)
     return InvertedDataset.load(folder)

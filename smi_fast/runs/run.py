@@ -22,8 +22,8 @@ from smi_fast.data.states import load_state, save_state
 from smi_fast.runs.processes import Processes
 from smi_fast.runs.signals import Signals
 
-LOCK, CHECKPOINTS = ".lock", "checkpoints"
-FOLDERS = (IMAGES, CHECKPOINTS)
+LOCK, CHECKPOINTS, LOG = ".lock", "checkpoints", "log"
+FOLDERS = (IMAGES, CHECKPOINTS, LOG)
 SUFFIX = ".state"  # of a checkpoint, which is a safetensors file but no dataset
 REMEMBERED = ("threads", "command")  # entries of `made_with` in which the first job counts
 EVERY = 5.0  # minutes between two checkpoints

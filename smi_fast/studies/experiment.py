@@ -6,7 +6,6 @@ import json
 import re
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from smi_fast.backbones.vit import accelerate
-from smi_fast.data.files import atomic_write, read_json
+from smi_fast.data.files import read_sealed, sealed, write_json
 from smi_fast.data.labelled import load_data
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.states import weights_checksum
@@ -172,10 +171,8 @@ class Experiment:
                 seconds = time.perf_counter() - started
                 self.job.save(name, {"seconds": seconds})
             section.seconds = seconds
-            record = asdict(section)
             self._file(name).parent.mkdir(exist_ok=True)
-            with atomic_write(self._file(name)) as partial:
-                partial.write_text(json.dumps(record | {"checksum": _checksum(record)}, indent=1) + "\n")
+            write_json(self._file(name), sealed(asdict(section)))
             self.job.discard(name)
         return section
 
@@ -183,16 +180,11 @@ class Experiment:
         """Return the section of this name, or None if it is not finished. A damaged one is a warning, and counts as not
         finished."""
         file = self._file(name)
-        if not file.is_file():
-            return None
         try:
-            record = read_json(file)
-            if record.pop("checksum", None) != _checksum(record):
-                raise ValueError(f"{file} is damaged: it does not have the checksum that it was saved with")
+            return Section(**read_sealed(file)) if file.is_file() else None
         except ValueError as error:
             warnings.warn(f"{error}; the section is made again", stacklevel=2)
             return None
-        return Section(**record)
 
     def _file(self, name: str) -> Path:
         return self.out / SECTIONS / f"{name}.json"
@@ -324,7 +316,3 @@ def _batch_name(variant: Variant, number: int, count: int) -> str:
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text)
-
-
-def _checksum(record: dict) -> int:
-    return zlib.crc32(json.dumps(record, sort_keys=True).encode())

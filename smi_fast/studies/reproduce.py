@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
-from tqdm import tqdm
 
+from smi_fast.bars import ProgressBar
 from smi_fast.inversion.presets import DEMO, PAPER
 from smi_fast.runs.machine import device_name, versions
 from smi_fast.runs.run import EVERY
@@ -100,7 +100,7 @@ def reproduce(
         names = [name for name in names if name not in NEED_STUDENT]
     run = Experiment(model, student, data, root, Path(out), settings, progress)
     with run.begin(command, files=FILES, overwrite=overwrite, checkpoint_every=checkpoint_every):
-        for name in tqdm(names, "reproducing", disable=not progress, unit="section", dynamic_ncols=True):
+        for name in ProgressBar(names, "reproducing", shown=progress, unit="section"):
             run.section(name, SECTIONS[name])
             write(run, student_note)
         return write(run, student_note)

@@ -108,7 +108,7 @@ def test_ctrl_c_says_what_is_kept(data, inverted, tmp_path, capsys, monkeypatch)
 
 def test_a_damaged_dataset_is_found_before_anything_is_written(student, data, inverted, refused, tmp_path):
     damaged = tmp_path / "damaged.safetensors"
-    content = bytearray((inverted / "inverted.safetensors").read_bytes())
+    content = bytearray((inverted / "images" / "00000.safetensors").read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
     refused(["distill", "--dataset", str(damaged), "--data", str(data), *student[1]], "damaged.safetensors")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from smi_fast import InvertedDataset
+from smi_fast.data.files import read_sealed
 from smi_fast.quantization import quantize
 from smi_fast.runs.run import Run
 from smi_fast.runs.signals import Stopped
@@ -31,9 +32,7 @@ def out(models, data, tiny, tmp_path_factory):
 
 
 def result(out, name: str) -> Section:
-    record = json.loads((out / "sections" / f"{name}.json").read_text())
-    del record["checksum"]
-    return Section(**record)
+    return Section(**read_sealed(out / "sections" / f"{name}.json"))
 
 
 def read_test_images(data, model) -> tuple[torch.Tensor, torch.Tensor]:
