@@ -1,7 +1,9 @@
 """The transfer of knowledge from a teacher to a student, on inverted images."""
 
+from smi_fast.distillation.checks import settings_of
 from smi_fast.distillation.losses import transfer_loss
 from smi_fast.distillation.pool import Reader
-from smi_fast.distillation.rounds import DistillationResult, Round, distill
+from smi_fast.distillation.rounds import DistillationResult, distill
+from smi_fast.distillation.training import Round
 
-__all__ = ["DistillationResult", "Reader", "Round", "distill", "transfer_loss"]
+__all__ = ["DistillationResult", "Reader", "Round", "distill", "settings_of", "transfer_loss"]
