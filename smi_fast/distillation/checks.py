@@ -31,11 +31,12 @@ def settings_of(
     Raises:
         ValueError: a file of the dataset is damaged.
     """
+    inversion = {} if inverter is None else settings_record(inverter) | {"backend": inverter.backbone.backend}
     return {
         "teacher": weights_checksum(teacher),
         "student": weights_checksum(student),
-        "inversion": None if inverter is None else settings_record(inverter) | {"backend": inverter.backbone.backend},
         "dataset": None if dataset is None else _dataset_checksum(dataset),
+        **{f"inversion_{name}": value for name, value in inversion.items()},
         **options,
     }
 

@@ -105,8 +105,8 @@ class InvertedImages:
             self._write(numbers, bar)
             parts = [InvertedDataset.load(self._file(batch)) for batch in numbers]
         bar.update(begun + self.iterations - bar.n)  # also those that were not needed
-        cost = (sum(part.metadata[name] for part in parts) for name in ("iterations", "seconds"))
-        return Fresh(parts[0].join(parts), *cost)
+        iterations, seconds = (sum(part.metadata[name] for part in parts) for name in ("iterations", "seconds"))
+        return Fresh(parts[0].join(parts), iterations, seconds)
 
     def _write(self, numbers: range, bar: tqdm) -> None:
         """Invert those batches that no process has inverted yet, and wait for those that other processes invert."""

@@ -149,9 +149,10 @@ class Training:
         Raises:
             ValueError: the state is of a run with other settings. The message names them.
         """
-        for name, value in self.settings.items():
-            if state["settings"].get(name) != value:
-                raise ValueError(f"the run was begun with {name} {state['settings'].get(name)}, not {value}")
+        ours, theirs = self.settings, state["settings"]
+        for name in (*ours, *theirs):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(f"the run was begun with {name} {theirs.get(name)}, not {ours.get(name)}")
         self.trainable.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._begun, self.step, self._seconds = state["generator"], state["step"], state["seconds"]
