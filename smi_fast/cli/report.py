@@ -129,7 +129,7 @@ def summary(report: dict[str, Any]) -> str:
     text = (
         f"From its kept patches alone, the model classifies {right} of {count} images as their target, with a "
         f"confidence of {report['mean_confidence']:.3f} on average and at least {least:.3f}. "
-        f"The inversion took {report['seconds']:.1f} s, which is {report['images_per_hour']:.0f} images per hour."
+        f"The batches took {report['seconds']:.1f} s in all, which is {report['images_per_hour']:.0f} images per hour."
     )
     if report["verified_at_end"] is not None:
         text += f" The verifier classifies {report['verified_at_end']:.1%} as their target."

@@ -283,10 +283,8 @@ class InvertedDataset(torch.utils.data.Dataset):
         path = Path(path)
         files, planned = _files(path)
         if not files:
-            none = (
-                f"the folder holds no {SUFFIX} file" if planned is None else f"none of {planned} images is finished yet"
-            )
-            raise FileNotFoundError(f"{path}: {none}")
+            none = f"no {SUFFIX} file" if planned is None else f"none of the {planned} images of its run yet"
+            raise FileNotFoundError(f"{path}: the folder holds {none}")
         parts = []
         for file in files:
             with open_shard(file) as (shard, arguments):

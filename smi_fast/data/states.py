@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from smi_fast.data.files import atomic_write, checksum
 from smi_fast.data.tensors import open_tensors
 
-HEADER_KEY, CHECKSUM_KEY = "smi_fast_state", "checksum"
+HEADER_KEY = "smi_fast_state"
 KIND = "saved state"
 TENSOR, PAIRS = "tensor", "dict"  # the keys that stand for a tensor, and for a dict whose keys are not all texts
 
@@ -24,9 +24,9 @@ TENSOR, PAIRS = "tensor", "dict"  # the keys that stand for a tensor, and for a 
 def save_state(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
     """Write a state to a safetensors file: complete, or not at all.
 
-    The entry "smi_fast_state" of the file's header is the state as JSON, in which {"tensor": NAME} stands for a tensor
-    of the file. The entry "checksum" is the CRC-32 of that text followed by the bytes of the tensors in their order.
-    Nothing is pickled.
+    The entry "smi_fast_state" of the file's header is a checksum and the state as JSON, in which {"tensor": NAME} stands
+    for a tensor of the file. The checksum is the CRC-32 of the JSON followed by the dtypes, shapes and bytes of the
+    tensors in their order. Nothing is pickled.
 
     Args:
         path: the file.
@@ -40,7 +40,7 @@ def save_state(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
     tensors: list[Tensor] = []
     text = json.dumps(_packed(state, tensors))
     named = {str(number): tensor for number, tensor in enumerate(tensors)}
-    header = {HEADER_KEY: text, CHECKSUM_KEY: str(_checksum(text, tensors))}
+    header = {HEADER_KEY: f"{_checksum(text, tensors):08x} {text}"}  # one entry, because their order is not fixed
     with atomic_write(path) as partial:
         save_file(named, partial, header)
 
@@ -52,9 +52,10 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or holds something else. The message names it.
     """
-    with open_tensors(Path(path), HEADER_KEY, KIND) as (file, text):
+    with open_tensors(Path(path), HEADER_KEY, KIND) as (file, header):
+        expected, _, text = header.partition(" ")
         tensors = [file.get_tensor(str(number)).clone() for number in range(len(file.keys()))]
-        if file.metadata().get(CHECKSUM_KEY) != str(_checksum(text, tensors)):
+        if expected != f"{_checksum(text, tensors):08x}":
             raise ValueError("does not have the checksum that it was saved with, it is damaged")
         return _unpacked(json.loads(text), tensors)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,6 +188,39 @@ def _check_soft_labels(labels: Tensor, num_classes: int) -> Tensor:
                 f"soft label {number} is no distribution: its least element is {row.min().item():g}, its sum {total:g}"
             )
     return labels
+
+
+def check_state(state: Mapping[str, Any], kind: str, version: int) -> None:
+    """Check that this is a saved state of a kind and a version.
+
+    Raises:
+        TypeError, ValueError: it is not. The message says what it is.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be what Step.state_dict() returned, got a {type(state).__name__}")
+    if state.get("version") != version:
+        raise ValueError(f"the state is of version {state.get('version')}, this code reads version {version}")
+    if state.get("kind") != kind:
+        raise ValueError(f"the state is of a {state.get('kind')}, which Inverter.{kind} cannot go on from")
+
+
+def check_same_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the first setting of ours that is another one in a saved state."""
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise ValueError(f"the state is of an inversion whose {name} is {theirs.get(name)}, not {value}")
+
+
+def check_same_targets(ours: Tensor, theirs: Tensor) -> None:
+    """Raise ValueError, naming the first difference, if the targets of a saved state are not ours."""
+    if ours.shape != theirs.shape:
+        shapes = tuple(theirs.shape), tuple(ours.shape)
+        raise ValueError("the state is of an inversion whose targets have shape {}, not {}".format(*shapes))
+    wrong = (ours != theirs).view(len(ours), -1).any(1).nonzero()
+    if len(wrong):
+        number = int(wrong[0])
+        values = theirs[number].tolist(), ours[number].tolist()
+        raise ValueError("the state is of an inversion whose target {} is {}, not {}".format(number, *values))
 
 
 def check_weights(models: Sequence[Backbone]) -> None:

@@ -254,47 +254,45 @@ class Inverter:
             The result. After Ctrl-C it is that of the iterations so far.
 
         Raises:
-            ValueError: a target is not a class of the model, soft labels are no distribution, a weight is not finite,
-                or the state is of another run.
+            TypeError, ValueError: a target is not a class of the model, soft labels are no distribution, a weight is
+                not finite, or the state is none, or one of a stream, of other targets, another seed or other settings.
             NonFiniteError: the attention is NaN or infinite at a stopping. The error holds the result so far.
         """
         targets, seed = check_targets(targets, self.backbone.num_classes), check_seed(seed)
         check_weights(self.models)
-        loop, verifier, step, interrupted = Loop(self), self._verifier(), None, False
+        loop, interrupted = Loop(self), False
         shape = len(targets), self.backbone.num_channels, *self.image_size
         with loop.running():
             current = loop.begin(targets, seed, check_start(start, shape))
-            if state is not None:
-                current.load_state_dict(state)
+            _go_on(current, state)
+            verifier = self._verifier(current)
             with Bar.of(self.iterations, current.iteration, self.progress) as bar:
                 try:
                     stages = [] if self._ended(current) else self.stages
                     for step in loop.iterations(current, stages, watch=callback is not None):
-                        self._check(loop, current)  # before the callback, which may save the state
+                        if self.until is not None and loop.is_due(current):
+                            current.confident = loop.check(current)  # before the callback, which may save the state
                         for tell in (verifier, callback):
                             if tell is not None:
                                 tell(step)
                         bar.advance(step.stage, step.loss)
                         if self._ended(current):
-                            if verifier is not None:
-                                verifier.finish(step)
                             break
                 except KeyboardInterrupt:
                     interrupted = True
             if self.published and self.stopping.stops and current.iteration == self.iterations:
                 loop.choose_anew(current)
-                if verifier is not None and step is not None:
-                    verifier.finish(step)
-            return finished(current, interrupted, verifier.records if verifier else ())
+            if verifier is not None and current.iteration:
+                verifier.record(current.iteration, current.results(), current.targets)
+            return finished(current, interrupted)
 
-    def _verifier(self) -> Verifier | None:
-        return None if self.verifier is None else Verifier(self.verifier, self.verify_every)
-
-    def _check(self, loop: Loop, current: InversionState) -> None:
-        """Count for each image the checks that it has passed, if a check is due after the last stopping."""
-        settled = current.iteration - self.stages[-1].start
-        if self.until is not None and settled > 0 and settled % self.until.every == 0:
-            current.confident = loop.check(current)
+    def _verifier(self, current: InversionState) -> Verifier | None:
+        """Return the verifier, which adds to the records of the state."""
+        if self.verifier is None:
+            return None
+        verifier = Verifier(self.verifier, self.verify_every)
+        verifier.records = current.verified
+        return verifier
 
     def _ended(self, current: InversionState) -> bool:
         """Return whether the model is sure of all images."""
@@ -306,6 +304,7 @@ class Inverter:
         batch_size: int,
         seed: int = 0,
         callback: Callable[[Step], None] | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> InversionResult:
         """Invert one image for each target, `batch_size` at a time. An image of which the model is sure leaves, and the
         next one takes its place, so that no time is spent on finished images.
@@ -319,6 +318,8 @@ class Inverter:
             targets: (N,) class indices, or (N, classes) soft labels.
             batch_size: the number of images that are inverted at the same time.
             seed, callback: see `run`. The callback sees the iterations of all images, in the order in which they run.
+            state: what `Step.state_dict()` returned in a stream with the same arguments. This stream goes on from
+                there, in this process or another, and gives the same bits as a stream that was not interrupted.
 
         Returns:
             The result, in the order of the targets. Its losses are those of the iterations after the last stopping,
@@ -326,22 +327,36 @@ class Inverter:
             the images that are finished or in the batch.
 
         Raises:
-            ValueError: the inverter has no `until`, the images of a batch depend on each other (which they do not with
-                `deep_inversion(norm="image")`), the schedule lets images keep different numbers of patches, or see
-                `run`.
+            TypeError, ValueError: the inverter has no `until`, the images of a batch depend on each other (which they
+                do not with `deep_inversion(norm="image")`), the schedule lets images keep different numbers of patches,
+                the state is of a run or of another `batch_size`, or see `run`.
             NonFiniteError: see `run`. Its result is the one that Ctrl-C would give.
         """
         targets, seed = check_targets(targets, self.backbone.num_classes), check_seed(seed)
         check_weights(self.models)
         check_streams(self, batch_size)
         loop, interrupted = Loop(self), False
-        with loop.running(), Bar.of(len(targets), 0, self.progress, "image") as bar:
-            slots = Slots(loop, targets, batch_size, seed, callback)
-            try:
-                slots.run(bar)
-            except KeyboardInterrupt:
-                interrupted = True
-            except NonFiniteError as error:
-                error.result = slots.result(interrupted)
-                raise
+        with loop.running():
+            slots = Slots(loop, targets, batch_size, seed, watch=callback is not None)
+            _go_on(slots, state)
+            with Bar.of(len(targets), len(slots.results), self.progress, "image") as bar:
+                try:
+                    for step in slots.iterations():
+                        if callback is not None:
+                            callback(step)
+                        bar.update(len(slots.results) - bar.n)
+                except KeyboardInterrupt:
+                    interrupted = True
+                except NonFiniteError as error:
+                    error.result = slots.result(interrupted)
+                    raise
             return slots.result(interrupted)
+
+
+def _go_on(begun: InversionState | Slots, state: Mapping[str, Any] | None) -> None:
+    """Go on from a saved state, if there is one."""
+    try:
+        if state is not None:
+            begun.load_state_dict(state)
+    except KeyError as error:
+        raise ValueError(f"the state holds no {error}") from None

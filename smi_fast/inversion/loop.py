@@ -115,18 +115,19 @@ class Loop:
                 else:
                     replayed(current.current)
                 current.advance()
-                yield Step(iteration, stage, current.losses[iteration], current, self.started)
+                loss = current.losses[iteration]
+                yield Step(iteration, stage, loss, current, self.started, current.state_dict)
 
     def enter(self, current: InversionState, stage: Stage) -> Stage:
         """Begin a stage, or go on with the one that a saved run has begun. Return it with its number of patches."""
-        begins = current.iteration == stage.start
+        begins = not current.history or current.history[-1].start != stage.start
         if begins and stage.start in self.settings.pooling and stage.start:
             current.restart()
         if begins and stage.start in self.settings.stopping.stops:
             self._stop(current, self.settings.stopping.stops[stage.start])
         current.pooling, current.lr = stage.pooling, self._rates(stage)
         stage = self.settings.stage(stage.start, stage.end, current.patches)
-        if not current.history or current.history[-1].start != stage.start:
+        if begins:
             current.history.append(stage)
         free_memory(self.device)  # cached blocks of other shapes do not fit this stage
         return stage
@@ -201,6 +202,11 @@ class Loop:
         outputs = self._outputs(tokens, grid_size=grid.size, **asked)
         return replace(outputs, patches=tokens, grid=grid, mean=self.settings.mean, std=self.settings.std)
 
+    def is_due(self, current: InversionState) -> bool:
+        """Return whether the images are to be checked now, as they are every so often after the last stopping."""
+        settled = current.iteration - self.settings.stages[-1].start
+        return settled > 0 and settled % self.settings.until.every == 0
+
     @torch.no_grad()
     def check(self, current: InversionState) -> list[int]:
         """Classify the kept patches in the plain view, and return how many checks in a row each image has passed."""
@@ -269,6 +275,7 @@ def settings_record(inverter: Any) -> dict[str, Any]:
         "std": list(inverter.std),
         "dtype": str(inverter.backbone.compute_dtype),
         **{name: _name_of(getattr(inverter, name)) for name in named},
+        "verify_every": None if inverter.verifier is None else inverter.verify_every,
     }
 
 

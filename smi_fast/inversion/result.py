@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ class Step:
     loss: Tensor  # scalar, on the device
     _state: InversionState = field(repr=False)
     _started: float = field(repr=False)
+    _save: Callable[[], dict[str, Any]] = field(repr=False)
 
     @property
     def tokens(self) -> float:
@@ -47,14 +48,25 @@ class Step:
         """The targets of the B images that are inverted, on the device."""
         return self._state.targets
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of everything that the run needs to go on from here, in this process or another. `torch.save`
-        can save it, and `Inverter.run` takes it as `state`.
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the B images that are inverted: the places of their targets among those of the run. In a
+        stream they are those of the images in this batch."""
+        return list(self._state.numbers)
 
-        Raises:
-            ValueError: this is a step of `Inverter.stream`, which cannot go on from a state.
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last of the iterations of a run. A run with `until` may end before."""
+        return self.iteration + 1 == len(self._state.losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of everything that the run or the stream needs to go on from here, in this process or another,
+        to be called while the callback has this step. `Inverter.run` or `Inverter.stream` takes it as `state`.
+
+        It is a dict of tensors, numbers, texts, None, lists and dicts, which `torch.save` can save and
+        `torch.load(..., weights_only=True)` can read. The state of a stream holds the finished images too.
         """
-        return self._state.state_dict()
+        return self._save()
 
     def seconds(self) -> float:
         """Return the seconds since the run began. The host waits for the device."""
@@ -80,7 +92,7 @@ class InversionResult:
         interrupted: whether Ctrl-C ended the run early.
         iterations: (N,) int64, the number of iterations that each image was inverted for.
         verified: the iterations at which the verifier, if there is one, classified the images, and the share of images
-            that it classified as their target.
+            that it classified as their target. The last record is that of these images, also after Ctrl-C.
     """
 
     images: Tensor
@@ -111,7 +123,7 @@ class NonFiniteError(RuntimeError):
         self.iteration, self.result = iteration, result
 
 
-def result_of(state: InversionState, interrupted: bool = False, verified: Sequence = ()) -> InversionResult:
+def result_of(state: InversionState, interrupted: bool = False) -> InversionResult:
     """Return the result of the iterations that a state has done."""
     done, keep = state.iteration, state.kept()
     copies = 1 + len(state.released)
@@ -124,13 +136,13 @@ def result_of(state: InversionState, interrupted: bool = False, verified: Sequen
         patch_size=state.grid.patch_size,
         interrupted=interrupted,
         iterations=torch.full((copies * state.batch_size,), done),
-        verified=list(verified),
+        verified=list(state.verified),
     )
 
 
-def finished(state: InversionState, interrupted: bool, verified: Sequence) -> InversionResult:
+def finished(state: InversionState, interrupted: bool = False) -> InversionResult:
     """Return the result of a state, and warn if some of it is not finite."""
-    result, lost = result_of(state, interrupted, verified), int(state.images().isfinite().logical_not().sum())
+    result, lost = result_of(state, interrupted), int(state.images().isfinite().logical_not().sum())
     if not result.losses.isfinite().all():
         warnings.warn(f"the loss is {first_non_finite(result.losses)} on", stacklevel=3)
     elif lost:

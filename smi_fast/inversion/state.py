@@ -14,12 +14,13 @@ from torch import Tensor
 from smi_fast import kernels
 from smi_fast.backbones.pruning import Mass, keep_highest
 from smi_fast.grid import PatchGrid
+from smi_fast.inversion.checks import check_same_settings, check_same_targets, check_state
 from smi_fast.inversion.scaling import LossScale
 from smi_fast.inversion.schedule import Release
 from smi_fast.kernels.rows import cumulative_lengths
 from smi_fast.packed import PackedTokens, all_patches
 
-VERSION = 2  # the version of the dict that `state_dict` returns
+VERSION = 3  # the version of the dicts that `state_dict` returns, here and in `Slots`
 PARTS = ("positions", "cu_seqlens")  # the tensors of patches without values
 
 
@@ -72,6 +73,7 @@ class InversionState:
         losses: (iterations,) float32 on the device.
         one: () float32, the number 1 on the device.
         history: the stages that have begun.
+        verified: the records of the verifier, (iteration, accuracy).
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class InversionState:
         self.clocks: Tensor | None = None
         self.one = torch.ones((), device=device)
         self.history: list[Stage] = []
+        self.verified: list[tuple[int, float]] = []
         self.loss_scale = LossScale(device) if scales_loss else None
         self.all_move = all_move
         self._move(all_patches(batch_size, grid.num_patches, device))
@@ -291,15 +294,15 @@ class InversionState:
         """View (B * K, ...) as (B, K, ...)."""
         return packed.view(self.batch_size, len(packed) // max(self.batch_size, 1), *packed.shape[1:])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of everything that a run needs to go on: tensors on their device, numbers, lists and dicts, so
-        that `torch.load(..., weights_only=True)` can read it. Pass it to `Inverter.run`.
+    @property
+    def kind(self) -> str:
+        """Whose state this is: that of a run, or of the images in the slots of a stream."""
+        return "run" if self.clocks is None else "slots"
 
-        Raises:
-            ValueError: the images have views of their own, as those of a stream have, which `run` would not continue.
-        """
-        if self.clocks is not None:
-            raise ValueError("the state of a stream cannot be saved: only a run can go on from a state")
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of everything that an inversion needs to go on: tensors on their device, numbers, texts, None,
+        lists and dicts, so that `torch.load(..., weights_only=True)` can read it. The views are drawn again from the
+        seed and are not part of it."""
         tensors = {
             "targets": self.targets,
             "images": self.images(),
@@ -314,13 +317,17 @@ class InversionState:
         }
         return {
             "version": VERSION,
+            "kind": self.kind,
             "settings": dict(self.settings),
             "seed": self.seed,
             "iteration": self.iteration,
             "max_seqlen": self.keep.max_seqlen,
             "released": [keep.max_seqlen for keep in self.released],
+            "numbers": list(self.numbers),
+            "ages": list(self.ages),
             "confident": list(self.confident),
             "history": [list(astuple(stage)) for stage in self.history],
+            "verified": [list(record) for record in self.verified],
             "importance": None if self.importance is None else self.importance.clone(),
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state_dict(),
             **{name: tensor.detach().clone() for name, tensor in tensors.items()},
@@ -330,32 +337,30 @@ class InversionState:
         """Go on from what `state_dict` returned, on the device of this state.
 
         Raises:
-            ValueError: the state is of another version, or of a run with other targets, another seed or other settings.
-                The message names the difference, and this state is unchanged.
+            TypeError, ValueError: this is no state, a state of another kind or version, or one of other targets,
+                another seed or other settings. The message names the difference, and this state is unchanged.
         """
-        if state.get("version") != VERSION:
-            raise ValueError(f"the state is of version {state.get('version')}, this code reads version {VERSION}")
+        check_state(state, self.kind, VERSION)
         device = self.targets.device
-        tensors = {name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)}
-        ours = self.settings | {"seed": self.seed, "targets": self.targets.tolist()}
-        theirs = state["settings"] | {"seed": state["seed"], "targets": tensors["targets"].tolist()}
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ValueError(f"the state is of a run whose {name} is {theirs.get(name)}, not {value}")
+        tensors = {name: value.to(device, copy=True) for name, value in state.items() if isinstance(value, Tensor)}
+        check_same_settings(self.settings | {"seed": self.seed}, state["settings"] | {"seed": state["seed"]})
+        check_same_targets(self.targets, tensors["targets"])
         self.iteration = state["iteration"]
-        self.pair, self.current = (tensors["images"].clone(), tensors["images"].clone()), 0
-        self.begun, self.steps = tensors["begun"].clone(), tensors["steps"].clone()
-        self.exp_avg, self.exp_avg_sq = tensors["exp_avg"].clone(), tensors["exp_avg_sq"].clone()
+        self.pair, self.current = (tensors["images"], tensors["images"].clone()), 0
+        for name in ("begun", "steps", "exp_avg", "exp_avg_sq"):
+            setattr(self, name, tensors[name])
         self.importance = tensors.get("importance")
         self.losses[: self.iteration] = tensors["losses"]
         self.clock.fill_(self.iteration)
-        self.ages = [self.iteration] * self.batch_size
-        self.confident = list(state["confident"])
+        self.ages, self.confident = list(state["ages"]), list(state["confident"])
+        if self.clocks is not None:
+            self.clocks = torch.tensor(self.ages, device=device)
         self.released = [
             PackedTokens(None, *(tensors[f"released_{n}_{name}"] for name in PARTS), longest)
             for n, longest in enumerate(state["released"])
         ]
         self.history = [Stage(*stage) for stage in state["history"]]
+        self.verified = [tuple(record) for record in state["verified"]]
         if self.loss_scale is not None:
             self.loss_scale.load_state_dict(state["loss_scale"])
         self._keep_only(PackedTokens(None, tensors["positions"], tensors["cu_seqlens"], state["max_seqlen"]))

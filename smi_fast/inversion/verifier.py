@@ -46,21 +46,17 @@ class Verifier:
     def __call__(self, step: Any) -> None:
         """Record the accuracy after this `Step`, if it is due."""
         done = step.iteration + 1
-        if done % self.every == 0 or done == len(step._state.losses):
-            self.record(step)
+        if done % self.every == 0 or step.is_last:
+            self.record(done, step.images(), step.targets)
 
-    def record(self, step: Any) -> None:
-        """Record the accuracy after this `Step`."""
-        images, targets = step.images(), step.targets
+    def record(self, done: int, images: Tensor, targets: Tensor) -> None:
+        """Record the accuracy on these images after so many iterations, in place of a record of the same iteration.
+        There may be several images of each target, as a `Step` and an `InversionResult` return them."""
+        if self.records and self.records[-1][0] == done:
+            self.records.pop()
         if len(images) > len(targets):  # images that were released earlier, in the order of the targets
             targets = targets.repeat(len(images) // len(targets), *[1] * (targets.ndim - 1))
-        self.records.append((step.iteration + 1, self.accuracy(images, targets)))
-
-    def finish(self, step: Any) -> None:
-        """Record the accuracy of the images that a run ends with after this `Step`, in place of a record of it."""
-        if self.records and self.records[-1][0] == step.iteration + 1:
-            self.records.pop()
-        self.record(step)
+        self.records.append((done, self.accuracy(images, targets)))
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, targets: Tensor) -> float:

@@ -202,7 +202,7 @@ class Snapshots:
             self.moments, self.images, self.titles = set(state["moments"]), state["images"], state["titles"]
 
     def __call__(self, step: Step) -> None:
-        done, numbers = step.iteration + 1, step._state.numbers
+        done, numbers = step.iteration + 1, step.numbers
         if done in self.moments and set(self.numbers) <= set(numbers):  # images of a stream leave one by one
             self.moments.remove(done)
             going_on = step.images()[-len(numbers) :]  # without those that were released before

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -56,7 +58,7 @@ class Processes:
         if "RANK" not in os.environ:
             return cls()
         rank, size, port = (_integer(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-        host, timeout = os.environ.get("MASTER_ADDR"), float(os.environ.get(TIMEOUT, 60))
+        host, timeout = os.environ.get("MASTER_ADDR"), _seconds(os.environ.get(TIMEOUT, "60"))
         if host is None:
             raise ValueError("RANK is set, and so MASTER_ADDR has to be")
         holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -168,3 +170,10 @@ def _integer(name: str) -> int:
     if text is None or not text.isdecimal():
         raise ValueError(f"RANK is set, and so {name} has to be a number, not {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise ValueError(f"{TIMEOUT} must be a positive number of seconds, not {text!r}")

@@ -35,7 +35,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is None:
+            self._show()
         self.bar.close()
 
     def begin(self, iteration: int) -> None:

@@ -27,7 +27,7 @@ FOLDERS = (IMAGES, CHECKPOINTS)
 SUFFIX = ".state"  # of a checkpoint, which is a safetensors file but no dataset
 REMEMBERED = ("threads", "command")  # entries of `made_with` in which the first job counts
 EVERY = 5.0  # minutes between two checkpoints
-_held: set[Path] = set()  # the folders that this process has locked; the system only tells processes apart
+_held: set[tuple[int, Path]] = set()  # who has locked what in this process, since the system only tells processes apart
 
 
 class Run:
@@ -152,15 +152,16 @@ class Run:
 
     def _lock(self, stack: ExitStack) -> None:
         place = self.folder.resolve()
-        if place in _held:
+        held = os.getpid(), place
+        if held in _held:
             raise ValueError(f"{self.folder} is in use by another run of this process")
         file = stack.enter_context((place / LOCK).open("a"))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a lock that child processes do not inherit
         except (BlockingIOError, PermissionError):
             raise ValueError(f"{self.folder} is in use by another process") from None
-        _held.add(place)
-        stack.callback(_held.discard, place)
+        _held.add(held)
+        stack.callback(_held.discard, held)
 
     def _prepare(self) -> None:
         """Go on from the manifest that the folder holds, or begin."""

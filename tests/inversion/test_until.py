@@ -1,13 +1,12 @@
 """An inversion ends as soon as the model is sure of its images, and a finished image makes room for the next one."""
 
 import copy
-from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
 import torch
 from cnn_cases import small_cnn
-from inversion_cases import small_model
+from inversion_cases import SureOfEven, small_model
 
 from smi_fast import Inverter, Mass, NonFiniteError, deep_inversion
 from smi_fast.inversion.meter import confidences
@@ -26,14 +25,6 @@ OPTIONS = {
 @pytest.fixture
 def model(seed):
     return small_model()
-
-
-@dataclass(frozen=True)
-class SureOfEven(Until):
-    """Images of even classes pass every check, the others none, so that the images of a stream have different ages."""
-
-    def count(self, confident, logits, targets):
-        return [0 if target % 2 else before + 1 for before, target in zip(confident, targets.tolist(), strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +168,6 @@ def test_a_stream_goes_on_with_a_model_that_a_callback_has_changed(model, seed, 
         options = OPTIONS | {"stopping": stopping, "iterations": 14, "graphs": graphs}
         losses.append(Inverter(used, until=Until(0.999, 1, 4), **options).stream([0, 1], 2, seed, change).losses)
     torch.testing.assert_close(*losses)
-
-
-def test_the_state_of_a_stream_is_refused(model, seed):
-    with pytest.raises(ValueError, match="state of a stream"):
-        Inverter(model, until=0.9, **OPTIONS).stream([0, 1], 2, seed, lambda step: step.state_dict())
 
 
 def test_a_stream_releases_images_too(model, seed):

@@ -1,13 +1,11 @@
 """Verifier: another network's accuracy on the images during a run."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from cnn_cases import at_random, small_cnn
 from torchvision import models as torchvisions
 
-from smi_fast import CNN, Inverter, Verifier, deep_inversion_cnn
+from smi_fast import CNN, Inverter, NonFiniteError, Verifier, deep_inversion_cnn
 from smi_fast.inversion.until import Until
 from smi_fast.models import cifar10_vit
 
@@ -63,7 +61,7 @@ def test_images_that_were_released_earlier_have_the_same_targets(seed):
     with torch.no_grad():
         predicted = model((images - mean) / std).argmax(1)
     verifier = Verifier(model)
-    verifier.record(SimpleNamespace(iteration=4, images=lambda: images, targets=predicted[:2]))
+    verifier.record(5, images, predicted[:2])
     right = (predicted == predicted[[0, 1, 0, 1, 0, 1]]).sum().item()
     assert verifier.records == [(5, pytest.approx(right / 6))]
 
@@ -84,6 +82,59 @@ def test_the_last_record_is_that_of_the_result_once(seed, options, every):
     ends = [3, 6] if "published" in options else [4]
     assert [iteration for iteration, _ in result.verified] == ends
     assert result.verified[-1][1] == Verifier(cifar10_vit()).accuracy(result.images, targets)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"iterations": 7}, {"published": True}, {"until": Until(1e-9, checks=2, every=2)}],
+    ids=["plain", "published", "until"],
+)
+def test_a_run_that_goes_on_has_all_records_from_the_beginning(seed, options):
+    """Also if the last iteration was over when it was saved, after which a published run chooses its patches anew."""
+    options = {"stopping": {2: 0.9}, "iterations": 6, "verify_every": 3, "lr": 1.0, "progress": False} | options
+    inverter, targets, states = Inverter(cifar10_vit(), verifier=cifar10_vit(), **options), torch.arange(10), []
+    expected = inverter.run(targets, seed, lambda step: states.append(step.state_dict())).verified
+    assert [iteration for iteration, _ in expected] == sorted({3, 6, len(states)})
+    for state in states:
+        assert inverter.run(targets, seed, state=state).verified == expected
+
+
+def test_a_run_without_the_verifier_of_a_state_does_not_go_on_from_it(seed):
+    states, options = [], {"stopping": "dense", "iterations": 2, "progress": False}
+    model, verifier = cifar10_vit(False, depth=1), cifar10_vit(False, depth=1)
+    Inverter(model, verifier=verifier, verify_every=2, **options).run(
+        [3], seed, lambda step: states.append(step.state_dict())
+    )
+    with pytest.raises(ValueError, match="verify_every is 2, not None"):
+        Inverter(model, **options).run([3], seed, state=states[0])
+    with pytest.raises(ValueError, match="verify_every is 2, not 1"):
+        Inverter(model, verifier=verifier, verify_every=1, **options).run([3], seed, state=states[0])
+
+
+@pytest.mark.parametrize(("done", "records"), [(3, [2, 3]), (4, [2, 4])])
+def test_the_last_record_of_an_interrupted_run_is_that_of_its_images(seed, done, records):
+    def interrupt(step):
+        if step.iteration + 1 == done:
+            raise KeyboardInterrupt
+
+    options = {"stopping": {2: 0.9}, "iterations": 6, "verify_every": 2, "lr": 1.0, "progress": False}
+    result = Inverter(cifar10_vit(), verifier=cifar10_vit(), **options).run(torch.arange(10), seed, interrupt)
+    assert result.interrupted
+    assert [iteration for iteration, _ in result.verified] == records
+    assert result.verified[-1][1] == Verifier(cifar10_vit()).accuracy(result.images, result.targets)
+
+
+def test_records_survive_attention_that_is_not_finite(seed):
+    model = cifar10_vit(False, depth=1)
+
+    def spoil(step):
+        if step.iteration == 2:
+            model.blocks[-1].attn.qkv.weight.data.fill_(float("nan"))
+
+    options = {"stopping": {4: 0.3}, "iterations": 6, "verify_every": 2, "progress": False}
+    with pytest.raises(NonFiniteError) as caught:
+        Inverter(model, verifier=cifar10_vit(False, depth=1), **options).run([3, 1], seed, spoil)
+    assert [iteration for iteration, _ in caught.value.result.verified] == [2, 4]
 
 
 def test_an_unfit_verifier_is_refused_with_the_value(seed):
