@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -12,31 +12,80 @@ from smi_fast.data.files import checksum
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.states import weights_checksum
 from smi_fast.distillation.pool import Reader
+from smi_fast.inversion.competition import competition
 from smi_fast.inversion.inverter import Inverter
 from smi_fast.inversion.loop import settings_record
+from smi_fast.inversion.schedule import Release
 from smi_fast.seeds import check_seed
 
+SAMPLES = 128  # fresh images in a round, if nothing is said
 
-def settings_of(
+
+class Prepared(NamedTuple):
+    """The models and the inverter of a distillation, which fit each other."""
+
+    teacher: Reader
+    student: Reader
+    inverter: Inverter | None  # with the competition
+    linear_probing: bool
+
+
+def prepared(
     teacher: nn.Module,
     student: nn.Module,
     *,
-    inverter: Inverter | None = None,
-    dataset: InvertedDataset | None = None,
-    **options: float | str | bool | None,
-) -> dict[str, Any]:
-    """Return what decides the result of a distillation, in JSON's types: checksums of the weights and of the dataset,
-    the settings of the inverter, and the further options of `distill`.
+    inverter: Inverter | None,
+    dataset: InvertedDataset | None,
+    linear_probing: bool | None,
+    adaptive: float | None,
+    js: str,
+    **numbers: float | None,
+) -> Prepared:
+    """Check the arguments of `distill`, and make ready what they stand for.
 
     Raises:
-        ValueError: a file of the dataset is damaged.
+        ValueError, TypeError, UnsupportedModelError: see `distill`.
     """
-    inversion = {} if inverter is None else settings_record(inverter) | {"backend": inverter.backbone.backend}
+    _check_numbers(**numbers)
+    if (inverter is None) == (dataset is None):
+        raise ValueError("give either an inverter or a dataset")
+    of_inversion = {"adaptive": adaptive, "inversion_batch_size": numbers["inversion_batch_size"]}
+    given = [name for name, value in of_inversion.items() if value is not None]
+    if inverter is None and given:
+        raise ValueError(f"{given[0]} is a setting of an inversion, but the images of a dataset are there already")
+    grid = dataset.grid if inverter is None else inverter.grid
+    readers = [Reader(model, grid.image_size, grid.patch_size) for model in (teacher, student)]
+    linear_probing = len(readers[1].heads) > 0 if linear_probing is None else linear_probing
+    _check_fit(*readers, inverter, dataset, linear_probing)
+    if inverter is not None:
+        readers[0].mean, readers[0].std = inverter.mean, inverter.std
+    if adaptive is not None:
+        inverter = inverter.with_objective(competition(inverter.objective, readers[1].fast, adaptive, js))
+    return Prepared(*readers, inverter, linear_probing)
+
+
+def record(
+    teacher: nn.Module,
+    student: nn.Module,
+    inverter: Inverter | None,
+    dataset: InvertedDataset | None,
+    rounds: int,
+    samples: int | None,
+    **options: float | str | bool | None,
+) -> dict[str, Any]:
+    """Return what decides the result of a distillation, in JSON's types."""
+    inversion = {}
+    if inverter is not None:
+        copies = 1 + sum(isinstance(stop, Release) for stop in inverter.stopping.stops.values())
+        inversion = {f"inversion_{name}": value for name, value in settings_record(inverter).items()}
+        inversion |= {"backend": inverter.backbone.backend, "images": rounds * (samples or SAMPLES) * copies}
     return {
         "teacher": weights_checksum(teacher),
         "student": weights_checksum(student),
         "dataset": None if dataset is None else _dataset_checksum(dataset),
-        **{f"inversion_{name}": value for name, value in inversion.items()},
+        "rounds": rounds,
+        "samples": samples,
+        **inversion,
         **options,
     }
 
@@ -50,10 +99,12 @@ def _dataset_checksum(dataset: InvertedDataset) -> int:
     return value
 
 
-def check_settings(
-    counts: dict[str, int], seed: int, temperature: float, lr: float, momentum: float, weight_decay: float
+def _check_numbers(
+    seed: int, temperature: float, lr: float, momentum: float, weight_decay: float, **counts: int | None
 ) -> None:
     for name, count in counts.items():
+        if count is None and name in ("samples", "inversion_batch_size"):
+            continue
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"{name} must be an integer, got {count!r}")
         if count < 1:
@@ -66,7 +117,7 @@ def check_settings(
         )
 
 
-def check_fit(
+def _check_fit(
     teacher: Reader,
     student: Reader,
     inverter: Inverter | None,

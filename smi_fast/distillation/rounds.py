@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +20,17 @@ from tqdm import tqdm
 from smi_fast.backbones.base import frozen
 from smi_fast.data.labelled import accuracy
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip
-from smi_fast.distillation.checks import check_fit, check_settings, settings_of
+from smi_fast.distillation.checks import SAMPLES, prepared, record
 from smi_fast.distillation.group import Group
 from smi_fast.distillation.images import InvertedImages, StoredImages
 from smi_fast.distillation.pool import Pool, Reader
 from smi_fast.distillation.training import Round, Training
-from smi_fast.inversion.competition import competition
 from smi_fast.inversion.inverter import Inverter
 from smi_fast.runs.run import Run
 from smi_fast.runs.signals import Stopped
 from smi_fast.seeds import seeded_generator
 
+NO_SETTINGS = ("evaluate", "callback", "progress", "run")  # arguments that do not decide what the student learns
 TRAINING = "training"  # the checkpoint of a run in which the student and the rounds so far are
 Evaluate = Callable[[nn.Module], float] | Iterable[tuple[Tensor, Tensor]]
 
@@ -140,29 +142,15 @@ def distill(
             another normalisation than the teacher's, or an argument is out of range. The message names it.
         UnsupportedModelError: see `accelerate`.
     """
-    counts = {"rounds": rounds, "steps": steps, "batch_size": batch_size}
-    optional = {"samples": samples, "inversion_batch_size": inversion_batch_size}
-    counts |= {name: count for name, count in optional.items() if count is not None}
-    check_settings(counts, seed, temperature, lr, momentum, weight_decay)
-    if (inverter is None) == (dataset is None):
-        raise ValueError("give either an inverter or a dataset")
-    if inverter is None and (adaptive is not None or inversion_batch_size is not None):
-        name = "inversion_batch_size" if adaptive is None else "adaptive"
-        raise ValueError(f"{name} is a setting of an inversion, but the images of a dataset are there already")
+    numbers = {
+        "rounds": rounds, "samples": samples, "inversion_batch_size": inversion_batch_size, "steps": steps,
+        "batch_size": batch_size, "temperature": temperature, "lr": lr, "momentum": momentum,
+        "weight_decay": weight_decay, "seed": seed,
+    }  # fmt: skip
+    given = {"dataset": dataset, "linear_probing": linear_probing, "adaptive": adaptive, "js": js, **numbers}
+    teacher_reader, student_reader, competing, linear_probing = prepared(teacher, student, inverter=inverter, **given)
+    settings = {} if run is None else record(teacher, student, inverter, flip=flip, **given)
     grid = dataset.grid if inverter is None else inverter.grid
-    teacher_reader, student_reader = (Reader(model, grid.image_size, grid.patch_size) for model in (teacher, student))
-    linear_probing = len(student_reader.heads) > 0 if linear_probing is None else linear_probing
-    check_fit(teacher_reader, student_reader, inverter, dataset, linear_probing)
-    settings = {} if run is None else settings_of(
-        teacher, student, inverter=inverter, dataset=dataset, rounds=rounds, samples=samples,
-        inversion_batch_size=inversion_batch_size, steps=steps, batch_size=batch_size, linear_probing=linear_probing,
-        adaptive=adaptive, js=js, flip=flip, temperature=temperature, lr=lr, momentum=momentum,
-        weight_decay=weight_decay, seed=seed,
-    )  # fmt: skip
-    if inverter is not None:
-        teacher_reader.mean, teacher_reader.std = inverter.mean, inverter.std
-    if adaptive is not None:
-        inverter = inverter.with_objective(competition(inverter.objective, student_reader.fast, adaptive, js))
     image_size = (teacher_reader.fast.num_channels, *grid.image_size)
     mirror = RandomHorizontalFlip(image_size, grid.patch_size, p=1) if flip else None
     group = Group(run, student_reader.device)
@@ -176,8 +164,8 @@ def distill(
             order = torch.randperm(len(dataset), generator=generator)
             source = StoredImages(dataset, order, samples or len(dataset))
         else:
-            count = samples or 128
-            source = InvertedImages(inverter, rounds, count, inversion_batch_size or count, seed, run)
+            count = samples or SAMPLES
+            source = InvertedImages(competing, rounds, count, inversion_batch_size or count, seed, run)
         training = Training(
             pool, trainable, optimizer, generator, group, steps=steps, temperature=temperature, seed=seed,
             settings=settings,
@@ -205,15 +193,15 @@ def distill(
                     bar.update(steps)
                     continue
                 loss = training.round(bar, pause)
-                record = training.finish(loss, iterations, measure(), fresh.seconds)
+                finished = training.finish(loss, iterations, measure(), fresh.seconds)
                 batches.append(fresh.images)
                 if run is None:
                     kept = copy.deepcopy(trainable.state_dict())
-                bar.set_postfix(samples=record.samples, loss=f"{loss:.3g}", accuracy=record.accuracy)
+                bar.set_postfix(samples=finished.samples, loss=f"{loss:.3g}", accuracy=finished.accuracy)
                 if not math.isfinite(loss):
                     warnings.warn(f"the loss is {loss} in round {number}; lr {lr} is too high", stacklevel=2)
                 if callback is not None and group.is_first:
-                    callback(record, fresh.images)
+                    callback(finished, fresh.images)
                 if run is not None and group.is_first:
                     run.save(TRAINING, training.state_dict())
         except (KeyboardInterrupt, Stopped) as error:
@@ -225,6 +213,21 @@ def distill(
             bar.close()
             optimizer.zero_grad()
     return DistillationResult(training.history, batches, interrupted)
+
+
+def settings_of(teacher: nn.Module, student: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Return what decides the result of `distill(teacher, student, **arguments)`, as a `Run` takes it: checksums of the
+    weights and of the dataset, the settings of the inverter, and numbers. "images" is the number of inverted images.
+
+    Raises:
+        ValueError, TypeError, UnsupportedModelError: `distill` would raise it, or a file of the dataset is damaged.
+    """
+    call = inspect.signature(distill).bind(teacher, student, **arguments)
+    call.apply_defaults()
+    given = {name: value for name, value in call.arguments.items() if name not in NO_SETTINGS}
+    flip = given.pop("flip")
+    prepared(**given)
+    return record(**given, flip=flip)
 
 
 def _go_on(run: Run, group: Group, source: StoredImages | InvertedImages, training: Training) -> None:

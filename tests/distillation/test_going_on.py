@@ -160,6 +160,7 @@ def test_other_settings_are_named(seed, tmp_path):
     inverter = smi_fast.Inverter(teacher, iterations=5, stopping={2: 0.5}, progress=False)
     refused("begun with inversion_iterations 4, not 5", inverter=inverter)
     refused("begun with dataset None, not [0-9]+", inverter=None, dataset=make_dataset())
+    (tmp_path / "images").mkdir()
     (tmp_path / "images" / "mine.safetensors").write_text("precious")
     refused("mine.safetensors is no file of this run")
 
