@@ -206,7 +206,7 @@ def distill(
                     run.save(TRAINING, training.state_dict())
         except (KeyboardInterrupt, Stopped) as error:
             trainable.load_state_dict(kept)
-            if isinstance(error, Stopped):
+            if run is not None or isinstance(error, Stopped):
                 raise
             interrupted = True
         finally:
