@@ -19,7 +19,7 @@ FLOORS = [  # each folder or file imports only from itself and from the floors b
     ["data"],
     ["backbones"],
     ["grid"],
-    ["packed", "seeds"],
+    ["packed", "seeds", "bars"],
     ["kernels"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

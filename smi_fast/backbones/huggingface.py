@@ -17,7 +17,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from smi_fast.backbones.huggingface_folder import read_folder
+from smi_fast.backbones.huggingface_folder import named, read_folder
 from smi_fast.backbones.readouts import ClassAndMean, CosineLogits
 from smi_fast.backbones.support import UnsupportedModelError
 from smi_fast.backbones.timm_weights import (
@@ -143,9 +143,24 @@ def from_huggingface(
         ValueError: the folder cannot be read, or an argument does not fit the model.
         ImportError: a folder is given, and transformers is not installed.
     """
-    model, preprocessing = model_or_folder, {}
-    if not isinstance(model, nn.Module):
-        model, preprocessing = read_folder(Path(model_or_folder), MODELS)
+    if isinstance(model_or_folder, nn.Module):
+        return _convert(model_or_folder, {}, text_embeddings, temperature, image_size, mean, std, class_names)
+    with named(Path(model_or_folder)) as folder:
+        read = read_folder(folder, MODELS)
+        return _convert(*read, text_embeddings, temperature, image_size, mean, std, class_names)
+
+
+def _convert(
+    model: nn.Module,
+    preprocessing: dict[str, Any],
+    text_embeddings: Tensor | None,
+    temperature: float | None,
+    image_size: int | tuple[int, int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    class_names: Sequence[str] | None,
+) -> VisionTransformer:
+    """Convert a model whose images are preprocessed as `read_folder` says. `from_huggingface` describes the rest."""
     family = _family(model)
     tower = getattr(model, family.tower, model)
     weights, swiglu = _weights(model, tower), getattr(tower.config, "use_swiglu_ffn", False)

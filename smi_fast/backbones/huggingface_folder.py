@@ -17,25 +17,32 @@ RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # 
 
 def read_folder(folder: Path, known: Collection[str]) -> tuple[nn.Module, dict[str, Any]]:
     """Read a model of one of the `known` classes, and what timm's data config says of its preprocessing. Nothing is
-    downloaded, and only safetensors are read.
+    downloaded, only safetensors in this folder are read, and no code that the folder names is run.
 
     Raises:
-        UnsupportedModelError: the model is of another class, or its images do not lie in [0, 1].
-        ValueError: a file is missing or damaged, or lacks weights.
+        UnsupportedModelError: the model is of another class or quantised, or its images do not lie in [0, 1].
+        ValueError: a file is missing or damaged, lacks weights, or points out of the folder.
         ImportError: transformers is not installed.
     """
     try:
         import transformers
     except ImportError as error:
         raise ImportError("reading a folder needs transformers: pip install smi-fast[transformers]") from error
-    kind = next(iter(_json(folder / "config.json").get("architectures") or ()), None)
+    config = _json(folder / "config.json")
+    kind = _architecture(config)
+    _check_contents(folder, config)
     if kind not in known or not hasattr(transformers, kind):
         names = ", ".join(name for name in known if hasattr(transformers, name))
         raise UnsupportedModelError(f"the architecture in {folder / 'config.json'} is {kind!r}, not one of {names}")
     try:
         with _quiet(transformers.utils.logging):
             model, found = getattr(transformers, kind).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, torch_dtype="auto", output_loading_info=True
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                torch_dtype="auto",
+                attn_implementation="eager",  # a config.json could name code on the hub, which would be run
+                output_loading_info=True,
             )
     except Exception as error:  # transformers and safetensors raise many types of errors
         raise ValueError(f"{folder} cannot be read: {' '.join(str(error).split())}") from error
@@ -47,6 +54,50 @@ def read_folder(folder: Path, known: Collection[str]) -> tuple[nn.Module, dict[s
         model.pooler = None
     path = folder / "preprocessor_config.json"
     return model, preprocessing(_json(path)) if path.is_file() else {}
+
+
+def _architecture(config: dict[str, Any]) -> str | None:
+    """Return the name of the first class in a config.json."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def _check_contents(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse quantised weights, and a folder whose model transformers would read from somewhere else.
+
+    The files that an index names lie in this folder, and transformers would also read ../../other.safetensors.
+    An adapter_config.json would make it read the folder of another model, which that file names.
+    """
+    if config.get("quantization_config") is not None:
+        raise UnsupportedModelError(f"the weights in {folder} are quantised")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter, and only the model that it is for can be read")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index} holds no weight_map")
+    for name in names.values():
+        if not isinstance(name, str) or "\0" in name or name in ("", "..") or name != Path(name).name:
+            raise ValueError(f"{index} names the file {name!r}, which does not lie in its folder")
+
+
+@contextmanager
+def named(folder: Path) -> Iterator[Path]:
+    """Name the folder in every error that is raised inside the `with` block, except in an ImportError."""
+    try:
+        yield folder
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(_about(folder, error)) from error
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(_about(folder, error)) from error  # values of kinds that transformers does not write
+
+
+def _about(folder: Path, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, ValueError) else f"cannot be read ({type(error).__name__}: {text})"
+    return text if str(folder) in text else f"{folder}: {text}"
 
 
 @contextmanager
@@ -66,7 +117,7 @@ def _quiet(logging: Any) -> Iterator[None]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")

@@ -20,7 +20,8 @@ from smi_fast.runs.processes import device_of_process
 from smi_fast.runs.signals import Stopped
 
 COMMANDS = (info, invert, report, quantize, distill, reproduce, evaluate)
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # what torch's RuntimeErrors say
+# What torch's RuntimeErrors say of memory: its allocators, C++ and NVIDIA's libraries.
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,8 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
             spent = any(text in str(error) for text in OUT_OF_MEMORY) or isinstance(error, MemoryError)
             if isinstance(error, RuntimeError) and not (spent or isinstance(error, NonFiniteError)):
                 raise
+            sentence = _sentence(error)
+            if spent and "memory" not in sentence:
+                sentence = f"out of memory ({sentence})"
             advice = "; a smaller --batch-size needs less" if spent and hasattr(args, "batch_size") else ""
-            print(f"smi-fast: error: {_sentence(error)}{advice}", file=sys.stderr)
+            print(f"smi-fast: error: {sentence}{advice}", file=sys.stderr)
             return 2
         except (KeyboardInterrupt, Stopped) as error:
             print(f"smi-fast: interrupted; {_going_on(args)}", file=sys.stderr)

@@ -228,7 +228,7 @@ def add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def check_memory(option: str, images: int, shape: Sequence[int]) -> None:
-    """Check that a number of float32 images of this shape fits into the machine's memory.
+    """Check that a number of float32 images of this shape, or what else is there for each, fits into the memory.
 
     Raises:
         ValueError: the images do not fit. The message names the option that asks for them.

@@ -54,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     verifier = verifier_of(args)
     inverter = settings.inverter(model, dtype=dtype, backend=args.backend, verifier=verifier, progress=not args.quiet)
+    count, shape = len(classes) * args.images_per_class, (len(inverter.mean), *inverter.image_size)
+    arguments.check_memory("--images-per-class", count, (2,))  # the targets; images are written batch by batch
+    arguments.check_memory("--batch-size", min(args.batch_size, count), shape)
     targets = torch.tensor(classes).repeat_interleave(args.images_per_class)
     weights = "inside" if args.model in INSIDE else "folder"
     about = {

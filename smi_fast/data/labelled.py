@@ -12,9 +12,9 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import datasets
-from tqdm import tqdm
 
 from smi_fast.backbones.base import class_names, frozen
+from smi_fast.bars import ProgressBar
 from smi_fast.data.files import first_line, read_image
 
 NAMES = ("CIFAR10", "CIFAR100", "ImageNet")
@@ -86,7 +86,7 @@ def accuracy(
         device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
     right, count = 0, 0
     with frozen(model) if is_module else nullcontext(), torch.no_grad():
-        for images, labels in tqdm(loader, "evaluating", disable=not progress, unit="batch", dynamic_ncols=True):
+        for images, labels in ProgressBar(loader, "evaluating", shown=progress, unit="batch"):
             logits = model(images.to(device=device))
             right += (logits.argmax(1) == labels.to(logits.device)).sum()  # stays on the device, so that nothing waits
             count += len(labels)
@@ -96,9 +96,12 @@ def accuracy(
 
 
 def _by_name(name: str, root: Path, split: str, model: nn.Module, transform: Callable) -> Dataset:
-    which = {"split": "train" if split == "train" else "val"} if name == "ImageNet" else {"train": split == "train"}
+    if name == "ImageNet":
+        options = {"split": "train" if split == "train" else "val", "loader": read_image}
+    else:
+        options = {"train": split == "train"}
     try:
-        dataset = getattr(datasets, name)(str(root), **which, transform=transform)
+        dataset = getattr(datasets, name)(str(root), **options, transform=transform)
     except ModuleNotFoundError as error:
         raise ValueError(f"{name} cannot be read from {root}: torchvision needs {error.name} for it") from error
     except Exception as error:  # torchvision and the readers behind it raise a dozen types between them

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-from smi_fast.data.files import read_image
+from smi_fast.data.files import atomic_folder, read_image
 
 
 def write_pngs(
@@ -23,20 +21,14 @@ def write_pngs(
     """Write images (C, H, W) in [0, 1] of the classes `targets`. `InvertedDataset.export` describes the files."""
     folder = Path(folder)
     names = _folder_names(sorted(set(targets)), class_names)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already and is not an empty folder")
-    if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{folder}: the folder {folder.parent} does not exist")
-    partial, digits = folder.parent / f".{uuid.uuid4().hex}.partial", len(str(len(targets)))
-    try:
-        partial.mkdir()
+    digits = len(str(len(targets)))
+    with atomic_folder(folder) as partial:
         for name in names.values():
             (partial / name).mkdir()
         for number, (image, target) in enumerate(zip(images, targets, strict=True)):
             _as_picture(image).save(partial / names[target] / f"{number:0{digits}}.png")
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_pngs(folder: str | os.PathLike, class_names: Sequence[str] | None) -> Iterator[tuple[str, Tensor, int]]:
@@ -74,7 +66,7 @@ def _folder_names(targets: Sequence[int], class_names: Sequence[str] | None) -> 
         return {target: f"{target:0{digits}}" for target in targets}
     names = {target: class_names[target] for target in targets}
     for target, name in names.items():
-        if name in ("", "..") or name != Path(name).name:
+        if name in ("", "..") or "\0" in name or name != Path(name).name:
             raise ValueError(f"class {target} is called {name!r}, which no folder can be")
         if class_names.count(name) > 1:
             raise ValueError(f"class {target} is called {name!r}, and so is another: leave class_names out")

@@ -112,7 +112,7 @@ def _parse_header(text: str) -> dict:
         header = json.loads(text)
         version = header["format_version"]
         newer = version > FORMAT_VERSION
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
         raise ValueError(f'"{HEADER_KEY}" in its header is not the JSON of a {KIND}') from None
     if newer:
         raise ValueError(f"format version {version} is newer than {FORMAT_VERSION}, the newest that is understood")

@@ -24,9 +24,9 @@ TENSOR, PAIRS = "tensor", "dict"  # the keys that stand for a tensor, and for a 
 def save_state(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
     """Write a state to a safetensors file: complete, or not at all.
 
-    The entry "smi_fast_state" of the file's header is a checksum and the state as JSON, in which {"tensor": NAME} stands
-    for a tensor of the file. The checksum is the CRC-32 of the JSON followed by the dtypes, shapes and bytes of the
-    tensors in their order. Nothing is pickled.
+    The entry "smi_fast_state" of the file's header is a checksum and the state as JSON, in which {"tensor": NAME}
+    stands for a tensor of the file. The checksum is the CRC-32 of the JSON followed by the dtypes, shapes and bytes of
+    the tensors in their order. Nothing is pickled.
 
     Args:
         path: the file.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
+from smi_fast.bars import ProgressBar
 from smi_fast.data.manifest import IMAGES
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.tensors import SUFFIX
@@ -48,7 +48,7 @@ class StoredImages:
     def whole_rounds(self) -> float:
         return float("inf")
 
-    def of_round(self, number: int, bar: tqdm) -> Fresh:
+    def of_round(self, number: int, bar: ProgressBar) -> Fresh:
         """Return the images of round `number`, counted from 0: the next ones, or none once all are used."""
         rows = self.order[number * self.count : (number + 1) * self.count]
         return Fresh(Subset(self.dataset, rows.tolist()))
@@ -95,7 +95,7 @@ class InvertedImages:
                 file.unlink()
         return next((n for n, name in enumerate(names) if name not in whole), len(names)) // self.batches
 
-    def of_round(self, number: int, bar: tqdm) -> Fresh:
+    def of_round(self, number: int, bar: ProgressBar) -> Fresh:
         """Return the images of round `number`, counted from 0. In a run they are read from its folder if they are
         there, and otherwise written to it."""
         numbers, begun = range(number * self.batches, (number + 1) * self.batches), bar.n
@@ -108,7 +108,7 @@ class InvertedImages:
         iterations, seconds = (sum(part.metadata[name] for part in parts) for name in ("iterations", "seconds"))
         return Fresh(parts[0].join(parts), iterations, seconds)
 
-    def _write(self, numbers: range, bar: tqdm) -> None:
+    def _write(self, numbers: range, bar: ProgressBar) -> None:
         """Invert those batches that no process has inverted yet, and wait for those that other processes invert."""
         begun = bar.n
 
@@ -125,7 +125,7 @@ class InvertedImages:
             images.save(self._file(batch), overwrite=True)
             self.run.discard(_name(batch))
 
-    def _inverted(self, batch: int, bar: tqdm, before: dict[str, Any] | None = None) -> InvertedDataset:
+    def _inverted(self, batch: int, bar: ProgressBar, before: dict[str, Any] | None = None) -> InvertedDataset:
         """Invert a batch, from its last checkpoint if there is one."""
         number, first = divmod(batch, self.batches)
         first, end = first * self.batch_size, min((first + 1) * self.batch_size, self.count)
@@ -153,7 +153,7 @@ class InvertedImages:
         }  # fmt: skip
         return InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
 
-    def _pause(self, name: str, bar: tqdm, started: float) -> Callable[[Step], None]:
+    def _pause(self, name: str, bar: ProgressBar, started: float) -> Callable[[Step], None]:
         def pause(step: Step) -> None:
             bar.update()
             if self.run is not None:

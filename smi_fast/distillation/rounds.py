@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import warnings
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from smi_fast.backbones.base import frozen
+from smi_fast.bars import ProgressBar
 from smi_fast.data.labelled import accuracy
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip
 from smi_fast.distillation.checks import SAMPLES, prepared, record
@@ -154,6 +153,7 @@ def distill(
     image_size = (teacher_reader.fast.num_channels, *grid.image_size)
     mirror = RandomHorizontalFlip(image_size, grid.patch_size, p=1) if flip else None
     group = Group(run, student_reader.device)
+    shown = progress and group.is_first
 
     with frozen(teacher_reader.fast), frozen(student_reader.fast), _own_randomness(seed, student_reader.device), group:
         pool = Pool(teacher_reader, student_reader, mirror, linear_probing, batch_size)
@@ -170,42 +170,13 @@ def distill(
             pool, trainable, optimizer, generator, group, steps=steps, temperature=temperature, seed=seed,
             settings=settings,
         )  # fmt: skip
-        pause = partial(group.pause, TRAINING, training.state_dict)
-        kept = copy.deepcopy(trainable.state_dict())  # as it is after an interruption
-        batches, iterations, interrupted = [], 0, False
-        shown, total = progress and group.is_first, rounds * (steps + source.iterations)
-        bar = tqdm(total=total, disable=not shown, unit="it", dynamic_ncols=True, mininterval=0.5)
+        bar = ProgressBar(total=rounds * (steps + source.iterations), shown=shown)
+        batches, interrupted = [], False
         try:
             measure = _measure(evaluate if group.is_first else None, student, student_reader, linear_probing, shown)
-            if run is not None:
-                _go_on(run, group, source, training)
-            for number in range(1, rounds + 1):
-                bar.set_description(f"round {number} of {rounds}")
-                fresh = source.of_round(number - 1, bar)  # made, or read if they are there
-                iterations += fresh.iterations
-                training.begin()
-                if len(training.history) < rounds:  # otherwise nothing is left to learn
-                    # What the pool computes is not saved: it takes a forward pass of each image, which gives the same
-                    # bits again because the batches are the same.
-                    pool.add(fresh.images)
-                if number <= len(training.history):  # finished before the run was interrupted
-                    batches.append(fresh.images)
-                    bar.update(steps)
-                    continue
-                loss = training.round(bar, pause)
-                finished = training.finish(loss, iterations, measure(), fresh.seconds)
-                batches.append(fresh.images)
-                if run is None:
-                    kept = copy.deepcopy(trainable.state_dict())
-                bar.set_postfix(samples=finished.samples, loss=f"{loss:.3g}", accuracy=finished.accuracy)
-                if not math.isfinite(loss):
-                    warnings.warn(f"the loss is {loss} in round {number}; lr {lr} is too high", stacklevel=2)
-                if callback is not None and group.is_first:
-                    callback(finished, fresh.images)
-                if run is not None and group.is_first:
-                    run.save(TRAINING, training.state_dict())
+            _rounds(rounds, source, training, measure, callback, run, bar, batches)
         except (KeyboardInterrupt, Stopped) as error:
-            trainable.load_state_dict(kept)
+            training.restore()
             if run is not None or isinstance(error, Stopped):
                 raise
             interrupted = True
@@ -213,6 +184,47 @@ def distill(
             bar.close()
             optimizer.zero_grad()
     return DistillationResult(training.history, batches, interrupted)
+
+
+def _rounds(
+    rounds: int,
+    source: StoredImages | InvertedImages,
+    training: Training,
+    measure: Callable[[], float | None],
+    callback: Callable[[Round, Dataset], None] | None,
+    run: Run | None,
+    bar: ProgressBar,
+    batches: list[Dataset],
+) -> None:
+    """Invert and train in turns, from the checkpoint of the run if there is one. The images of finished rounds go into
+    `batches`."""
+    pool, group, history, iterations = training.pool, training.group, training.history, 0
+    pause = partial(group.pause, TRAINING, training.state_dict)
+    if run is not None:
+        _go_on(run, source, training)
+    for number in range(1, rounds + 1):
+        bar.set_description(f"round {number} of {rounds}")
+        fresh = source.of_round(number - 1, bar)  # made, or read if they are there
+        iterations += fresh.iterations
+        training.begin()
+        if len(history) < rounds:  # otherwise nothing is left to learn
+            # What the pool computes is not saved: it takes a forward pass of each image, which gives the same bits
+            # again because the batches are the same.
+            pool.add(fresh.images)
+        if number <= len(history):  # finished before the run was interrupted
+            batches.append(fresh.images)
+            bar.update(training.steps)
+            continue
+        loss = training.round(bar, pause)
+        finished = training.finish(loss, iterations, measure(), fresh.seconds)
+        batches.append(fresh.images)
+        bar.set_postfix(samples=finished.samples, loss=f"{loss:.3g}", accuracy=finished.accuracy)
+        if not math.isfinite(loss):
+            warnings.warn(f"the loss is {loss} in round {number}; lr {training.lr} is too high", stacklevel=3)
+        if group.is_first and callback is not None:
+            callback(finished, fresh.images)
+        if group.is_first and run is not None:
+            run.save(TRAINING, training.state_dict())
 
 
 def settings_of(teacher: nn.Module, student: nn.Module, **arguments: Any) -> dict[str, Any]:
@@ -230,9 +242,9 @@ def settings_of(teacher: nn.Module, student: nn.Module, **arguments: Any) -> dic
     return record(**given, flip=flip)
 
 
-def _go_on(run: Run, group: Group, source: StoredImages | InvertedImages, training: Training) -> None:
+def _go_on(run: Run, source: StoredImages | InvertedImages, training: Training) -> None:
     """Go on from the checkpoint of the training, if there is one."""
-    if group.is_first:
+    if training.group.is_first:
         before, whole = run.checkpoint(TRAINING), source.whole_rounds()
         if before is not None and whole < len(before["history"]) + (before["step"] > 0):
             # Images that compete with a student cannot be made again once it has learnt from them.
@@ -240,7 +252,7 @@ def _go_on(run: Run, group: Group, source: StoredImages | InvertedImages, traini
             before = None
         if before is None:
             run.save(TRAINING, training.state_dict())
-    group.agree(0)  # until the first process has looked
+    training.group.agree(0)  # until the first process has looked
     training.load_state_dict(run.checkpoint(TRAINING))
 
 
@@ -254,7 +266,7 @@ def _measure(
         return lambda: float(evaluate(student))
     if not linear_probing:
         return lambda: accuracy(reader.fast, evaluate, progress=False)
-    batches = tqdm(evaluate, "features of the test data", disable=not progress, unit="batch", dynamic_ncols=True)
+    batches = ProgressBar(evaluate, "features of the test data", shown=progress, unit="batch")
     features = [
         (reader.features(lambda images=images: reader.fast(images.to(reader.device))), labels)
         for images, labels in batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from smi_fast.bars import ProgressBar
 from smi_fast.distillation.group import Group
 from smi_fast.distillation.losses import transfer_loss
 from smi_fast.distillation.pool import Pool
@@ -77,17 +78,22 @@ class Training:
         self._begun = generator.get_state()  # as it was when the round began
         self._total = torch.zeros((), device=pool.student.device)  # of the losses of the round
         self._seconds = 0.0  # that earlier processes have spent on the round
+        self._kept = copy.deepcopy(trainable.state_dict())  # what an interruption leaves
 
     def begin(self) -> None:
         """Let the clock of the round run."""
         self._started = time.perf_counter() - self._seconds
 
     @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
     def seconds(self) -> float:
         """The seconds since the round began."""
         return time.perf_counter() - self._started
 
-    def round(self, bar: tqdm, pause: Callable[[], None]) -> float:
+    def round(self, bar: ProgressBar, pause: Callable[[], None]) -> float:
         """Train the student on the pool until the round's steps are done, and return their mean loss. `pause` is called
         before the first step and after each."""
         student = self.pool.student.fast
@@ -128,7 +134,14 @@ class Training:
         self.history.append(finished)
         self.step, self._seconds, self._begun = 0, 0.0, self.generator.get_state()
         self._total.zero_()
+        if self.group.run is None:
+            self._kept = copy.deepcopy(self.trainable.state_dict())
         return finished
+
+    def restore(self) -> None:
+        """Leave the student as the last finished round has left it. In a run leave it as it was at first, so that the
+        same call can go on."""
+        self.trainable.load_state_dict(self._kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that is needed to go on from this step, as `save_state` takes it."""
@@ -157,7 +170,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self._begun, self.step, self._seconds = state["generator"], state["step"], state["seconds"]
         self._total.copy_(state["total"])
-        self.history = [Round(**record) for record in state["history"]]
+        self.history[:] = [Round(**record) for record in state["history"]]
 
 
 class _Learner(nn.Module):

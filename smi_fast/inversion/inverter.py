@@ -255,7 +255,7 @@ class Inverter:
 
         Raises:
             TypeError, ValueError: a target is not a class of the model, soft labels are no distribution, a weight is
-                not finite, or the state is none, or one of a stream, of other targets, another seed or other settings.
+                not finite, or `state` is no state of a run with these targets, this seed and these settings.
             NonFiniteError: the attention is NaN or infinite at a stopping. The error holds the result so far.
         """
         targets, seed = check_targets(targets, self.backbone.num_classes), check_seed(seed)

@@ -24,6 +24,7 @@ from smi_fast.backbones.vit import AcceleratedViT, accelerate
 from smi_fast.grid import PatchGrid
 from smi_fast.inversion.inverter import Inverter, Step
 from smi_fast.inversion.state import Stage
+from smi_fast.inversion.until import certainty
 from smi_fast.packed import PackedTokens, pack_keep
 
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose multiply-adds the paper's count has
@@ -254,16 +255,17 @@ def confidences(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Compute the probability of each image's target and the predicted class, from the kept patches only.
+    """Compute how sure the model is of each image's target, and the predicted class, from the kept patches only.
 
     Args:
         images: (B, C, H, W) in [0, 1].
         keep: (B, K) patch indices, or a list of B index tensors.
-        targets: (B,) int64.
+        targets: (B,) int64, or (B, classes) soft labels.
         mean, std: the model's normalisation, one number per channel.
 
     Returns:
-        Probabilities (B,) float32 and predicted classes (B,) int64, both on the CPU.
+        The targets' probabilities (B,) float32, for soft labels as `Until` defines it, and predicted classes (B,)
+        int64, both on the CPU.
     """
     device = backbone.device
     mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
@@ -273,4 +275,4 @@ def confidences(
     with frozen(backbone):
         logits = backbone.outputs(replace(kept, values=grid.gather(images, kept)), grid_size=grid.size).logits
     probabilities = logits.float().softmax(1).cpu()
-    return probabilities.gather(1, targets[:, None])[:, 0], probabilities.argmax(1)
+    return certainty(probabilities, targets.cpu()), probabilities.argmax(1)

@@ -6,12 +6,12 @@ import time
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from smi_fast.bars import ProgressBar
 from smi_fast.inversion.state import Stage
 
 
-class Bar(tqdm):
+class Bar(ProgressBar):
     """A progress bar that shows the loss a few times a second. It never waits for a loss to arrive on the host."""
 
     _asked = 0.0  # when the loss was last asked for
@@ -21,19 +21,7 @@ class Bar(tqdm):
     @classmethod
     def of(cls, total: int, initial: int, shown: bool, unit: str = "it") -> Bar:
         """Return a bar for so many iterations or images, of which some are done."""
-        return cls(
-            total=total,
-            initial=initial,
-            disable=not shown,
-            desc="inverting",
-            unit=unit,
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
-
-    def to(self, n: int) -> None:
-        """Set the position."""
-        self.update(n - self.n)
+        return cls(desc="inverting", shown=shown, total=total, initial=initial, unit=unit)
 
     def advance(self, stage: Stage, loss: Tensor) -> None:
         self.report(stage, loss)

@@ -49,13 +49,16 @@ class Until:
             logits: (B, classes), of any floating dtype.
             targets: (B,) int64 classes, or (B, classes) soft labels.
         """
-        probabilities = logits.float().softmax(1)
-        if targets.ndim == 1:
-            sure = probabilities.gather(1, targets[:, None])[:, 0]
-        else:
-            sure = torch.minimum(probabilities, targets).sum(1)
-        passed = (sure >= self.confidence).tolist()
+        passed = (certainty(logits.float().softmax(1), targets) >= self.confidence).tolist()
         return [1 + before if now else 0 for before, now in zip(confident, passed, strict=True)]
+
+
+def certainty(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Return how sure a model with these probabilities (B, classes) is of its targets, (B,) int64 classes or (B,
+    classes) soft labels, as `Until` defines it: (B,)."""
+    if targets.ndim == 1:
+        return probabilities.gather(1, targets[:, None])[:, 0]
+    return torch.minimum(probabilities, targets).sum(1)
 
 
 def as_until(until: Until | float | None) -> Until | None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import difflib
 import logging
-import warnings
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torchvision import __version__ as torchvision_version
@@ -24,6 +22,7 @@ from smi_fast.backbones.huggingface import from_huggingface
 from smi_fast.backbones.torchvision import from_torchvision
 from smi_fast.data.files import first_line
 from smi_fast.models import CNN_INSIDE, MODEL_INSIDE, STUDENT_INSIDE, cifar10_resnet20, cifar10_student, cifar10_vit
+from smi_fast.models.weights import read_weights
 
 INSIDE = {MODEL_INSIDE: cifar10_vit, STUDENT_INSIDE: cifar10_student, CNN_INSIDE: cifar10_resnet20}
 WITHOUT_WEIGHTS = {f"cifar10_resnet{depth}": partial(cifar10_resnet20, depth=depth) for depth in (8, 14)}
@@ -46,8 +45,8 @@ def load_model(
             knows, one such as `torchvision/resnet18`, or a folder that `from_huggingface` takes. Write ./NAME for a
             folder that is called like a model.
         pretrained: whether to download timm's or torchvision's weights for the model.
-        checkpoint: a safetensors file or a torch file with the weights. A torch file is read with weights_only. The
-            model gets as many classes as the weights have.
+        checkpoint: a safetensors file or a torch file with the weights, see `read_weights`. The model gets as many
+            classes as the weights have.
         options: the names of the arguments `pretrained` and `checkpoint` in error messages, such as the options of a
             command.
 
@@ -170,7 +169,7 @@ def _as_timms(model: nn.Module) -> nn.Module:
 
 
 def _from_checkpoint(name: str, path: Path) -> nn.Module:
-    weights = _read_weights(path)
+    weights = read_weights(path)
     try:
         weight = weights.get(f"{_classifier(name)}.weight")
         model = _make(name, **({"num_classes": len(weight)} if weight is not None and weight.ndim else {}))
@@ -192,34 +191,14 @@ def _classifier(name: str) -> str | None:
     return layers[-1]
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the state dict from a safetensors or torch file. Nothing but weights is ever unpickled."""
-    if not path.is_file():
-        raise ValueError(f"the checkpoint {path} {'is not a file' if path.exists() else 'does not exist'}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about old forms of pickles; the content is checked below
-            weights = load_state_dict(str(path), device="cpu", weights_only=True)
-    except (AttributeError, TypeError):  # The file holds no dict, or a dict whose keys are not names.
-        weights = None
-    except Exception as error:  # A damaged pickle can raise almost any error.
-        unsafe = "weights_only" in str(error)  # torch's message advises to load the file with weights_only=False
-        reason = "it is damaged, or holds more than weights" if unsafe else first_line(error)
-        raise ValueError(f"the checkpoint {path} cannot be read: {reason}") from error
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise ValueError(f"the checkpoint {path} holds no state dict")
-    return weights
-
-
 def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> str | None:
     """Load the weights into the model. Return None, or a text about the first weight that does not fit the model."""
     for name, tensor in model.state_dict().items():
         found = weights.get(name, tensor)
         if found.shape != tensor.shape:
             return f"its {name} is {tuple(found.shape)}, the model's is {tuple(tensor.shape)}"
-        if found.layout != torch.strided:
-            return f"its {name} is {found.layout}, the model's is dense"
-        if found.is_floating_point() != tensor.is_floating_point():
+        in_8_bits = found.is_floating_point() and found.itemsize == 1  # of which torch cannot say that they are finite
+        if found.is_floating_point() != tensor.is_floating_point() or in_8_bits:
             return f"its {name} is {found.dtype}, the model's is {tensor.dtype}"
         wrong = int((~found.isfinite()).sum())
         if wrong:

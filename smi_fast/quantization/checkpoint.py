@@ -76,6 +76,8 @@ def load_model(kind: type[nn.Module], path: str | os.PathLike) -> nn.Module:
 def _build(kind: type[nn.Module], header: dict, tensors: dict[str, Tensor]) -> nn.Module:
     """Build the model that a file's header and tensors describe."""
     arguments = dict(header["arguments"])
+    if arguments["depth"] > len(tensors):
+        raise ValueError(f"it has {len(tensors)} tensors, too few for {arguments['depth']} blocks")
     arguments["norm_layer"] = partial(nn.LayerNorm, eps=arguments.pop("norm_eps"))
     with torch.device("meta"):
         model = VisionTransformer(**arguments)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from smi_fast.backbones.vit import accelerate
-from smi_fast.data.files import atomic_write, read_json, write_json
+from smi_fast.data.files import read_json, read_sealed, sealed, write_json
 from smi_fast.data.labelled import accuracy, load_data
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.states import weights_checksum
@@ -143,14 +143,13 @@ class Experiment:
             started = time.perf_counter()
             section = make(self)
             section.seconds = time.perf_counter() - started
-            with atomic_write(self._file(name)) as partial:
-                partial.write_text(json.dumps(asdict(section), indent=1) + "\n")
+            write_json(self._file(name), sealed(asdict(section)))
         return section
 
     def finished(self, name: str) -> Section | None:
         """Return the section of this name, or None if it is not finished."""
         file = self._file(name)
-        return Section(**read_json(file)) if file.is_file() else None
+        return Section(**read_sealed(file)) if file.is_file() else None
 
     def _file(self, name: str) -> Path:
         return self.out / "sections" / f"{name}.json"

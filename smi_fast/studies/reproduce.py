@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
-from tqdm import tqdm
 
+from smi_fast.bars import ProgressBar
 from smi_fast.inversion.presets import DEMO, PAPER
 from smi_fast.studies.ablation import figure8, table6, table7
 from smi_fast.studies.downstream import table3, table4, table5
@@ -90,7 +90,7 @@ def reproduce(
         names = [name for name in names if name not in NEED_STUDENT]
     run = Experiment(model, student, data, root, Path(out), settings, progress)
     run.begin()
-    for name in tqdm(names, "reproducing", disable=not progress, unit="section", dynamic_ncols=True):
+    for name in ProgressBar(names, "reproducing", shown=progress, unit="section"):
         run.section(name, SECTIONS[name])
         write(run, student_note)
     return write(run, student_note)

@@ -44,5 +44,5 @@ def test_limit_takes_evenly_spaced_images(data, capsys):
 )
 def test_bad_input_is_one_sentence(arguments, message, data, inverted, refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    places = {"EMPTY": tmp_path / "empty", "INVERTED": inverted / "inverted.safetensors", "DATA": data}
+    places = {"EMPTY": tmp_path / "empty", "INVERTED": inverted / "images" / "00000.safetensors", "DATA": data}
     refused(["evaluate", *(str(places.get(argument, argument)) for argument in arguments)], message)

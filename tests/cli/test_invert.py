@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,13 +18,15 @@ from safetensors import safe_open
 
 import smi_fast
 from smi_fast import deep_inversion
-from smi_fast.cli import invert as command
 from smi_fast.cli import main
+from smi_fast.cli import report as report_command
 from smi_fast.cli.invert import parse_classes
+from smi_fast.data.states import load_state
 from smi_fast.inversion.until import Until
 from smi_fast.models import CIFAR10_CLASSES, cifar10_vit
+from smi_fast.runs.inversion import invert, records
 
-FILES = ["curve.png", "grid.png", "inverted.safetensors", "process.png", "report.json"]
+FILES = [".lock", "curve.png", "grid.png", "images", "process.png", "process.state", "report.json", "run.json"]
 SHORT = ["--iterations", "30", "--images-per-class", "1", "--quiet"]
 
 
@@ -48,7 +52,7 @@ def test_the_demo_writes_all_its_files(demo):
 def test_the_demos_images_are_their_targets_from_kept_patches_alone(demo):
     _, out = demo
     report = json.loads((out / "report.json").read_text())
-    dataset = smi_fast.InvertedDataset.load(out / "inverted.safetensors")
+    dataset = smi_fast.InvertedDataset.load(out)
     patches, targets = dataset.collate([dataset[i] for i in range(len(dataset))])
     mean, std = (torch.tensor(report[name]).repeat_interleave(16) for name in ("mean", "std"))
     model = cifar10_vit()  # timm's own forward on the tokens of the kept patches
@@ -64,7 +68,7 @@ def test_the_demos_images_are_their_targets_from_kept_patches_alone(demo):
     assert right >= 0.95
     assert report["classified_as_target"] == pytest.approx(right)
     confidence = logits.softmax(1).gather(1, targets[:, None])[:, 0]
-    got = torch.tensor([image["confidence"] for image in report["images"]])
+    got = torch.tensor(report["images"]["confidence"])
     torch.testing.assert_close(got, confidence.detach(), rtol=1e-3, atol=1e-3)
 
 
@@ -95,7 +99,7 @@ def test_the_demos_table_counts_tokens_and_operations(demo):
 
 def test_stopped_patches_are_black_in_the_pictures(demo):
     _, out = demo
-    images = smi_fast.InvertedDataset.load(out / "inverted.safetensors").images()
+    images = smi_fast.InvertedDataset.load(out).images()
     for name in FILES:
         if name.endswith(".png"):
             with Image.open(out / name) as picture:
@@ -110,7 +114,7 @@ def test_stopped_patches_are_black_in_the_pictures(demo):
 
 def test_the_dataset_says_how_it_was_made(demo):
     _, out = demo
-    with safe_open(out / "inverted.safetensors", "pt") as file:
+    with safe_open(out / "images" / "00000.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["smi_fast"])["metadata"]
     assert metadata["model"] == "cifar10_vit"
     assert metadata["stopping"] == "8:0.3,15:0.3,30:0.3,45:0.3"
@@ -155,21 +159,71 @@ def test_without_matplotlib_the_curve_is_missing_and_said_to_be(tmp_path, monkey
     assert not (tmp_path / "o" / "curve.png").exists()
 
 
-def test_ctrl_c_keeps_what_there_is(tmp_path):
-    arguments = ["invert", "--iterations", "100000", "--classes", "0", "--device", "cpu", "--stopping", "3:0.5"]
-    command = [sys.executable, "-m", "smi_fast", *arguments, "--out", tmp_path / "o"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        seen = b""
-        while b"tokens=33" not in seen:  # the progress bar: past the stopping
-            seen += process.stderr.read1()
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == FILES
-    report = json.loads((tmp_path / "o" / "report.json").read_text())
-    assert report["interrupted"]
-    assert len(report["loss"]) < 100000
-    assert smi_fast.InvertedDataset.load(tmp_path / "o").patches.shape == (64, 48)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_that_goes_on_with_the_same_images(number, code, tmp_path):
+    arguments = ["invert", "--iterations", "400", "--classes", "0", "--device", "cpu", "--stopping", "3:0.5", "--quiet"]
+    command = [sys.executable, "-m", "smi_fast", *arguments, "--out"]
+    with subprocess.Popen([*command, tmp_path / "o"], stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "o" / "run.json").exists():
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert error.splitlines() == [
+        "stopping after this iteration; once more to stop at once",
+        f"smi-fast: interrupted; to go on: smi-fast invert --resume {tmp_path / 'o'}",
+    ]
+    assert [file.name for file in (tmp_path / "o" / "checkpoints").iterdir()] == ["00000.state"]
+    for out in (["invert", "--resume", str(tmp_path / "o")], [*arguments, "--out", str(tmp_path / "p")]):
+        assert main(out) == 0
+    ours, theirs = (smi_fast.InvertedDataset.load(tmp_path / name) for name in "op")
+    assert torch.equal(ours.patches, theirs.patches)
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in "op"]
+    assert reports[0]["loss"] == reports[1]["loss"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == sorted([*FILES, "checkpoints"])
+
+
+def test_the_same_command_changes_nothing_that_is_finished(demo, capsys):
+    _, out = demo
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert main(["invert", "--out", str(out), "--device", "cpu", "--quiet"]) == 0
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert main(["invert", "--out", str(out), "--device", "cpu", "--iterations", "601", "--lr", "0.2"]) == 2
+    error = capsys.readouterr().err
+    assert "holds a run with other settings: " in error
+    assert "iterations is 600, not 601" in error
+    assert "lr is 0.1, not 0.2" in error
+    assert error.count("\n") == 1
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_a_report_is_made_again_from_the_images(demo, tmp_path, capsys):
+    _, out = demo
+    folder = tmp_path / "copy"
+    shutil.copytree(out, folder)
+    drawn = ("grid.png", "process.png", "report.json")
+    for name in (*drawn, "curve.png"):
+        (folder / name).unlink()
+    assert main(["report", str(folder)]) == 0
+    assert all((folder / name).read_bytes() == (out / name).read_bytes() for name in drawn)
+    assert "images as their target" in capsys.readouterr().out
+    (folder / "images" / "00000.safetensors").unlink()
+    assert main(["report", str(folder)]) == 2
+    assert "none of the 20 images of its run yet" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds no run of smi-fast invert" in capsys.readouterr().err
+
+
+def test_only_the_command_that_began_a_run_goes_on_with_it(demo, tmp_path, capsys):
+    _, out = demo
+    for arguments, message in (
+        (["distill", "--resume", str(out)], f"--resume: the run in {out} was begun by smi-fast invert"),
+        (["invert", "--resume", str(tmp_path)], f"--resume: {tmp_path} holds no run"),
+        (["invert", "--resume"], "--resume: expected one argument"),
+        (["invert", "--resume", str(out), "--seed", "1"], "seed is 0, not 1"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -202,6 +256,8 @@ def test_ctrl_c_keeps_what_there_is(tmp_path):
         (["--device", "meta"], "'meta' cannot be used: only cpu and cuda are supported"),
         (["--device", "mps"], "'mps' cannot be used: only cpu and cuda are supported"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--checkpoint-every", "0"], "--checkpoint-every: must be more than 0 and finite, got 0"),
+        (["--checkpoint-every", "often"], "--checkpoint-every: must be a number of minutes, got 'often'"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, refused):
@@ -251,31 +307,36 @@ def test_an_infinite_loss_is_one_warning_and_null_in_the_report(tmp_path, capsys
     assert record["loss"] == [None, None]
 
 
-def test_nan_attention_is_one_sentence_and_keeps_results(tmp_path, capsys, monkeypatch):
+def test_nan_attention_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(smi_fast.deep_inversion, "loss", lambda self, outputs, _: outputs.logits.sum() * math.nan)
     assert main(["invert", "--out", str(tmp_path / "out"), *SHORT]) == 2
     *_, error = capsys.readouterr().err.splitlines()
-    assert "at iteration 2 no patch can be selected" in error
+    assert error.startswith("smi-fast: error: at iteration 2 no patch can be selected")
     assert "nan from iteration 0" in error
-    assert len(smi_fast.InvertedDataset.load(tmp_path / "out" / "inverted.safetensors")) == 10
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["error"] in error
 
 
-def test_ctrl_c_says_what_was_written(tmp_path, capsys, monkeypatch):
+def test_ctrl_c_before_the_first_iteration_says_that_nothing_was_written(tmp_path, capsys, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt
 
-    arguments = ["invert", *SHORT, "--iterations", "2", "--classes", "0"]
-    monkeypatch.setattr("smi_fast.cli.invert.save_curve", interrupt)
-    assert main([*arguments, "--out", str(tmp_path / "o")]) == 130
-    error = capsys.readouterr().err
-    assert f"after it wrote inverted.safetensors, grid.png, process.png to {tmp_path / 'o'}" in error
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == FILES[1:4]
-    monkeypatch.setattr(smi_fast.Inverter, "run", interrupt)
-    assert main([*arguments, "--out", str(tmp_path / "p")]) == 130
-    assert "before it wrote anything" in capsys.readouterr().err
-    assert not (tmp_path / "p").exists()
+    monkeypatch.setattr("smi_fast.cli.arguments.model_of", interrupt)
+    assert main(["invert", *SHORT, "--out", str(tmp_path / "o")]) == 130
+    assert capsys.readouterr().err == "smi-fast: interrupted; nothing was written\n"
+    assert not (tmp_path / "o").exists()
+
+
+def test_ctrl_c_while_pictures_are_drawn_loses_no_image(tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    arguments = ["invert", *SHORT, "--iterations", "2", "--classes", "0", "--out", str(tmp_path / "o")]
+    with monkeypatch.context() as patch:
+        patch.setattr("smi_fast.cli.report.save_curve", interrupt)
+        assert main(arguments) == 130
+    assert f"to go on: smi-fast invert --resume {tmp_path / 'o'}" in capsys.readouterr().err
+    monkeypatch.setattr(smi_fast.Inverter, "run", interrupt)  # which is not needed any more
+    assert main(arguments) == 0
+    assert set(FILES) - {path.name for path in (tmp_path / "o").iterdir()} == set()
 
 
 def test_classes_are_read_as_numbers_ranges_and_names():
@@ -292,12 +353,12 @@ def test_classes_are_read_as_numbers_ranges_and_names():
 def test_released_images_are_shown_and_verified_as_images_of_their_classes(tmp_path, monkeypatch):
     """A row of the picture for each class, and an accuracy over images, of which the second batch has fewer."""
     labels = []
-    monkeypatch.setattr(command, "save_grid", lambda grid, path, columns, names: labels.extend(names))
+    monkeypatch.setattr(report_command, "save_grid", lambda grid, path, columns, names: labels.extend(names))
     short = ["--iterations", "4", "--images-per-class", "1", "--batch-size", "2", "--stopping", "rebirth=2", "--quiet"]
     given = ["--classes", "0-2", "--verifier", "cifar10_vit", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["invert", *short, *given]) == 0
     assert labels == list(CIFAR10_CLASSES[:3])
-    dataset, model = smi_fast.InvertedDataset.load(tmp_path / "inverted.safetensors"), cifar10_vit()
+    dataset, model = smi_fast.InvertedDataset.load(tmp_path), cifar10_vit()
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
         right = model((dataset.images() - mean) / std).argmax(1) == dataset.targets
@@ -305,14 +366,15 @@ def test_released_images_are_shown_and_verified_as_images_of_their_classes(tmp_p
     assert report["verified_at_end"] == pytest.approx(right.float().mean().item())
 
 
-def test_pictures_of_a_stream_show_the_same_images_as_long_as_all_of_them_are_there(seed):
+def test_pictures_of_a_stream_show_the_same_images_as_long_as_all_of_them_are_there(seed, tmp_path):
     class SureOfClass0(Until):
         def count(self, confident, logits, targets):
             return [int(target == 0) for target in targets.tolist()]
 
     options = {"stopping": "dense", "iterations": 40, "until": SureOfClass0(checks=1, every=8), "progress": False}
     inverter = smi_fast.Inverter(cifar10_vit(False, depth=1), objective=deep_inversion(norm="image"), **options)
-    inversion = command.invert(inverter, torch.tensor([1, 0, 2]), 3, seed)
-    assert inversion.batches[0].iterations.tolist() == [40, 8, 40]
-    assert [len(images) for images in inversion.snapshots.images] == [3]
-    assert inversion.snapshots.titles == ["iteration 2 · 64 patches"]
+    invert(inverter, [1, 0, 2], tmp_path, batch_size=3, seed=seed)
+    (batch,), snapshots = records(tmp_path), load_state(tmp_path / "process.state")
+    assert batch["iterations"] == [40, 8, 40]
+    assert [len(images) for images in snapshots["images"]] == [3]
+    assert snapshots["titles"] == ["iteration 2 · 64 patches"]

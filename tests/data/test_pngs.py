@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from damage_cases import cuts, flips, read_or_refused
 from dataset_cases import make, masked, ragged, sparse_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,6 +97,16 @@ def test_export_is_all_or_nothing_and_replaces_nothing(seed, tmp_path, monkeypat
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
 
 
+def test_export_does_not_write_through_a_link(seed, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name, goal in (("link", "elsewhere"), ("broken", "nowhere")):
+        (tmp_path / name).symlink_to(tmp_path / goal)
+        with pytest.raises(FileExistsError, match=f"{name} exists already"):
+            make(seed).export(tmp_path / name)
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert sorted(os.listdir(tmp_path)) == ["broken", "elsewhere", "link"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -103,6 +114,11 @@ def test_export_is_all_or_nothing_and_replaces_nothing(seed, tmp_path, monkeypat
         (dict(class_names=["cat", "a/b", "dog"]), "class 1 is called 'a/b', which no folder can be"),
         (dict(class_names=["cat", "..", "dog"]), "class 1 is called '..', which no folder can be"),
         (dict(class_names=["", "cat", "dog"]), "class 0 is called '', which no folder can be"),
+        (dict(class_names=["/tmp", "cat", "dog"]), "class 0 is called '/tmp', which no folder can be"),
+        (dict(class_names=["cat", "../cat", "dog"]), "class 1 is called '../cat', which no folder can be"),
+        (dict(class_names=["cat", ".", "dog"]), "class 1 is called '.', which no folder can be"),
+        (dict(class_names=["cat", "dog/", "dog"]), "class 1 is called 'dog/', which no folder can be"),
+        (dict(class_names=["a\0b", "cat", "dog"]), r"class 0 is called 'a\\x00b', which no folder can be"),
         (dict(class_names=["cat", "crane", "crane"]), "class 1 is called 'crane', and so is another"),
         (dict(targets=torch.tensor([0, -1, 2])), "class -1 is not among the numbers from 0"),
         (dict(channels=2), "PNGs have 1 or 3 channels, these images have 2"),
@@ -115,6 +131,18 @@ def test_export_names_what_cannot_be_a_picture_or_a_folder(tmp_path, change, mes
     with pytest.raises(ValueError, match=message):
         dataset.export(tmp_path / "pngs", change.get("class_names"))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_damaged_picture_in_a_folder_never_gives_other_pixels(seed, tmp_path):
+    images = torch.rand(2, 3, 8, 8)
+    InvertedDataset.from_images(images, None, torch.arange(2), (4, 4)).export(tmp_path / "pngs")
+    (path,) = (tmp_path / "pngs" / "1").iterdir()
+    expected = InvertedDataset.from_image_folder(tmp_path / "pngs", (4, 4))
+    data = path.read_bytes()
+    for damaged in [damaged for _, damaged in flips(data, seed, 80)] + cuts(data[:-12], seed, 10):
+        path.write_bytes(damaged)
+        read = read_or_refused(lambda _: InvertedDataset.from_image_folder(tmp_path / "pngs", (4, 4)), path)
+        assert read is None or torch.equal(read.patches, expected.patches)
 
 
 def test_import_names_a_bad_picture_or_folder(tmp_path):

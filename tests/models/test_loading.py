@@ -96,7 +96,7 @@ def test_unknown_names_and_missing_files_are_refused(tmp_path):
             "its head.weight is torch.int8, the model's is torch.f",
         ),
         ({"head.weight": torch.zeros(7, 64)}, r"it lacks cls_token, pos_embed, [\w.]+ and \d+ more$"),
-        ({"head.weight": torch.zeros(7, 64).to_sparse()}, "its head.weight is torch.sparse_coo, the model's is dense"),
+        ({"head.weight": torch.zeros(7, 64).to_sparse()}, "its head.weight is torch.sparse_coo$"),
         ({"head.weight": torch.full((7, 64), torch.nan)}, "its weight head.weight holds 448 values that are NaN"),
         ({"head.weight": TypeError}, "cannot be read: it is damaged, or holds more than weights$"),
     ],

@@ -2,10 +2,12 @@
 
 import json
 import random
+import resource
 import zlib
 
 import pytest
 import torch
+from damage_cases import cuts, read_or_refused
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -66,6 +68,14 @@ def test_every_flipped_bit_is_found(seed, tmp_path, weight_bits):
             QuantizedViT.load(path)
 
 
+def test_every_cut_is_found(model, images, seed, tmp_path):
+    path = tmp_path / "model.safetensors"
+    quantize(model, images).save(path)
+    for cut in cuts(path.read_bytes(), seed, 40):
+        path.write_bytes(cut)
+        assert read_or_refused(QuantizedViT.load, path) is None, len(cut)
+
+
 def test_version_1_without_checksum_is_read(model, images, tmp_path):
     path = tmp_path / "model.safetensors"
     quantized = quantize(model, images)
@@ -99,6 +109,24 @@ def test_foreign_files_are_refused(model, images, tmp_path):
     InvertedDataset.from_images(torch.rand(5, 3, 32, 32), keep, keep[:, 0], (8, 8)).save(path, overwrite=True)
     with pytest.raises(ValueError, match="so it is not a quantised model"):
         QuantizedViT.load(path)
+
+
+@pytest.mark.parametrize("name", ["depth", "embed_dim", "num_classes", "in_chans", "img_size", "mlp_ratio"])
+def test_a_header_cannot_claim_a_model_larger_than_the_file(model, images, tmp_path, name):
+    path = tmp_path / "model.safetensors"
+    quantize(model, images).save(path)
+
+    def claim(text):
+        header = json.loads(text)
+        header["arguments"][name] = [96 * 10**6] * 2 if name == "img_size" else 96 * 10**6
+        return json.dumps(header)
+
+    rewrite(path, claim)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    assert read_or_refused(QuantizedViT.load, path) is None
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_utime - before.ru_utime < 5
+    assert after.ru_maxrss - before.ru_maxrss < 200_000  # KB
 
 
 def test_names_in_the_file_are_those_of_version_2(model, images, tmp_path):

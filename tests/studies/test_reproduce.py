@@ -1,6 +1,5 @@
 """reproduce(): the page shows every comparison and says what was measured, and an interruption costs nothing."""
 
-import json
 import re
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 
 from smi_fast import InvertedDataset
+from smi_fast.data.files import read_sealed
 from smi_fast.quantization import quantize
 from smi_fast.studies.page import Section
 from smi_fast.studies.reproduce import PRESETS, SECTIONS, reproduce
@@ -27,7 +27,7 @@ def out(models, data, tiny, tmp_path_factory):
 
 
 def result(out, name: str) -> Section:
-    return Section(**json.loads((out / "sections" / f"{name}.json").read_text()))
+    return Section(**read_sealed(out / "sections" / f"{name}.json"))
 
 
 def read_test_images(data, model) -> tuple[torch.Tensor, torch.Tensor]:
