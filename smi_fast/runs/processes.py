@@ -109,8 +109,14 @@ class Processes:
         self.store.set(key, value)
 
     def hear(self, key: str, wait: Callable[[], None]) -> str:
-        """Wait for a value that another process tells, and return it."""
+        """Wait for a value that the first process tells, and return it.
+
+        Raises:
+            ConnectionError: the first process was there, but has died.
+        """
         while not self.store.check([key]):
+            if self.count("alive/0", 0) and self._is_dead(0):
+                raise ConnectionError("the first of the processes has died")
             wait()
             time.sleep(POLL)
         return self.store.get(key).decode()
