@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import smi_fast.cli.arguments as arguments
 from smi_fast.backbones.vit import AcceleratedViT, accelerate
 from smi_fast.cli.arguments import count, seed
-from smi_fast.cli.output import Results, add_output
-from smi_fast.data.files import atomic_write, write_json
+from smi_fast.cli.output import add_run, check_out
+from smi_fast.data.files import atomic_write, checksum, write_json
 from smi_fast.data.labelled import load_data
 from smi_fast.data.sparse import InvertedDataset, normalize_patches
+from smi_fast.data.states import weights_checksum
 from smi_fast.grid import PatchGrid
 from smi_fast.packed import PackedTokens
-from smi_fast.quantization import check_supported, quantize
-from smi_fast.runs.machine import device_name, versions
+from smi_fast.quantization import QuantizedViT, check_bits, check_supported, quantize
+from smi_fast.runs.evaluation import evaluate
+from smi_fast.runs.machine import device_name, made_with, versions
+from smi_fast.runs.processes import Processes
+from smi_fast.runs.run import Run
 from smi_fast.seeds import seeded_generator
 from smi_fast.studies.plots import save_ranges
 from smi_fast.studies.report import as_text
 
-FILES = ("quantized.safetensors", "quantized.pt2", "ranges.png", "report.json")
+MODEL, PROGRAM = "quantized.safetensors", "quantized.pt2"
+FILES = (MODEL, PROGRAM, "ranges.png", "report.json")
+CALIBRATION = "calibration"  # the checkpoint of what the calibration has observed
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -43,41 +53,87 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     arguments.add_data(parser, required=False)
     arguments.add_numbers(parser, batch_size=(count, 128, "number of test images at a time"))
     arguments.add_device(parser)
-    add_output(parser, "smi-fast-quantized")
+    add_run(parser, "smi-fast-quantized")
 
 
 def run(args: argparse.Namespace) -> int:
-    results = Results(args, FILES)
+    check_out(args, FILES)
+    check_bits(weight_bits=args.weight_bits, activation_bits=args.activation_bits)
     model = arguments.model_of(args)
     check_supported(model)
     test = None if args.data is None else arguments.load_test_images(args, model)
     images, sparsity = calibration_images(args, accelerate(model))
-
-    started = time.perf_counter()
-    quantized = quantize(model, images, args.weight_bits, args.activation_bits)
-    record = {
-        "model": args.model, "calibration": args.calibration, "images": args.images, "sparsity": sparsity,
-        "weight_bits": args.weight_bits, "activation_bits": args.activation_bits,
-        "seconds": time.perf_counter() - started, "device": device_name(args.device), "versions": versions(),
-        "ranges": quantized.ranges,
-    }  # fmt: skip
-    if test is not None:
-        record["test"] = {
-            "float": arguments.timed_accuracy(model, test, not args.quiet),
-            "quantized": arguments.timed_accuracy(quantized, test, not args.quiet),
-            "images": len(test.dataset),
-        }
-    program = quantized.cpu().export() if args.export else None
-
-    results.write("quantized.safetensors", lambda path: quantized.save(path, overwrite=True))
-    if program is not None:
-        results.write("quantized.pt2", lambda path: save_program(program, path))
-    record["bytes"] = {name: (results.folder / name).stat().st_size for name in results.written}
-    record["bytes"]["float32"] = sum(4 * parameter.numel() for parameter in model.parameters())
-    results.write("ranges.png", lambda path: save_ranges({args.calibration: quantized.ranges}, path))
-    results.write("report.json", lambda path: write_json(path, record))
-    print(table(record), results, sep="\n")
+    job = Run(
+        args.out, "quantization", settings(args, model, images, test), made_with(args.device, args.command),
+        files=FILES, overwrite=args.overwrite, checkpoint_every=args.checkpoint_every, processes=Processes(),
+    )  # fmt: skip
+    with job:
+        seconds = written(job, MODEL, lambda path: calibrated(args, model, images, job).save(path, overwrite=True))
+        quantized = QuantizedViT.load(job.folder / MODEL).to(args.device)
+        record = {
+            "model": args.model, "calibration": args.calibration, "images": args.images, "sparsity": sparsity,
+            "weight_bits": args.weight_bits, "activation_bits": args.activation_bits, "seconds": seconds,
+            "device": device_name(args.device), "versions": versions(), "ranges": quantized.ranges,
+        }  # fmt: skip
+        if test is not None:
+            record["test"] = {
+                "float": evaluate(job, "float", lambda: model, test, not args.quiet),
+                "quantized": evaluate(job, "quantized", lambda: quantized, test, not args.quiet),
+                "images": len(test.dataset),
+            }
+        if args.export:
+            written(job, PROGRAM, lambda path: save_program(quantized.cpu().export(), path))
+        sizes = {name: (job.folder / name).stat().st_size for name in (MODEL, PROGRAM) if (job.folder / name).exists()}
+        record["bytes"] = sizes | {"float32": sum(4 * parameter.numel() for parameter in model.parameters())}
+        save_ranges({args.calibration: quantized.ranges}, job.folder / "ranges.png")
+        write_json(job.folder / "report.json", record)
+        files = [name for name in FILES if (job.folder / name).exists()]
+    print(table(record), f"wrote {', '.join(files)} to {args.out}", sep="\n")
     return 0
+
+
+def settings(
+    args: argparse.Namespace, model: nn.Module, images: PackedTokens | Tensor, test: DataLoader | None
+) -> dict:
+    """Return what decides the quantised model and its accuracy, for the run's manifest."""
+    tensors = (images,) if isinstance(images, Tensor) else (images.values, images.positions, images.cu_seqlens)
+    value = 0
+    for tensor in tensors:
+        value = checksum(tensor.cpu(), value)
+    names = ("model", "weight_bits", "activation_bits", "calibration", "seed", "data", "limit")
+    return {
+        **{name: getattr(args, name) for name in names},
+        "root": None if args.root is None else str(args.root),
+        "weights": weights_checksum(model),
+        "calibration_images": args.images,
+        "calibration_checksum": value,
+        "test_images": None if test is None else len(test.dataset),
+    }
+
+
+def written(job: Run, name: str, write: Callable[[Path], object]) -> float:
+    """Let `write` write a file of the run, unless it is there as it was written. Return the seconds that it took."""
+    file, record = job.folder / name, job.checkpoint(name)
+    if record is not None:
+        if file.is_file() and zlib.crc32(file.read_bytes()) == record["checksum"]:
+            return record["seconds"]
+        warnings.warn(f"{file} is damaged or was removed; it is made again", stacklevel=2)
+    started = time.perf_counter()
+    write(file)
+    seconds = time.perf_counter() - started
+    job.save(name, {"checksum": zlib.crc32(file.read_bytes()), "seconds": seconds})
+    job.signals.check()
+    return seconds
+
+
+def calibrated(args: argparse.Namespace, model: nn.Module, images: PackedTokens | Tensor, job: Run) -> QuantizedViT:
+    """Quantise the model, from the last checkpoint of the calibration."""
+
+    def pause(state: dict) -> None:
+        job.pause(CALIBRATION, lambda: state)
+
+    state = job.checkpoint(CALIBRATION)
+    return quantize(model, images, args.weight_bits, args.activation_bits, callback=pause, state=state)
 
 
 def calibration_images(args: argparse.Namespace, fast: AcceleratedViT) -> tuple[PackedTokens | Tensor, float]:

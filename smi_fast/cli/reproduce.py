@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from torch import nn
 
 import smi_fast.cli.arguments as arguments
-from smi_fast.cli.output import INTERRUPTED, add_out, add_quiet, check_writable
+from smi_fast.cli.output import add_run, check_out
 from smi_fast.models import STUDENT_INSIDE
-from smi_fast.studies.reproduce import PRESETS, SECTIONS, reproduce
+from smi_fast.studies.reproduce import FILES, PRESETS, SECTIONS, reproduce
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -25,27 +24,19 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     what = f"sections of the page, from {','.join(SECTIONS)} (default: all)"
     parser.add_argument("--sections", metavar="LIST", help=what)
     arguments.add_device(parser)
-    what = "folder for the page; an interrupted run goes on from what is finished there"
-    add_out(parser, "smi-fast-reproduction", what)
-    add_quiet(parser)
+    add_run(parser, "smi-fast-reproduction")
 
 
 def run(args: argparse.Namespace) -> int:
-    check_writable(args.out)
+    check_out(args, FILES)
     model = arguments.model_of(args)
     student, note = student_of(args, model.num_classes)
     sections = None if args.sections is None else [part.strip() for part in args.sections.split(",")]
-    try:
-        page = reproduce(
-            model, args.data, args.out, root=args.root, student=student, student_note=note, settings=args.preset,
-            sections=sections, progress=not args.quiet,
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        if not (args.out / "about.json").exists():
-            raise
-        message = f"interrupted: what is finished is in {args.out}, and the same command goes on from there"
-        print(message, file=sys.stderr)
-        return INTERRUPTED
+    page = reproduce(
+        model, args.data, args.out, root=args.root, student=student, student_note=note, settings=args.preset,
+        sections=sections, progress=not args.quiet, checkpoint_every=args.checkpoint_every, overwrite=args.overwrite,
+        command=args.command,
+    )  # fmt: skip
     print(f"wrote {page}")
     return 0
 

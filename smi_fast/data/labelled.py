@@ -68,7 +68,12 @@ def _evaluation_transform(model: nn.Module) -> Callable:
 
 
 def accuracy(
-    model: nn.Module | Callable[[Tensor], Tensor], loader: Iterable[tuple[Tensor, Tensor]], *, progress: bool = True
+    model: nn.Module | Callable[[Tensor], Tensor],
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    progress: bool = True,
+    before: tuple[int, int] = (0, 0),
+    callback: Callable[[Tensor, int], None] | None = None,
 ) -> float:
     """Return the share of images whose largest logit is that of their label, in [0, 1].
 
@@ -77,22 +82,27 @@ def accuracy(
             images are moved to its device.
         loader: yields batches of images and labels (B,), such as a DataLoader.
         progress: show a progress bar.
+        before: the numbers of images that were right, and that were seen, before the loader's first batch.
+        callback: called with both numbers after every batch. The first is a tensor on the device of the logits.
 
     Raises:
-        ValueError: the loader is empty.
+        ValueError: there are no images.
     """
     is_module, device = isinstance(model, nn.Module), None
     if is_module:
         device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
-    right, count = 0, 0
+    right, count = before
     with frozen(model) if is_module else nullcontext(), torch.no_grad():
         for images, labels in ProgressBar(loader, "evaluating", shown=progress, unit="batch"):
             logits = model(images.to(device=device))
-            right += (logits.argmax(1) == labels.to(logits.device)).sum()  # stays on the device, so that nothing waits
+            # stays on the device, so that nothing waits
+            right = right + (logits.argmax(1) == labels.to(logits.device)).sum()
             count += len(labels)
+            if callback is not None:
+                callback(right, count)
     if not count:
         raise ValueError("there are no images to evaluate on")
-    return right.item() / count
+    return int(right) / count
 
 
 def _by_name(name: str, root: Path, split: str, model: nn.Module, transform: Callable) -> Dataset:

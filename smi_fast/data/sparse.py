@@ -291,7 +291,7 @@ class InvertedDataset(torch.utils.data.Dataset):
                 parts.append(cls(shard, **arguments))
                 parts[0]._check_joins(parts[-1], files[0].relative_to(path))
                 parts[0].metadata = parts[-1].metadata = _common(parts[0].metadata, parts[-1].metadata)
-        dataset = parts[0]._join(parts)
+        dataset = parts[0].join(parts)
         dataset.missing = max(0, (planned or 0) - len(dataset))
         if dataset.missing:
             warnings.warn(
@@ -310,8 +310,10 @@ class InvertedDataset(torch.utils.data.Dataset):
             if ours != theirs:
                 raise ValueError(f"{key} is {theirs}, but {ours} in {name}")
 
-    def _join(self, parts: list[InvertedDataset]) -> InvertedDataset:
+    def join(self, parts: Sequence[InvertedDataset]) -> InvertedDataset:
         """Extend this dataset, the first of the parts, to the images of all parts, and return it."""
+        for part in parts:
+            self.metadata = _common(self.metadata, part.metadata)
         self._first_images = cumulative_lengths(torch.tensor([len(part) for part in parts]))[:-1].tolist()
         self._shards = [shard for part in parts for shard in part._shards]
         self.cu_seqlens = cumulative_lengths(torch.cat([part.cu_seqlens.diff() for part in parts]))

@@ -1,7 +1,7 @@
 """Quantisation of trained ViTs, calibrated on inverted images."""
 
 from smi_fast.quantization.calibration import quantize
-from smi_fast.quantization.support import check_supported
+from smi_fast.quantization.support import check_bits, check_supported
 from smi_fast.quantization.vit import QuantizedViT
 
-__all__ = ["QuantizedViT", "check_supported", "quantize"]
+__all__ = ["QuantizedViT", "check_bits", "check_supported", "quantize"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -19,6 +20,8 @@ def quantize(
     calibration: InvertedDataset | Tensor | PackedTokens | Iterable,
     weight_bits: int = 8,
     activation_bits: int = 8,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> QuantizedViT:
     """Quantise a trained timm ViT or DeiT, without training it further.
 
@@ -29,24 +32,49 @@ def quantize(
             an iterable of batches, that are normalised already. A batch is PackedTokens with values (T, C * ph * pw),
             images (B, C, H, W), or a tuple that begins with one of the two, as a DataLoader yields it.
         weight_bits, activation_bits: the widths of the integers, 2 to 8.
+        callback: called after every batch with what was observed so far: a dict of texts, numbers and lists.
+        state: what the callback was called with in a call with the same model and calibration set. The calibration goes
+            on from there, and gives the same bits as one that was not interrupted.
 
     Raises:
         UnsupportedModelError: the model has a part that the scheme does not cover. The message names it.
         ValueError: bits are out of range, there is no image to calibrate on, an image does not fit the model, or an
-            activation is not finite.
+            activation is not finite, or the state is of another model.
         TypeError: a batch is none of the above.
     """
     quantized = QuantizedViT(model, weight_bits, activation_bits)
-    images = 0
-    for batch in _batches(calibration, quantized):
-        images += batch.batch_size
-        # Images of different lengths go one by one, so that no padding is observed.
-        for group in batch.groups(CALIBRATION_BATCH if batch.is_uniform else 1) if batch.batch_size else ():
+    done, number = _restore(quantized, state), 0
+    for number, group in enumerate(_groups(calibration, quantized), 1):
+        if number > done:
             quantized.forward_patches(group)
-    if not images:
+            if callback is not None:
+                callback({"batches": number, "ranges": quantized.ranges})
+    if not number:
         raise ValueError("the calibration set is empty: ranges are observed on at least one image")
     quantized.freeze()
     return quantized
+
+
+def _restore(model: QuantizedViT, state: Mapping[str, Any] | None) -> int:
+    """Give the places the ranges of a state, and return the number of batches that have been observed."""
+    if state is None:
+        return 0
+    places = model.quantizers
+    if state["ranges"].keys() != places.keys():
+        raise ValueError("the state of the calibration is of another model: it has other places of quantisation")
+    for name, place in places.items():
+        place.low, place.high = state["ranges"][name]
+    return state["batches"]
+
+
+def _groups(
+    calibration: InvertedDataset | Tensor | PackedTokens | Iterable, model: QuantizedViT
+) -> Iterator[PackedTokens]:
+    """Yield the calibration set in groups that are observed at once."""
+    for batch in _batches(calibration, model):
+        if batch.batch_size:
+            # Images of different lengths go one by one, so that no padding is observed.
+            yield from batch.groups(CALIBRATION_BATCH if batch.is_uniform else 1)
 
 
 def _batches(

@@ -15,7 +15,19 @@ from smi_fast.backbones.support import (
     obstacle,
 )
 
+BITS = range(2, 9)
 MAX_HEAD_DIM = 256  # 255^2 * 256 < 2^24, so that a score of 8-bit queries and keys is exact in float32
+
+
+def check_bits(**bits: int) -> None:
+    """Check widths of integers, which are given by the names of their arguments.
+
+    Raises:
+        ValueError: a width is out of range. The message names it.
+    """
+    for name, width in bits.items():
+        if isinstance(width, bool) or not isinstance(width, int) or width not in BITS:
+            raise ValueError(f"{name} must be an integer from {BITS[0]} to {BITS[-1]}, got {width!r}")
 
 
 def check_supported(model: nn.Module) -> None:

@@ -30,9 +30,8 @@ from smi_fast.quantization.checkpoint import load_model, model_arguments, model_
 from smi_fast.quantization.export import export_program
 from smi_fast.quantization.layers import IntegerLinear, add, layer_norm
 from smi_fast.quantization.observers import Quantizer, Scaled
-from smi_fast.quantization.support import check_supported
+from smi_fast.quantization.support import check_bits, check_supported
 
-BITS = range(2, 9)
 CACHED_VALUES = 3 * 2**19  # values of the widest activation at a time on a CPU, so that its caches hold them
 
 
@@ -112,9 +111,7 @@ class QuantizedViT(nn.Module):
     def __init__(self, model: VisionTransformer, weight_bits: int = 8, activation_bits: int = 8):
         super().__init__()
         check_supported(model)
-        for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-            if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
-                raise ValueError(f"{name} must be an integer from {BITS[0]} to {BITS[-1]}, got {bits!r}")
+        check_bits(weight_bits=weight_bits, activation_bits=activation_bits)
         self.weight_bits, self.activation_bits = weight_bits, activation_bits
         self.arguments = model_arguments(model)
         self.pretrained_cfg = model_config(model)  # timm's resolve_data_config reads it

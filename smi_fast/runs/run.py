@@ -44,6 +44,7 @@ class Run:
         made_with: what the results depend on besides, as `machine.made_with` gives it. Another device or version is a
             warning. A job goes on with the number of torch's threads that it began with.
         files: the names of files that the job writes into the folder.
+        folders: the names of folders that it writes to, besides those of images and checkpoints.
         overwrite: begin anew in a folder that holds files. Files by other names stay.
         checkpoint_every: the minutes between two checkpoints.
         processes: those that share the run. None: those of the environment.
@@ -61,6 +62,7 @@ class Run:
         made_with: dict[str, Any] | None = None,
         *,
         files: Sequence[str] = (),
+        folders: Sequence[str] = (),
         overwrite: bool = False,
         checkpoint_every: float = EVERY,
         processes: Processes | None = None,
@@ -69,7 +71,8 @@ class Run:
             raise ValueError(f"the minutes between two checkpoints must be more than 0, got {checkpoint_every}")
         self.folder, self.kind = Path(folder), kind
         self.settings, self.made_with = json.loads(json.dumps([settings, made_with or {}]))
-        self.files, self.overwrite, self.every = files, overwrite, 60 * checkpoint_every
+        self.files, self.folders = files, (*FOLDERS, *folders)
+        self.overwrite, self.every = overwrite, 60 * checkpoint_every
         self.processes = processes or Processes.of_environment()
         self.signals = Signals()
         self._saved = time.monotonic()
@@ -100,9 +103,14 @@ class Run:
         Raises:
             Stopped: a signal has asked for an end, and the checkpoint is saved.
         """
-        if self.signals.asked is not None or time.monotonic() - self._saved >= self.every:
+        if self.signals.asked is not None or self.is_due:
             self.save(name, save())
         self.signals.check()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for the next checkpoint."""
+        return time.monotonic() - self._saved >= self.every
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Save a checkpoint."""
@@ -167,9 +175,11 @@ class Run:
             raise ValueError(
                 f"the folder {self.folder} is not empty and holds no run; --overwrite replaces the results in it"
             )
-        for folder in (self.folder, *(self.folder / name for name in FOLDERS)):
-            if folder.is_dir():
-                remove_partials(folder)
+        remove_partials(self.folder)
+        for root in (self.folder / name for name in self.folders):
+            for folder in (root, *root.glob("*")):
+                if folder.is_dir():
+                    remove_partials(folder)
         if not goes_on:
             self._clear()
             write_manifest(self.folder, self.kind, self.settings, self.made_with)
@@ -179,7 +189,7 @@ class Run:
         a part of this run, whenever the process ends."""
         for name in (MANIFEST, *self.files):
             (self.folder / name).unlink(missing_ok=True)
-        for name in FOLDERS:
+        for name in self.folders:
             if (self.folder / name).exists():
                 trash = self.folder / f".{uuid.uuid4().hex}.partial"
                 os.replace(self.folder / name, trash)

@@ -39,6 +39,7 @@ class Signals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
+        self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
@@ -53,6 +54,8 @@ class Signals:
             raise Stopped(self.asked)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a DataLoader's worker, which its parent ends
         if self.asked is None:
             self.asked, self._when = number, time.monotonic()
             print("stopping after this iteration; once more to stop at once", file=sys.stderr)

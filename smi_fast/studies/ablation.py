@@ -75,11 +75,8 @@ def figure8(run: Experiment) -> Section:
 
 
 def rows(run: Experiment, variants: dict[str, Variant]) -> list[list]:
-    """Return a row of `COLUMNS` for each variant. A variant that several sections show is measured once."""
-    for variant in variants.values():
-        if variant not in run.measured:
-            run.measured[variant] = _measure(run, variant)
-    return [[name, *run.measured[variant]] for name, variant in variants.items()]
+    """Return a row of `COLUMNS` for each variant."""
+    return [[name, *_measure(run, variant)] for name, variant in variants.items()]
 
 
 def _measure(run: Experiment, variant: Variant) -> list:
@@ -89,9 +86,13 @@ def _measure(run: Experiment, variant: Variant) -> list:
     transfer = "no student"
     if run.student is not None:
         how = {"rounds": 1, "steps": s.ablation_steps, "batch_size": s.batch_size}
-        transfer = [run.student.learn(dataset, seed, **how)[-1] for seed, dataset in enumerate(sets)]
+        transfer = [
+            run.transfer(f"once-{variant.name}", lambda dataset=dataset: dataset, seed, **how)[-1]
+            for seed, dataset in enumerate(sets)
+        ]
     return [
-        kept(sets[0]), run.sparsity(sets[0]), *costs, *run.quantised(sets, s.ablation_test_images), transfer,
+        kept(sets[0]), run.sparsity(sets[0]), *costs,
+        *run.quantised(variant.name, sets, s.ablation_test_images), transfer,
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from functools import partial
 
 import torch
 
@@ -26,10 +27,10 @@ def table3(run: Experiment) -> Section:
     rows = []
     for name, make in (("real images", real_images), ("Gaussian noise", noise)):
         sets = [make(run, s.images, seed) for seed in seeds]
-        rows.append([name, *[""] * (1 + len(COSTS)), *run.quantised(sets, s.test_images)])
+        rows.append([name, *[""] * (1 + len(COSTS)), *run.quantised(name, sets, s.test_images)])
     for name, sets in inverted.items():
         costs = [[dataset.metadata[key] for dataset in sets] for key in COSTS]
-        rows.append([f"{name} inversion", run.sparsity(sets[0]), *costs, *run.quantised(sets, s.test_images)])
+        rows.append([f"{name} inversion", run.sparsity(sets[0]), *costs, *run.quantised(name, sets, s.test_images)])
     save_rows(run.out / "table3.png", {name: sets[0] for name, sets in inverted.items()})
     real, _, dense, sparse = ([statistics.mean(v) if isinstance(v, list) else v for v in row] for row in rows)
     memory = "the device's" if run.device.type == "cuda" else "the whole process's"
@@ -42,7 +43,7 @@ def table3(run: Experiment) -> Section:
         COLUMNS,
         rows,
         [
-            f"The float model reaches {run.accuracy(run.model, s.test_images):.2f} %.",
+            f"The float model reaches {float_accuracy(run):.2f} %.",
             f"Sparse minus real: {sparse[-2] - real[-2]:+.2f} points at W8/A8, {sparse[-1] - real[-1]:+.2f} at W4/A8.",
             f"Sparse is {sparse[2] / dense[2]:.2f} times as fast as dense. {PAPER_SPEEDUP}",
         ],
@@ -62,10 +63,10 @@ def table4(run: Experiment) -> Section:
         "sparse inversion": lambda seed: inverted_pool(run, run.sparse),
     }
     curves = {
-        source: [run.student.learn(pool(seed), seed, samples=s.samples, **how) for seed in range(s.seeds)]
+        source: [run.transfer(source, partial(pool, seed), seed, samples=s.samples, **how) for seed in range(s.seeds)]
         for source, pool in pools.items()
     }
-    ceiling = run.student.learn(real_images(run, s.real_images, 0), 0, **how)[-1]
+    ceiling = run.transfer("ceiling", lambda: real_images(run, s.real_images, 0), 0, **how)[-1]
     rows = [[source, [c[-1] for c in seeds], [max(c) for c in seeds]] for source, seeds in curves.items()]
     *_, dense, sparse = (statistics.mean(last) for _, last, _ in rows)
     card = MODEL_DIR / f"{about['student']}.json"
@@ -83,7 +84,7 @@ def table4(run: Experiment) -> Section:
         {"images": "", "after the last round, %": ".2f", "best round, %": ".2f"},
         rows,
         [
-            f"The teacher reaches {run.accuracy(run.model, s.test_images):.2f} %.",
+            f"The teacher reaches {float_accuracy(run):.2f} %.",
             f"If {s.real_images:,} real images are there from the first round, one seed reaches {ceiling:.2f} % (the "
             "ceiling).",
             *([labels] if probe else []),
@@ -112,3 +113,8 @@ def table5(run: Experiment) -> Section:
         {"inversion": "", "samples": ".0f", "iterations": ".0f", "seconds of inversion": ".0f"},
         rows,
     )
+
+
+def float_accuracy(run: Experiment) -> float:
+    """Return the test accuracy of the model that is inverted, in %."""
+    return run.accuracy("float", lambda: run.model, run.settings.test_images)

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from smi_fast.backbones.vit import accelerate
-from smi_fast.data.files import read_json, read_sealed, sealed, write_json
-from smi_fast.data.labelled import accuracy, load_data
+from smi_fast.data.files import read_sealed, sealed, write_json
+from smi_fast.data.labelled import load_data
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.states import weights_checksum
 from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
 from smi_fast.inversion.presets import InversionSettings
+from smi_fast.inversion.result import Step
 from smi_fast.inversion.schedule import StoppingSchedule
 from smi_fast.quantization import check_supported, quantize
-from smi_fast.runs.machine import device_name, versions
+from smi_fast.runs.evaluation import evaluate
+from smi_fast.runs.machine import made_with, processor, versions
+from smi_fast.runs.processes import Processes
+from smi_fast.runs.run import Run
 from smi_fast.seeds import batch_seed
 from smi_fast.studies.page import Section
 from smi_fast.studies.student import Student
@@ -30,6 +37,10 @@ from smi_fast.studies.student import Student
 BATCH = 128  # images that are evaluated at once
 MAX_HELD = 2**30  # bytes of test images that are held in memory
 WEIGHT_BITS = (8, 4)  # activations have 8 bits
+SECTIONS, INVERTED = "sections", "inverted"  # the folders of finished sections and of images
+NOTHING = {"inversion": None, "meter": {"times": []}}  # the checkpoint of an inversion that has not begun
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -73,9 +84,9 @@ class Variant:
 class Experiment:
     """A folder of results, with the models and the data that they are computed from.
 
-    `about.json` records what the results belong to, `sections/` holds the finished sections, and `inverted/` holds the
-    images of each variant: one file for each batch, with the cost of its inversion in the metadata. The arguments are
-    those of `reproduce`.
+    It is the folder of a `Run`, which `begin` returns. `sections/` holds the finished sections, and `inverted/` holds
+    the images of each variant: one file for each batch, with the cost of its inversion in the metadata. Each figure
+    that takes long has a checkpoint, from which a section goes on. The arguments are those of `reproduce`.
     """
 
     def __init__(
@@ -97,25 +108,28 @@ class Experiment:
         self.test = cache(self.test)  # test images are read once
         self.student = None
         if student is not None:
-            self.student = Student(student, self.fast, lambda: self.test(settings.test_images, student))
+            self.student = Student(student, self.fast, lambda: self.watched(self.test(settings.test_images, student)))
         self.dense = Variant("dense", StoppingSchedule.dense())
         self.sparse = Variant("sparse", settings.inversion.schedule)
-        self.measured: dict[Variant, list] = {}  # what the ablations have measured
         self.about = {
             "model": name_of(model),
             "student": None if student is None else name_of(student),
             "weights": [weights_checksum(m) for m in (model, student) if m is not None],
             "data": Path(data).name,
-            "device": device_name(self.device),
-            "versions": versions(),
-            "settings": settings.record(),
+            "device": processor(self.device),
+            **versions(),
+            **settings.record(),
         }
 
-    def begin(self) -> None:
-        """Make the folder, or check that it holds results of the same arguments.
+    def begin(self, command: Sequence[str] | None = None, **options) -> Run:
+        """Return the run of the experiment, which is to be entered.
+
+        Args:
+            command: see `made_with`.
+            options: see `Run`.
 
         Raises:
-            ValueError: the folder holds something else, or the models or the data do not fit each other.
+            ValueError: the models or the data do not fit each other, or see `Run`.
         """
         self.load("train"), self.load("test")
         check_supported(self.model)
@@ -124,45 +138,73 @@ class Experiment:
             if self.student.reader.grid != self.grid:
                 ours, theirs = ("{}x{}".format(*grid.patch_size) for grid in (self.grid, self.student.reader.grid))
                 raise ValueError(f"the model has patches of {ours}, the student of {theirs}")
-        file = self.out / "about.json"
-        if file.is_file():
-            before, now = (about | about.get("settings", {}) for about in (read_json(file), self.about))
-            for key in now.keys() - {"settings"}:
-                if before.get(key) != now[key]:
-                    raise ValueError(f"{self.out} holds results of {key} {before.get(key)}, not {now[key]}")
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"{self.out} is there already and holds no results to go on from")
-        else:
-            (self.out / "sections").mkdir(parents=True)
-            write_json(file, self.about)
+        self.job = Run(
+            self.out, "reproduction", self.about, made_with(self.device, command), folders=(SECTIONS, INVERTED),
+            processes=Processes(), **options,
+        )  # fmt: skip
+        return self.job
+
+    def once(self, name: str, make: Callable[[], Value]) -> Value:
+        """Return a figure, in JSON's types: from the checkpoint of this name, or made now and saved there."""
+        state = self.job.checkpoint(_file_name(name))
+        if state is None:
+            state = {"value": make()}
+            self.job.save(_file_name(name), state)
+            self.job.signals.check()
+        return state["value"]
+
+    def watched(self, batches: Iterable[Value]) -> Iterator[Value]:
+        """Yield batches, until a signal asks for an end."""
+        for batch in batches:
+            self.job.signals.check()
+            yield batch
 
     def section(self, name: str, make: Callable[[Experiment], Section]) -> Section:
         """Read a section from its file, or make it now and save it."""
         section = self.finished(name)
         if section is None:
-            started = time.perf_counter()
-            section = make(self)
-            section.seconds = time.perf_counter() - started
+            before = self.job.checkpoint(name) or {"seconds": 0.0}
+            started = time.perf_counter() - before["seconds"]
+            try:
+                section = make(self)
+            finally:
+                seconds = time.perf_counter() - started
+                self.job.save(name, {"seconds": seconds})
+            section.seconds = seconds
+            self._file(name).parent.mkdir(exist_ok=True)
             write_json(self._file(name), sealed(asdict(section)))
+            self.job.discard(name)
         return section
 
     def finished(self, name: str) -> Section | None:
-        """Return the section of this name, or None if it is not finished."""
+        """Return the section of this name, or None if it is not finished. A damaged one is a warning, and counts as not
+        finished."""
         file = self._file(name)
-        return Section(**read_sealed(file)) if file.is_file() else None
+        try:
+            return Section(**read_sealed(file)) if file.is_file() else None
+        except ValueError as error:
+            warnings.warn(f"{error}; the section is made again", stacklevel=2)
+            return None
 
     def _file(self, name: str) -> Path:
-        return self.out / "sections" / f"{name}.json"
+        return self.out / SECTIONS / f"{name}.json"
 
     def inverted(self, variant: Variant, number: int, count: int) -> InvertedDataset:
         """Return batch `number` of `count` inverted images, read from its file or inverted now.
 
         Targets are all classes in turn, in random order. The metadata holds what the inversion cost.
         """
-        file = self.out / "inverted" / f"{variant.name}-{count}" / f"{number:05}.safetensors"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._invert(variant, number, count).save(file)
+        file = self.out / INVERTED / f"{variant.name}-{count}" / f"{number:05}.safetensors"
+        if file.is_file():
+            try:
+                dataset = InvertedDataset.load(file)
+                dataset.verify()
+                return dataset
+            except ValueError as error:
+                warnings.warn(f"{error}; its images are inverted again", stacklevel=2)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._invert(variant, number, count).save(file, overwrite=True)
+        self.job.discard(_batch_name(variant, number, count))
         return InvertedDataset.load(file)
 
     def _invert(self, variant: Variant, number: int, count: int) -> InvertedDataset:
@@ -171,8 +213,18 @@ class Experiment:
         classes = torch.randperm(self.model.num_classes, generator=torch.Generator().manual_seed(number))
         targets = classes[torch.arange(count) % len(classes)]
         meter, seed = StageMeter(self.device), batch_seed(0, count)  # batches of different sizes share no image
+        name = _batch_name(variant, number, count)
+        before = self.job.checkpoint(name) or NOTHING
+        meter.load_state_dict(before["meter"])
+
+        def callback(step: Step) -> None:
+            meter(step)
+            self.job.pause(name, lambda: {"inversion": step.state_dict(), "meter": meter.state_dict()})
+
         with meter.batch():
-            result = inverter.run(targets, seed=batch_seed(seed, number), callback=meter)
+            result = inverter.run(
+                targets, seed=batch_seed(seed, number), callback=callback, state=before["inversion"]
+            )  # fmt: skip
         if result.interrupted:
             raise KeyboardInterrupt
         costs = list(meter.costs.values())
@@ -195,24 +247,43 @@ class Experiment:
         """Load the labelled images of a split, preprocessed for this model, or for the model that is inverted."""
         return load_data(self.data, self.root, split=split, model=self.model if model is None else model)
 
-    def test(self, count: int | None, model: nn.Module | None = None) -> Iterable[tuple[Tensor, Tensor]]:
+    def test(self, count: int | None, model: nn.Module | None = None) -> DataLoader:
         """Return batches of `count` random test images, or of all test images, preprocessed as `load` does it."""
         dataset = self.load("test", model)
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count].tolist()
         held = len(chosen) * dataset[0][0].nbytes <= MAX_HELD
-        loader = DataLoader(Subset(dataset, chosen), BATCH, num_workers=0 if held else 8)
-        return list(loader) if held else loader
+        images = [dataset[number] for number in chosen] if held else Subset(dataset, chosen)
+        return DataLoader(images, BATCH, num_workers=0 if held else 8)
 
-    def accuracy(self, model: nn.Module, count: int | None) -> float:
-        """Measure the accuracy of a model on `count` test images, in %."""
-        return 100 * accuracy(model, self.test(count), progress=False)
+    def accuracy(self, name: str, make: Callable[[], nn.Module], count: int | None) -> float:
+        """Measure the accuracy of the model that `make` returns on `count` test images, in %. The name stands for the
+        model."""
+        name = _file_name(f"accuracy-{name}-{count or 'all'}")
+        return 100 * evaluate(self.job, name, make, self.test(count), progress=False)["accuracy"]
 
-    def quantised(self, calibrations: Sequence[InvertedDataset | Tensor], count: int | None) -> list[list[float]]:
-        """Measure the accuracy at W8/A8 and at W4/A8, in %, after calibration on each of the sets."""
+    def quantised(
+        self, name: str, calibrations: Sequence[InvertedDataset | Tensor], count: int | None
+    ) -> list[list[float]]:
+        """Measure the accuracy at W8/A8 and at W4/A8, in %, after calibration on each of the sets. The name stands for
+        the sets."""
         return [
-            [self.accuracy(quantize(self.model, images, bits, 8), count) for images in calibrations]
+            [
+                self.accuracy(f"{name}-W{bits}-{seed}", partial(quantize, self.model, images, bits, 8), count)
+                for seed, images in enumerate(calibrations)
+            ]
             for bits in WEIGHT_BITS
         ]
+
+    def transfer(self, name: str, images: Callable[[], InvertedDataset], seed: int, **how) -> list[float]:
+        """Return the test accuracy of the student after each round of a transfer, in %. The name stands for the
+        images."""
+
+        def check(*_: object) -> None:
+            self.job.signals.check()
+
+        return self.once(
+            f"transfer-{name}-{seed}", lambda: self.student.learn(images(), seed, callback=check, **how)
+        )  # fmt: skip
 
     @property
     def final_count(self) -> int:
@@ -237,3 +308,11 @@ def name_of(model: nn.Module) -> str:
 def split(count: int | None) -> str:
     """Return the words for `count` images of the test split on a page."""
     return "the whole test split" if count is None else f"{count:,} random images of the test split"
+
+
+def _batch_name(variant: Variant, number: int, count: int) -> str:
+    return f"{variant.name}-{count}-{number:05}"
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text)

@@ -44,7 +44,7 @@ def most_attended(run: Experiment, dataset: InvertedDataset, count: int) -> Inve
     """Reduce each image to the `count` patches that get the most of the class token's attention."""
     images, keep = dataset.images(), []
     with frozen(run.fast):
-        for batch in images.split(BATCH):
+        for batch in run.watched(images.split(BATCH)):
             _, attention = run.fast(((batch - run.mean) / run.std).to(run.device), return_attention=True)
             keep.append(attention.topk(count).indices.sort().values.cpu())
     return _dataset(run, images, torch.cat(keep), dataset.targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import product
 
 import torch
@@ -28,7 +29,8 @@ def table2(run: Experiment) -> Section:
     num_patches = run.grid.num_patches
     counts = (kept_count(num_patches, 0.3), run.final_count)
     for source, batches in (("real test images", run.test(s.removal_images)), ("dense inverted images", inverted)):
-        whole, *parts = removal_losses(run.fast, batches, counts)
+        losses = partial(removal_losses, run.fast, run.watched(batches), counts)
+        whole, *parts = run.once(f"removal-{source}", losses)
         rows.append([source, "nothing", num_patches, *whole])
         rows += [[source, what, n, *part] for (n, what), part in zip(product(counts, REMOVALS), parts, strict=True)]
     return Section(

@@ -13,6 +13,8 @@ from torch import nn
 
 from smi_fast.bars import ProgressBar
 from smi_fast.inversion.presets import DEMO, PAPER
+from smi_fast.runs.machine import device_name, versions
+from smi_fast.runs.run import EVERY
 from smi_fast.studies.ablation import figure8, table6, table7
 from smi_fast.studies.downstream import table3, table4, table5
 from smi_fast.studies.experiment import Experiment, Settings
@@ -39,6 +41,7 @@ SECTIONS: dict[str, Callable[[Experiment], Section]] = {  # in the order of the 
     "table8": table8, "table2": table2,
 }  # fmt: skip
 NEED_STUDENT = ("table4", "table5")
+FILES = ("page.md", *(f"{name}.png" for name in SECTIONS))
 
 
 def reproduce(
@@ -52,11 +55,15 @@ def reproduce(
     settings: Settings | str = "demo",
     sections: Sequence[str] | None = None,
     progress: bool = True,
+    checkpoint_every: float = EVERY,
+    overwrite: bool = False,
+    command: Sequence[str] | None = None,
 ) -> Path:
     """Run the paper's comparisons and write `out/page.md` and its pictures.
 
-    A section is saved as soon as it is finished, and the page with it. Inverted images are saved batch by batch. If the
-    function is called again with the same arguments, it goes on where it was interrupted.
+    A section is saved as soon as it is finished, and the page with it. Inverted images are saved batch by batch, and
+    figures one by one. If the function is called again with the same arguments, it goes on where it was interrupted: a
+    batch or an evaluation in progress from its last checkpoint. What was damaged since is a warning, and is made again.
 
     Args:
         model: a timm model that `quantize` takes. It is also the teacher.
@@ -69,14 +76,17 @@ def reproduce(
         settings: "paper", "demo", or settings of your own.
         sections: names from `SECTIONS`. None means all of them.
         progress: whether to show progress bars.
+        checkpoint_every: the minutes between two checkpoints.
+        overwrite: begin anew in a folder that holds results or other files.
+        command: the arguments of the command that begins the run, for its `--resume`.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: a preset or a section is unknown, `out` holds something else or results of other arguments, or
-            `load_data`, `quantize` or `distill` raises it.
-        KeyboardInterrupt: Ctrl-C was pressed. What was finished is in `out`.
+        ValueError: a preset or a section is unknown, `out` is in use or holds something else or results of other
+            arguments, or `load_data`, `quantize` or `distill` raises it.
+        Stopped: Ctrl-C or SIGTERM has asked for an end. What was finished is in `out`.
     """
     if isinstance(settings, str):
         if settings not in PRESETS:
@@ -89,23 +99,23 @@ def reproduce(
     if student is None:
         names = [name for name in names if name not in NEED_STUDENT]
     run = Experiment(model, student, data, root, Path(out), settings, progress)
-    run.begin()
-    for name in ProgressBar(names, "reproducing", shown=progress, unit="section"):
-        run.section(name, SECTIONS[name])
-        write(run, student_note)
-    return write(run, student_note)
+    with run.begin(command, files=FILES, overwrite=overwrite, checkpoint_every=checkpoint_every):
+        for name in ProgressBar(names, "reproducing", shown=progress, unit="section"):
+            run.section(name, SECTIONS[name])
+            write(run, student_note)
+        return write(run, student_note)
 
 
 def write(run: Experiment, student_note: str) -> Path:
     """Write the page with all finished sections, and return its path."""
     sections = {name: section for name in SECTIONS if (section := run.finished(name)) is not None}
     about, minutes = run.about, sum(section.seconds for section in sections.values()) / 60
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    libraries = ", ".join(f"{name} {about[name]}" for name in versions())
     learner = f"with the student {about['student']}. {student_note}" if about["student"] else "without a student."
     introduction = (
         f"These are the comparisons of Hu et al. (ICML 2024) with {about['model']} on {about['data']}, {learner} They "
-        f"took {minutes:.0f} minutes on {about['device']} with {versions}. Tables show the mean ± standard deviation "
-        "over the seeds. The figures of each seed are in `sections/`, and the settings in `about.json`."
+        f"took {minutes:.0f} minutes on {device_name(run.device)} with {libraries}. Tables show the mean ± standard "
+        "deviation over the seeds. The figures of each seed are in `sections/`, and the settings in `run.json`."
     )
     page = run.out / "page.md"
     write_page(page, "Sparse Model Inversion, reproduced", introduction, sections)

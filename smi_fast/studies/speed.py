@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise, product
 
 import timm
@@ -10,6 +12,7 @@ import torch
 
 from smi_fast.backbones.vit import AcceleratedViT, accelerate
 from smi_fast.inversion.inverter import Inverter
+from smi_fast.inversion.result import Step
 from smi_fast.inversion.schedule import StoppingSchedule
 from smi_fast.studies.experiment import Experiment, name_of
 from smi_fast.studies.page import Section
@@ -23,10 +26,8 @@ def table8(run: Experiment) -> Section:
     for name in s.speed_models:
         models[f"{name}, random weights"] = accelerate(timm.create_model(name).eval().to(run.device))
     for (name, fast), size in product(models.items(), s.speed_batches):
-        dense, sparse = (
-            inversion_seconds(fast, variant.stopping, iterations, size, s.speed_iterations)
-            for variant in (run.dense, run.sparse)
-        )
+        measure = partial(in_turn, run, fast, size)
+        dense, sparse = run.once(f"speed-{name}-{size}", measure)
         rows.append([name, size, iterations / dense, iterations / sparse, dense / sparse])
     return Section(
         "Table 8: speed by batch size and model",
@@ -38,15 +39,35 @@ def table8(run: Experiment) -> Section:
     )
 
 
+def in_turn(run: Experiment, fast: AcceleratedViT, batch_size: int) -> list[float]:
+    """Return the seconds of a dense and of a sparse inversion."""
+    iterations, timed = run.settings.inversion.iterations, run.settings.speed_iterations
+    return [
+        inversion_seconds(fast, variant.stopping, iterations, batch_size, timed, run.job.signals.check)
+        for variant in (run.dense, run.sparse)
+    ]
+
+
 def inversion_seconds(
-    fast: AcceleratedViT, stopping: StoppingSchedule, iterations: int, batch_size: int, timed: int
+    fast: AcceleratedViT,
+    stopping: StoppingSchedule,
+    iterations: int,
+    batch_size: int,
+    timed: int,
+    check: Callable[[], None] = lambda: None,
 ) -> float:
-    """Estimate the seconds of an inversion's iterations from the median of a few timed ones in each stage."""
+    """Estimate the seconds of an inversion's iterations from the median of a few timed ones in each stage. `check` is
+    called after every iteration."""
     stops = {timed * number: fraction for number, fraction in enumerate(stopping.stops.values(), 1)}
     count = timed * (len(stops) + 1)
     short = Inverter(fast, stopping=StoppingSchedule(stops), iterations=count, progress=False)
     moments, targets = [0.0], torch.zeros(batch_size, dtype=torch.int64)
-    if short.run(targets, callback=lambda step: moments.append(step.seconds())).interrupted:
+
+    def callback(step: Step) -> None:
+        moments.append(step.seconds())
+        check()
+
+    if short.run(targets, callback=callback).interrupted:
         raise KeyboardInterrupt
     durations = [after - before for before, after in pairwise(moments)]
     lengths = [end - start for start, end in pairwise([0, *stopping.stops, iterations])]

@@ -1,5 +1,12 @@
 """What tests of several commands share: small data, inverted images, and accuracy computed by hand."""
 
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -62,3 +69,36 @@ def refused(capsys, tmp_path):
         assert not (tmp_path / "out").exists()
 
     return run
+
+
+@pytest.fixture
+def stopped(capsys):
+    """A function that runs a command in a process of its own, which gets a signal after its first checkpoint. Until it
+    has ended, its folder is refused to others. It returns the exit code and what the process said to its error stream.
+    """
+
+    def run(arguments: list[str], out: Path, number: signal.Signals) -> tuple[int, str]:
+        program = [sys.executable, "-m", "smi_fast", *arguments, "--quiet", "--checkpoint-every", "0.00001"]
+        before = _checkpoints(out)
+        with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+            while _checkpoints(out) == before:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.001)
+            process.send_signal(signal.SIGSTOP)  # so that it is still there when another one comes
+            assert main([arguments[0], "--resume", str(out)]) == 2
+            assert "is in use by another process" in capsys.readouterr().err
+            process.send_signal(number)
+            process.send_signal(signal.SIGCONT)
+            error = process.communicate()[1]
+        return process.returncode, error
+
+    return run
+
+
+def _checkpoints(out: Path) -> dict[Path, int]:
+    """The checkpoints of a run, and when each was written, in nanoseconds."""
+    files = {}
+    for file in out.glob("checkpoints/*.state"):
+        with suppress(FileNotFoundError):  # the run has just discarded it
+            files[file] = file.stat().st_mtime_ns
+    return files

@@ -2,19 +2,37 @@
 
 import json
 import shutil
+import signal
 from argparse import Namespace
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import smi_fast
 from smi_fast.cli import main
 from smi_fast.cli.quantize import inverted_images
 from smi_fast.models import cifar10_vit
+from smi_fast.runs.run import Run
 
 pytest.importorskip("matplotlib")
+
+
+def result(out) -> tuple[dict, dict]:
+    """The tensors of the quantised model of a run, and its report without the seconds."""
+    record = json.loads((out / "report.json").read_text())
+    del record["seconds"]
+    for model in ("float", "quantized"):
+        record["test"][model].pop("seconds")
+    return load_file(out / "quantized.safetensors"), record
+
+
+def assert_equal(ours: tuple[dict, dict], theirs: tuple[dict, dict]) -> None:
+    assert ours[1] == theirs[1]
+    assert ours[0].keys() == theirs[0].keys()
+    for name, tensor in ours[0].items():
+        assert torch.equal(tensor, theirs[0][name]), name
 
 
 @pytest.mark.parametrize("source", ["inverted", "noise", "real"])
@@ -67,14 +85,108 @@ def test_calibration_images_are_of_all_classes_in_whatever_order_they_are_stored
     assert sorted(pixels[:, 0, 0, 0].mul(20).round().int().remainder(10).tolist()) == list(range(10))
 
 
-def test_the_retry_after_a_bad_test_image_is_welcome(data, refused, tmp_path):
+@pytest.fixture(scope="module")
+def command(data, tmp_path_factory):
+    """A command with four calibration images and three batches of test images, and the folder of its whole run."""
+    command = ["quantize", "--images", "4", "--data", str(data), "--batch-size", "8", "--quiet"]
+    out = tmp_path_factory.mktemp("quantized") / "whole"
+    assert main([*command, "--out", str(out)]) == 0
+    return command, out
+
+
+def test_a_run_that_stops_after_every_batch_repeats_none_and_ends_with_the_same_bits(command, tmp_path, monkeypatch):
+    """Every process ends at its first pause, of which there are two in the calibration and three for each model."""
+    monkeypatch.setattr("smi_fast.quantization.calibration.CALIBRATION_BATCH", 2)
+    pause, whole, out, codes = Run.pause, tmp_path / "whole", tmp_path / "out", []
+    assert main([*command[0], "--out", str(whole)]) == 0
+
+    def stop(run, name, save):
+        run.signals.asked = signal.SIGTERM
+        pause(run, name, save)
+
+    monkeypatch.setattr(Run, "pause", stop)
+    while not codes or codes[-1]:
+        codes.append(main([*command[0], "--out", str(out)]))
+        assert len(codes) < 10
+    assert codes == [143] * 8 + [0]
+    assert_equal(result(out), result(whole))
+
+
+def test_ctrl_c_and_sigterm_end_a_run_that_others_may_not_enter_and_resume_goes_on(command, stopped, tmp_path):
+    command, whole = command
+    out = tmp_path / "out"
+    resume = ["quantize", "--resume", str(out)]
+    for arguments, number, code in (
+        ([*command, "--out", str(out), "--batch-size", "1"], signal.SIGINT, 130),
+        (resume, signal.SIGTERM, 143),
+    ):
+        found, error = stopped(arguments, out, number)
+        assert found == code, error
+        assert error.endswith(f"smi-fast: interrupted; to go on: smi-fast quantize --resume {out}\n")
+        assert not (out / "report.json").exists()
+    assert main(resume) == 0
+    assert_equal(result(out), result(whole))
+
+
+def test_a_finished_run_tells_its_results_again_and_measures_nothing(command, tmp_path, capsys, monkeypatch):
+    out = shutil.copytree(command[1], tmp_path / "out")
+    files = {file: file.read_bytes() for file in out.rglob("*.*") if file.suffix != ".png"}
+    monkeypatch.setattr("smi_fast.runs.evaluation.accuracy", None)
+    monkeypatch.setattr("smi_fast.cli.quantize.quantize", None)
+    assert main(["quantize", "--resume", str(out)]) == 0
+    test = json.loads((out / "report.json").read_text())["test"]
+    text = capsys.readouterr().out
+    for model in ("float", "quantized"):
+        assert f"{test[model]['accuracy']:.2%}" in text
+    assert {file: file.read_bytes() for file in files} == files
+
+
+def test_a_damaged_part_is_made_again_with_the_same_bits(command, seed, tmp_path, capsys):
+    out = shutil.copytree(command[1], tmp_path / "out")
+    for name in ("quantized.safetensors", "checkpoints/float.state", "checkpoints/quantized.safetensors.state"):
+        flipped = bytearray((out / name).read_bytes())
+        flipped[torch.randint(len(flipped), ()).item()] ^= 1 << torch.randint(8, ()).item()
+        for damaged in (flipped, flipped[: len(flipped) // 2])[: 2 if "float" in name else 1]:
+            (out / name).write_bytes(damaged)
+            assert main(["quantize", "--resume", str(out)]) == 0
+            [warning] = capsys.readouterr().err.splitlines()
+            assert warning.startswith(f"smi-fast: warning: {out / name}")
+            assert_equal(result(out), result(command[1]))
+
+
+def test_a_run_of_other_settings_is_refused_by_their_names_and_stays(command, inverted, tmp_path, capsys):
+    command, _ = command
+    out, mine = tmp_path / "out", shutil.copytree(inverted, tmp_path / "mine")
+    fixed = [*command, "--out", str(out), "--calibration", str(mine)]
+    assert main(fixed) == 0
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    for other, message in (
+        (["--weight-bits", "4"], "weight_bits is 8, not 4"),
+        (["--limit", "3"], "limit is None, not 3, test_images is 20, not 3"),
+        (["--calibration", "noise"], f"calibration is {str(mine)[:57]}"),
+    ):
+        assert main([*fixed, *other]) == 2
+        assert message in capsys.readouterr().err
+    dataset = smi_fast.InvertedDataset.load(mine / "images" / "00000.safetensors")
+    others = dataset.images() / 2
+    dataset = smi_fast.InvertedDataset.from_images(others, None, dataset.targets, (4, 4), dataset.metadata)
+    dataset.save(mine / "images" / "00000.safetensors", overwrite=True)
+    assert main(fixed) == 2
+    assert ": calibration_checksum is" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in before} == before
+    assert main([*fixed, "--overwrite"]) == 0
+
+
+def test_the_same_command_goes_on_after_a_bad_test_image(data, tmp_path, capsys):
     mine, bad = shutil.copytree(data, tmp_path / "data"), tmp_path / "data" / "test" / "ship" / "1.png"
     whole = bad.read_bytes()
     bad.write_bytes(whole[:500])
-    command = ["quantize", "--images", "2", "--data", str(mine)]
-    refused(command, f"{bad}: cannot be read as an image")
+    command = ["quantize", "--images", "2", "--data", str(mine), "--out", str(tmp_path / "out"), "--quiet"]
+    assert main(command) == 2
+    assert f"{bad}: cannot be read as an image" in capsys.readouterr().err
     bad.write_bytes(whole)
-    assert main([*command, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert main(command) == 0
 
 
 @pytest.mark.parametrize(

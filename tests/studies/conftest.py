@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from smi_fast.inversion.objectives import deep_inversion
 from smi_fast.inversion.presets import InversionSettings
-from smi_fast.studies.experiment import Settings
+from smi_fast.studies.experiment import Experiment, Settings
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -54,3 +54,11 @@ def data(tmp_path_factory):
         pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
     return folder
+
+
+@pytest.fixture
+def run(models, data, tiny, tmp_path):
+    """An experiment that has begun in the folder `out`."""
+    experiment = Experiment(*models, data, None, tmp_path / "out", tiny, progress=False)
+    with experiment.begin():
+        yield experiment

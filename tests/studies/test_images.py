@@ -1,16 +1,9 @@
 """Real images are left with the patches that get the most attention, and pixels survive the way into a dataset."""
 
-import pytest
 import torch
 
 from smi_fast import accelerate
-from smi_fast.studies.experiment import Experiment
 from smi_fast.studies.images import most_attended, noise, real_images, whole_images
-
-
-@pytest.fixture
-def run(models, data, tiny, tmp_path):
-    return Experiment(*models, data, None, tmp_path, tiny, progress=False)
 
 
 def test_the_most_attended_patches_are_left(run, models):

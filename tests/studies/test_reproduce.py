@@ -1,6 +1,9 @@
 """reproduce(): the page shows every comparison and says what was measured, and an interruption costs nothing."""
 
+import json
 import re
+import signal
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +14,8 @@ from PIL import Image
 from smi_fast import InvertedDataset
 from smi_fast.data.files import read_sealed
 from smi_fast.quantization import quantize
+from smi_fast.runs.run import Run
+from smi_fast.runs.signals import Stopped
 from smi_fast.studies.page import Section
 from smi_fast.studies.reproduce import PRESETS, SECTIONS, reproduce
 
@@ -93,6 +98,75 @@ def test_the_next_call_goes_on_after_an_interruption(models, data, tiny, tmp_pat
     assert {file: file.read_bytes() for file in before} == before
 
 
+def test_a_run_that_stops_after_every_checkpoint_ends_with_the_same_figures(models, data, tiny, tmp_path, monkeypatch):
+    inversion = replace(tiny.inversion, iterations=2)
+    settings = replace(tiny, inversion=inversion, images=2, samples=2, seeds=1, rounds=1, test_images=3)
+    how = {"student": models[1], "settings": settings, "progress": False, "sections": ["table3", "table4", "table2"]}
+    reproduce(models[0], data, tmp_path / "whole", **how)
+    save, stops = Run.save, 0
+
+    def saved(run, name, state):
+        save(run, name, state)
+        run.signals.asked = signal.SIGTERM
+
+    monkeypatch.setattr(Run, "save", saved)
+    while not (tmp_path / "out" / "sections" / "table2.json").exists():
+        with suppress(Stopped):
+            reproduce(models[0], data, tmp_path / "out", **how, checkpoint_every=1e-9)
+        stops += 1
+        assert stops < 40
+    evaluations, iterations, transfers, removals = 1 + 4 * 2, 2 * 2, 5 + 1, 2
+    assert stops >= evaluations + iterations + transfers + removals
+    whole, ours = ({name: result(tmp_path / out, name) for name in how["sections"]} for out in ("whole", "out"))
+    assert ours["table2"].rows == whole["table2"].rows
+    assert (ours["table4"].rows, ours["table4"].curves) == (whole["table4"].rows, whole["table4"].curves)
+    for mine, theirs in zip(ours["table3"].rows, whole["table3"].rows, strict=True):
+        assert (mine[:2], mine[-2:]) == (theirs[:2], theirs[-2:])  # between them are speeds and memory
+    for kind in ("dense", "sparse"):
+        mine, theirs = (InvertedDataset.load(tmp_path / out / "inverted" / f"{kind}-2") for out in ("out", "whole"))
+        assert torch.equal(mine.images(), theirs.images())
+
+
+def test_a_damaged_section_is_made_again_with_a_warning_that_names_its_file(models, data, tiny, tmp_path):
+    how = {"settings": tiny, "progress": False, "sections": ["table6"]}
+    reproduce(models[0], data, tmp_path, **how)
+    file, expected = tmp_path / "sections" / "table6.json", replace(result(tmp_path, "table6"), seconds=0)
+    record = json.loads(file.read_text())
+    record["rows"][0][1] += 1
+    for damaged in (json.dumps(record), file.read_text()[:100]):
+        file.write_text(damaged)
+        with pytest.warns(UserWarning, match=rf"{file} is damaged.*; the section is made again"):
+            reproduce(models[0], data, tmp_path, **how)
+        assert replace(result(tmp_path, "table6"), seconds=0) == expected
+
+
+def test_a_second_run_in_the_folder_is_refused(models, data, tiny, tmp_path, monkeypatch):
+    messages = []
+
+    def again(run):
+        with pytest.raises(ValueError, match="is in use by another run of this process") as error:
+            reproduce(models[0], data, tmp_path, settings=tiny, sections=["table6"], progress=False)
+        messages.append(str(error.value))
+        return Section("", "", {}, [])
+
+    monkeypatch.setitem(SECTIONS, "table6", again)
+    reproduce(models[0], data, tmp_path, settings=tiny, sections=["table6"], progress=False)
+    assert len(messages) == 1
+
+
+def test_overwrite_begins_anew_and_leaves_other_files(models, data, tiny, tmp_path):
+    settings = replace(tiny, inversion=replace(tiny.inversion, iterations=2))
+    how = {"sections": ["table2"], "progress": False}
+    reproduce(models[0], data, tmp_path, settings=settings, **how)
+    (tmp_path / "thesis.md").write_text("mine")
+    (tmp_path / "sections" / ".0123456789abcdef0123456789abcdef.partial").write_text("of a killed process")
+    other = replace(settings, removal_images=5)
+    reproduce(models[0], data, tmp_path, settings=other, overwrite=True, **how)
+    assert "5 random images" in (tmp_path / "page.md").read_text()
+    assert (tmp_path / "thesis.md").read_text() == "mine"
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_without_a_student_transfers_are_left_out(models, data, tiny, tmp_path):
     sections = ["table4", "table5", "table6"]
     text = reproduce(
@@ -107,21 +181,21 @@ def test_results_of_other_arguments_are_refused_and_stay(models, vit, data, tiny
     teacher, student = models
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     other = replace(tiny, inversion=replace(tiny.inversion, lr=0.2))
-    with pytest.raises(ValueError, match=r"holds results of lr 0\.1, not 0\.2"):
+    with pytest.raises(ValueError, match=r"other settings: lr is 0\.1, not 0\.2"):
         reproduce(teacher, data, out, student=student, settings=other, progress=False)
-    with pytest.raises(ValueError, match="holds results of seeds 2, not 3"):
+    with pytest.raises(ValueError, match="other settings: seeds is 2, not 3"):
         reproduce(teacher, data, out, student=student, settings=replace(tiny, seeds=3), progress=False)
-    with pytest.raises(ValueError, match="holds results of weights"):
+    with pytest.raises(ValueError, match="other settings: weights is"):
         reproduce(vit("teacher"), data, out, student=student, settings=tiny, progress=False)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     (tmp_path / "thesis.md").write_text("mine")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
         reproduce(teacher, data, tmp_path, settings=tiny, progress=False)
 
 
 def test_damaged_results_are_named(models, data, tiny, tmp_path):
-    (tmp_path / "about.json").write_text('{"model": ')
-    with pytest.raises(ValueError, match=r"about\.json is damaged"):
+    (tmp_path / "run.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
         reproduce(models[0], data, tmp_path, settings=tiny, progress=False)
 
 
