@@ -27,7 +27,7 @@ import smi_fast.cli
 from smi_fast import InvertedDataset
 from smi_fast.data.manifest import IMAGES, MANIFEST
 from smi_fast.data.states import load_state
-from smi_fast.models import MODEL_INSIDE, cifar10_vit
+from smi_fast.models import CIFAR10_CLASSES, MODEL_INSIDE, STUDENT_INSIDE, cifar10_vit
 from smi_fast.models.loading import INSIDE
 from smi_fast.runs.run import CHECKPOINTS, LOCK, Run
 
@@ -35,13 +35,15 @@ with suppress(ImportError):  # so that no process has to import it again
     importlib.import_module("matplotlib.backends.backend_agg")
 
 FAULTS = int(os.environ.get("SMI_FAST_FAULTS", 6))  # moments of each kind
+EVERYTHING = FAULTS >= 100  # as make faults asks for
 EVERY = 0.001  # minutes between two checkpoints
 ALWAYS = 1e-9  # minutes, after which each iteration is saved
 LIMIT = 120  # seconds after which a command hangs
 TINY = dict(depth=2, embed_dim=32, num_heads=2)  # of the model inside, in these tests
 OWN = ("started", "iteration", "saved", "began", "went on", "ended")  # events of the commands themselves
 OF_TIME = {  # figures of time and memory, which differ between two runs
-    "seconds", "images_per_hour", "iterations_per_second", "speedup_over_dense", "peak_memory", "peak_memory_bytes",
+    "seconds", "inversion_seconds", "transfer_seconds", "images_per_hour", "iterations_per_second",
+    "speedup_over_dense", "peak_memory", "peak_memory_bytes",
 }  # fmt: skip
 Note = Callable[[str, str], None]
 Hook = Callable[[Path, Note], None]  # called in the process of a command, before it begins, with its folder and its log
@@ -56,12 +58,14 @@ class Command:
         options: its options, without those of its folder and its checkpoints.
         short: further options, with which it is as short as it can be.
         other: further options, with which it makes something else.
+        changing: the files that are written again while the command runs.
     """
 
     name: str
     options: str
     short: str
     other: str
+    changing: tuple[str, ...] = ()
 
     def arguments(self, folder: Path, *more: str, every: float = EVERY) -> list[str]:
         run = ["--out", str(folder), "--checkpoint-every", str(every), "--device", "cpu", "--quiet"]
@@ -74,7 +78,20 @@ INVERT = Command(
     short="--classes 0-1 --batch-size 1 --iterations 3 --stopping 1:0.3",
     other="--seed 1",
 )
-COMMANDS = {command.name: command for command in (INVERT,)}
+DISTILL = Command(
+    "distill",
+    "--data {data} --samples 4 --inversion-batch-size 2 --iterations 20 --rounds 2 --steps 20 --batch-size 4 --lr 0.01",
+    short="--iterations 2 --samples 2 --inversion-batch-size 1 --steps 2",
+    other="--seed 1",
+    changing=("student.safetensors", "report.json"),
+)
+QUANTIZE = Command(
+    "quantize",
+    "--data {data} --images 16 --batch-size 2",
+    short="--images 2 --batch-size 10",
+    other="--seed 1",
+)
+COMMANDS = {command.name: command for command in (INVERT, DISTILL, QUANTIZE)}
 
 
 @dataclass
@@ -161,7 +178,7 @@ def _work(arguments: list[str], output: Path, log: Path, hook: Hook | None, envi
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     torch.set_num_threads(1)
-    INSIDE[MODEL_INSIDE] = lambda: _tiny_model()
+    INSIDE[MODEL_INSIDE] = INSIDE[STUDENT_INSIDE] = _tiny_model
     note = _note_events(log)
     if hook is not None:
         hook(Path(arguments[arguments.index("--out") + 1]), note)
@@ -302,7 +319,7 @@ def content(file: Path) -> object:
     if file.suffix == ".state":
         return _timeless(load_state(file))  # which compares the checksum
     with safe_open(file, framework="pt") as tensors:
-        header = {name: _timeless(_parsed(text)) for name, text in tensors.metadata().items()}
+        header = {name: _timeless(_parsed(text)) for name, text in (tensors.metadata() or {}).items()}
         header.get("smi_fast", {}).pop("checksum", None)  # it covers figures of time
         return header, {name: _bits(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
 
@@ -430,11 +447,12 @@ class Chain:
             assert set(os.listdir(self.folder) if self.folder.exists() else ()) - set(litter(self.folder)) <= {LOCK}
             return
         found = without_checkpoints(contents(self.folder))
+        found = {name: value for name, value in found.items() if name not in self.command.changing}
         check_same(found, {name: value for name, value in self.whole.contents.items() if name in found})
         shards = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in shards_of(self.folder)}
         assert self._shards.items() <= shards.items(), "a finished file was lost or written again"
         self._shards = shards
-        if self.command is INVERT:
+        if self.command.name == INVERT.name:
             check_images(self.folder, self.whole)
 
     def finished(self, process: Process) -> None:
@@ -482,20 +500,31 @@ def whole_images(whole: Whole) -> int:
     return sum(shard[1]["targets"][1][0] for shard in shards)
 
 
+def make_data(folder: Path) -> Path:
+    """Make a folder with two random test images of each class."""
+    generator = torch.Generator().manual_seed(0)
+    for name in CIFAR10_CLASSES:
+        (folder / "test" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / "test" / name / f"{number}.png")
+    return folder
+
+
 def moments(count: int) -> list[int]:
     """Of moments 0 to count - 1, all if there may be 100, or else a few that are spread over them at random."""
-    if FAULTS >= 100:
+    if EVERYTHING:
         return list(range(count))
     return sorted(random.Random(count).sample(range(count), min(count, FAULTS)))
 
 
-def is_one_run(folder: Path, old: Whole, new: Whole) -> bool:
+def is_one_run(folder: Path, old: Whole, new: Whole, changing: tuple[str, ...]) -> bool:
     """Check that a folder, in which a new run has begun to replace an old one, holds files of only one of them, and
     return whether it is the new one."""
     found = contents(folder)
     manifest = found.pop(MANIFEST, None)
     if manifest == new.contents[MANIFEST]:
-        found = without_checkpoints(found)
+        found = {name: value for name, value in without_checkpoints(found).items() if name not in changing}
         check_same(found, {name: value for name, value in new.contents.items() if name in found})
         return True
     if manifest is not None:

@@ -1,18 +1,22 @@
 """The commands whose processes are killed, and their undisturbed runs."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
-from fault_cases import COMMANDS, Chain, Whole
+from fault_cases import COMMANDS, EVERYTHING, INVERT, Chain, Whole, make_data
 
 
 @pytest.fixture(scope="module", params=COMMANDS.values(), ids=COMMANDS)
-def command(request):
-    return request.param
+def command(request, tmp_path_factory):
+    if not (EVERYTHING or request.param is INVERT or request.module.__name__.endswith("test_kill")):
+        pytest.skip("make faults runs it")
+    data = make_data(tmp_path_factory.mktemp("data")) if "{data}" in request.param.options else None
+    return replace(request.param, options=request.param.options.format(data=data))
 
 
 @pytest.fixture(scope="module")
-def the_folder(tmp_path_factory):
+def the_folder(command, tmp_path_factory):
     return tmp_path_factory.mktemp("faults") / "run"
 
 

@@ -45,6 +45,6 @@ def test_overwriting_never_leaves_files_of_two_runs_wherever_it_is_killed(comman
         process = chain.start("--overwrite", hook=EachChange(moment))
         assert process.wait() == -signal.SIGKILL, process.text
         chain.count(process)
-        begun = is_one_run(folder, old, whole)
+        begun = is_one_run(folder, old, whole, command.changing)
         chain.finish(*(() if begun else ("--overwrite",)))
     print(f"{command.name}: killed at {len(moments(whole.changes))} of {whole.changes} changes of the folder")

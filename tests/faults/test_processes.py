@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_cases import FAULTS, INVERT, LIMIT, Process, Whole, check_same, contents, litter, shards_of
+from fault_cases import EVERYTHING, INVERT, LIMIT, Process, Whole, check_same, contents, litter, shards_of
 
 from smi_fast.models import MODEL_INSIDE, cifar10_vit
 from smi_fast.models.loading import INSIDE
 
 OPTIONS = "--classes all --images-per-class 1 --batch-size 2 --iterations 60 --device cpu --quiet"
-every_moment = pytest.mark.skipif(FAULTS < 100, reason="make faults runs it")
+every_moment = pytest.mark.skipif(not EVERYTHING, reason="make faults runs it")
 
 
 def free_port() -> int:
