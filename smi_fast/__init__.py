@@ -41,6 +41,8 @@ from smi_fast.inversion.until import Until  # noqa: E402
 from smi_fast.inversion.verifier import Verifier  # noqa: E402
 from smi_fast.packed import PackedTokens  # noqa: E402
 from smi_fast.quantization import QuantizedViT, quantize  # noqa: E402
+from smi_fast.runs.inversion import invert  # noqa: E402
+from smi_fast.runs.signals import Stopped  # noqa: E402
 
 __all__ = [
     "CNN",
@@ -63,6 +65,7 @@ __all__ = [
     "SMIAdaptor",
     "Stage",
     "Step",
+    "Stopped",
     "StoppingSchedule",
     "UnsupportedModelError",
     "Until",
@@ -76,6 +79,7 @@ __all__ = [
     "distill",
     "from_huggingface",
     "from_torchvision",
+    "invert",
     "load_data",
     "normalize_patches",
     "psaq",

@@ -23,16 +23,16 @@ def check_seed(seed: int) -> int:
     return int(seed)
 
 
-def batch_seed(seed: int, number: int) -> int:
-    """Return the seed (64 bits) of batch `number` in a run with `seed`.
+def batch_seed(seed: int, number: int, *further: int) -> int:
+    """Return the seed (64 bits) of batch `number` in a run with `seed`, or of a part of it with `further` numbers.
 
-    It is a hash of both (numpy's SeedSequence). With `seed + number` instead, runs with neighbouring seeds would share
-    batches.
+    It is a hash of all of them (numpy's SeedSequence). With `seed + number` instead, runs with neighbouring seeds would
+    share batches.
 
     Raises:
         TypeError, ValueError: see `check_seed`.
     """
-    sequence = np.random.SeedSequence(check_seed(seed), spawn_key=(number,))
+    sequence = np.random.SeedSequence(check_seed(seed), spawn_key=(number, *further))
     return int(sequence.generate_state(1, np.uint64)[0])
 
 

@@ -15,16 +15,26 @@ FEWER = ("iterations=600", "iterations=6")
 RUN = ("rebirth.md", "runs.md", "sparse.md")  # the other pages' examples need downloads or long runs
 
 
-@pytest.mark.parametrize("page", RUN)
-def test_examples_run(page, seed):
-    text = (DOCS / page).read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+def run(page: str) -> dict:
+    """Run the examples of a page with fewer iterations, and return the names that they define."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
     assert blocks
     names = {}
     for block in blocks:
         assert FEWER[0] in block
         exec(block.replace(*FEWER), names)
-    assert names["result"].images.isfinite().all()
+    return names
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_examples_run(page, seed):
+    assert run(page)["result"].images.isfinite().all()
+
+
+def test_the_example_of_a_long_run_writes_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("long_runs.md")["target"] == 3
+    assert len(list((tmp_path / "results" / "from-python" / "images").iterdir())) == 2
 
 
 def test_commands_are_understood():

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, 2 after an error that the user can act on, 130 after Ctrl-C, or 143 after SIGTERM. Each error
         or warning is one line on the standard error stream.
     """
-    args = argparse.Namespace(written=[])
+    args = argparse.Namespace()
     with warnings.catch_warnings(), _raising(signal.SIGTERM):
         warnings.showwarning = _show_warning
         try:

@@ -14,19 +14,21 @@ import smi_fast.cli.arguments as arguments
 from smi_fast.backbones.cnn import CNN
 from smi_fast.backbones.conversion import as_backbone
 from smi_fast.cli.arguments import count, finite, seed
-from smi_fast.cli.output import INTERRUPTED, Results, add_output
+from smi_fast.cli.output import add_run, check_out
 from smi_fast.data.files import atomic_write, write_json
 from smi_fast.data.sparse import InvertedDataset
-from smi_fast.distillation import Round, distill
+from smi_fast.distillation import Round, distill, settings_of
+from smi_fast.distillation.rounds import TRAINING
 from smi_fast.inversion.presets import InversionSettings
 from smi_fast.models import CNN_INSIDE, STUDENT_INSIDE
 from smi_fast.models.loading import WITHOUT_WEIGHTS, untrained_model
-from smi_fast.runs.machine import device_name, versions
+from smi_fast.runs.machine import device_name, made_with, versions
+from smi_fast.runs.run import Run
 from smi_fast.studies.plots import save_accuracy
 from smi_fast.studies.report import as_text
 
 UNTRAINED_STUDENT = "cifar10_resnet8"  # the student of the CNN inside
-FILES = ("student.safetensors", "accuracy.png", "report.json")
+STUDENT, ACCURACY, REPORT = FILES = ("student.safetensors", "accuracy.png", "report.json")
 TRANSFER = {  # argument of `distill` -> type, default, and what the help says about it
     "rounds": (count, 10, "number of rounds; each inverts images, then trains the student"),
     "steps": (count, 200, "number of training steps of the student in a round"),
@@ -57,7 +59,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     what = "learn from inverted images that are stored here instead of fresh ones"
     images.add_argument("--dataset", type=Path, metavar="PATH", help=what)
     what = "number of fresh images in each round (default: 128, or all images of --dataset)"
-    arguments.add_numbers(images, samples=(count, None, what))
+    at_once = "number of these that are inverted at once; processes of torchrun share the batches (default: all)"
+    arguments.add_numbers(images, samples=(count, None, what), inversion_batch_size=(count, None, at_once))
     what = "weight of a competition: images on which teacher and student disagree, such as 10 for small CNNs"
     arguments.add_numbers(images, adaptive=(finite, None, what))
     what = "divergence of the competition: as the published code computes it (the default), or the exact one"
@@ -66,20 +69,22 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     arguments.add_numbers(parser.add_argument_group("transfer"), **TRANSFER)
     arguments.add_data(parser)
     arguments.add_device(parser)
-    add_output(parser, "smi-fast-distilled")
+    add_run(parser, "smi-fast-distilled")
 
 
 def run(args: argparse.Namespace) -> int:
-    results, teacher = Results(args, FILES), arguments.model_of(args)
+    check_out(args, FILES)
+    teacher = arguments.model_of(args)
     inversion, student = arguments.inversion_settings(args, teacher), student_of(args, teacher)
     linear_probing = not (args.fine_tune or args.student_untrained or isinstance(as_backbone(student), CNN))
     source = image_source(args, teacher, inversion)
     test = arguments.load_test_images(args, student)
-    settings = {name: getattr(args, name) for name in ("samples", *TRANSFER)}
+    transfer = {name: getattr(args, name) for name in ("samples", *TRANSFER)}
+    options = {"linear_probing": linear_probing, **source, **transfer}
     record = {
         "teacher": args.model, "student": args.student, "student_untrained": args.student_untrained,
         "fine_tune": not linear_probing, "images": str(args.dataset),
-        "settings": settings, "test_images": len(test.dataset), "device": device_name(args.device),
+        "settings": transfer, "test_images": len(test.dataset), "device": device_name(args.device),
         "versions": versions(), "rounds": [],
     }  # fmt: skip
     if args.dataset is None:
@@ -88,20 +93,26 @@ def run(args: argparse.Namespace) -> int:
 
     def save_round(finished: Round, batch: object) -> None:
         """Save the results of each round at once, so that they survive an interruption."""
-        record["rounds"].append(asdict(finished))
-        results.write("student.safetensors", lambda path: save_weights(student, path))
-        results.write("report.json", lambda path: write_json(path, record))
+        record["rounds"][finished.number - 1 :] = [asdict(finished)]
+        save_weights(student, args.out / STUDENT)
+        write_json(args.out / REPORT, record)
 
-    result = distill(
-        teacher, student, linear_probing=linear_probing, evaluate=test, callback=save_round,
-        progress=not args.quiet, **source, **settings,
-    )  # fmt: skip
-    if not result.history:
-        raise KeyboardInterrupt
-    points = [(finished.samples, finished.accuracy) for finished in result.history]
-    results.write("accuracy.png", lambda path: save_accuracy({args.student: points}, path))
-    print(table(result.history), results, sep="\n")
-    return INTERRUPTED if result.interrupted else 0
+    tested = {name: str(getattr(args, name)) for name in ("data", "root", "limit")}
+    with Run(
+        args.out, "distillation", settings_of(teacher, student, **options) | tested,
+        made_with(args.device, args.command), files=FILES, overwrite=args.overwrite,
+        checkpoint_every=args.checkpoint_every,
+    ) as job:  # fmt: skip
+        record["rounds"] = (job.checkpoint(TRAINING) or {"history": []})["history"]
+        result = distill(
+            teacher, student, evaluate=test, callback=save_round, progress=not args.quiet, run=job, **options
+        )
+        if job.processes.is_first:
+            points = [(finished.samples, finished.accuracy) for finished in result.history]
+            drawn = save_accuracy({args.student: points}, args.out / ACCURACY) is not False
+            written = ", ".join([STUDENT, REPORT, *[ACCURACY] * drawn])
+            print(table(result.history), f"wrote {written} to {args.out}", sep="\n")
+    return 0
 
 
 def student_of(args: argparse.Namespace, teacher: nn.Module) -> nn.Module:
@@ -126,14 +137,12 @@ def image_source(args: argparse.Namespace, teacher: nn.Module, inversion: Invers
         inverter = inversion.inverter(teacher, progress=False)
         arguments.check_memory("--samples", args.samples or 1, (len(inverter.mean), *inverter.image_size))
         competing = {} if args.adaptive is None else {"adaptive": args.adaptive, "js": args.js or "published"}
-        return {"inverter": inverter, **competing}
-    given = [name for name in ("objective", "adaptive") if getattr(args, name) is not None]
+        return {"inverter": inverter, "inversion_batch_size": args.inversion_batch_size, **competing}
+    given = [name for name in ("objective", "adaptive", "inversion_batch_size") if getattr(args, name) is not None]
     for name in (*given, *arguments.given_inversion(args)):
         option = "--inversion-lr" if name == "lr" else arguments.option_of(name)
         raise ValueError(f"{option} is a setting of an inversion, but the images of --dataset are inverted already")
-    dataset = InvertedDataset.load(args.dataset)
-    dataset.verify()
-    return {"dataset": dataset}
+    return {"dataset": InvertedDataset.load(args.dataset)}
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

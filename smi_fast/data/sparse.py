@@ -290,7 +290,7 @@ class InvertedDataset(torch.utils.data.Dataset):
             with open_shard(file) as (shard, arguments):
                 parts.append(cls(shard, **arguments))
                 parts[0]._check_joins(parts[-1], files[0].relative_to(path))
-        dataset = parts[0]._join(parts)
+        dataset = parts[0].join(parts)
         dataset.missing = max(0, (planned or 0) - len(dataset))
         if dataset.missing:
             warnings.warn(
@@ -309,7 +309,7 @@ class InvertedDataset(torch.utils.data.Dataset):
             if ours != theirs:
                 raise ValueError(f"{key} is {theirs}, but {ours} in {name}")
 
-    def _join(self, parts: list[InvertedDataset]) -> InvertedDataset:
+    def join(self, parts: Sequence[InvertedDataset]) -> InvertedDataset:
         """Extend this dataset, the first of the parts, to the images of all parts, and return it."""
         metadata = [part.metadata.items() for part in parts]
         self.metadata = {k: v for k, v in self.metadata.items() if all((k, v) in items for items in metadata)}

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from smi_fast.backbones.base import frozen
 from smi_fast.bars import ProgressBar
 from smi_fast.data.labelled import accuracy
 from smi_fast.data.sparse import InvertedDataset, RandomHorizontalFlip
-from smi_fast.distillation.losses import transfer_loss
+from smi_fast.distillation.checks import SAMPLES, prepared, record
+from smi_fast.distillation.group import Group
+from smi_fast.distillation.images import InvertedImages, StoredImages
 from smi_fast.distillation.pool import Pool, Reader
-from smi_fast.inversion.competition import competition
+from smi_fast.distillation.training import Round, Training
 from smi_fast.inversion.inverter import Inverter
-from smi_fast.seeds import batch_seed, check_seed, seeded_generator
+from smi_fast.runs.run import Run
+from smi_fast.runs.signals import Stopped
+from smi_fast.seeds import seeded_generator
 
+NO_SETTINGS = ("evaluate", "callback", "progress", "run")  # arguments that do not decide what the student learns
+TRAINING = "training"  # the checkpoint of a run in which the student and the rounds so far are
 Evaluate = Callable[[nn.Module], float] | Iterable[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Round:
-    """The figures of a round of inversion and training."""
-
-    number: int  # from 1
-    samples: int  # images in the pool
-    iterations: int  # of inversion so far; 0 if the images come from a dataset
-    steps: int  # of the student's optimiser so far
-    loss: float  # mean of the round
-    accuracy: float | None  # on the test data, if there are any
-    inversion_seconds: float  # of this round
-    transfer_seconds: float  # of this round: teacher, student and evaluation
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,7 @@ def distill(
     dataset: InvertedDataset | None = None,
     rounds: int = 20,
     samples: int | None = None,
+    inversion_batch_size: int | None = None,
     steps: int = 200,
     batch_size: int = 128,
     linear_probing: bool | None = None,
@@ -84,6 +77,7 @@ def distill(
     callback: Callable[[Round, Dataset], None] | None = None,
     seed: int = 0,
     progress: bool = True,
+    run: Run | None = None,
 ) -> DistillationResult:
     """Transfer a teacher's knowledge to a student without data (Hu et al., ICML 2024, Sec. 4.3.2), in place.
 
@@ -96,6 +90,14 @@ def distill(
     They are computed once, when an image enters the pool, for the image and for its mirror image. The numbers are the
     same as if they were computed in every step.
 
+    With a `run` nothing that was finished is lost: the same call goes on where it stopped, with the same bits. The
+    folder of the run holds the images, a file for each batch of them, and checkpoints of the inversion and of the
+    training in progress. If torchrun has started several processes, they share the batches of a round's images, and
+    then train the student together with DistributedDataParallel, each on its share of a step's images. The images do
+    not depend on the number of processes, and the student depends on it in two ways: by rounding, and as is usual with
+    DistributedDataParallel, by dropout and by BatchNorm, whose statistics are those of each process's share and in the
+    end those of the first process.
+
     Args:
         teacher, student: models that `Inverter` takes, on one device, with the same classes. If patches are stopped,
             both have the same patch size. The teacher is frozen. Afterwards modes and requires_grad are as they were
@@ -106,6 +108,8 @@ def distill(
         samples: the number of fresh images in a round. None: 128 inverted images, or the whole dataset in the first
             round. The targets of inverted images are all classes in turn. With a `RebirthSchedule` it is the number of
             targets, of each of which several images are made.
+        inversion_batch_size: the number of `samples` that are inverted at once. Each such batch has a seed of its own,
+            which does not depend on the number of processes. None: all of them.
         steps: the number of optimiser steps in a round.
         batch_size: the number of images in a step. They are drawn in shuffled passes over the pool.
         linear_probing: train only the head, with the rest of the student in evaluation mode. False: train the whole
@@ -119,121 +123,137 @@ def distill(
         lr, momentum, weight_decay: the settings of SGD.
         evaluate: test data as `accuracy` takes them, preprocessed for the student, or a function that takes the student
             and returns its accuracy. In linear probing the features of the test data are kept in memory.
-        callback: called after each round with the `Round` and its fresh images.
+        callback: called after each round with the `Round` and its fresh images, in the first process. A run that goes
+            on calls it only for further rounds, but after an abrupt end perhaps a second time for the last one.
         seed: decides the inverted images, the order in which images are drawn, flips and the student's dropout.
         progress: show a progress bar.
+        run: the folder to work in, a `Run` that the caller has entered. `settings_of` gives settings for it.
 
     Returns:
-        The result. After Ctrl-C it holds the finished rounds, and the student is as the last of them left it.
+        The result. After Ctrl-C without a run it holds the finished rounds, and the student is as the last of them left
+        it.
 
     Raises:
+        Stopped: in a run, Ctrl-C or SIGTERM has asked for an end. What it needs to go on is saved, and the student is
+            as it was before the call.
+        ConnectionError: another process of the run is gone.
         ValueError, TypeError: the models, the inverter or the dataset do not fit each other, the dataset was made with
             another normalisation than the teacher's, or an argument is out of range. The message names it.
         UnsupportedModelError: see `accelerate`.
     """
-    counts = {"rounds": rounds, "steps": steps, "batch_size": batch_size}
-    counts |= {} if samples is None else {"samples": samples}
-    _check_settings(counts, seed, temperature, lr, momentum, weight_decay)
-    if (inverter is None) == (dataset is None):
-        raise ValueError("give either an inverter or a dataset")
+    numbers = {
+        "rounds": rounds, "samples": samples, "inversion_batch_size": inversion_batch_size, "steps": steps,
+        "batch_size": batch_size, "temperature": temperature, "lr": lr, "momentum": momentum,
+        "weight_decay": weight_decay, "seed": seed,
+    }  # fmt: skip
+    given = {"dataset": dataset, "linear_probing": linear_probing, "adaptive": adaptive, "js": js, **numbers}
+    teacher_reader, student_reader, competing, linear_probing = prepared(teacher, student, inverter=inverter, **given)
+    settings = {} if run is None else record(teacher, student, inverter, flip=flip, **given)
     grid = dataset.grid if inverter is None else inverter.grid
-    teacher_reader, student_reader = (Reader(model, grid.image_size, grid.patch_size) for model in (teacher, student))
-    linear_probing = len(student_reader.heads) > 0 if linear_probing is None else linear_probing
-    _check_fit(teacher_reader, student_reader, inverter, dataset, linear_probing)
-    if inverter is not None:
-        teacher_reader.mean, teacher_reader.std = inverter.mean, inverter.std
-    if adaptive is not None:
-        if inverter is None:
-            raise ValueError(
-                "adaptive images are inverted against the student, but those of a dataset are there already"
-            )
-        inverter = inverter.with_objective(competition(inverter.objective, student_reader.fast, adaptive, js))
     image_size = (teacher_reader.fast.num_channels, *grid.image_size)
     mirror = RandomHorizontalFlip(image_size, grid.patch_size, p=1) if flip else None
-    total = rounds * (steps + (0 if inverter is None else inverter.iterations))
-    bar = ProgressBar(total=total, shown=progress)
+    group = Group(run, student_reader.device)
+    shown = progress and group.is_first
 
-    with frozen(teacher_reader.fast), frozen(student_reader.fast), _own_randomness(seed, student_reader.device), bar:
-        # Everything that a round hands on to the next, besides torch's own random state, which decides dropout:
+    with frozen(teacher_reader.fast), frozen(student_reader.fast), _own_randomness(seed, student_reader.device), group:
         pool = Pool(teacher_reader, student_reader, mirror, linear_probing, batch_size)
         trainable = (student_reader.heads if linear_probing else student_reader.fast).requires_grad_(True)
         optimizer = torch.optim.SGD(trainable.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         generator = seeded_generator(seed)
         if inverter is None:
             order = torch.randperm(len(dataset), generator=generator)
-            fresh = partial(_stored, dataset, order, samples or len(dataset))
+            source = StoredImages(dataset, order, samples or len(dataset))
         else:
-            fresh = partial(_inverted, inverter, samples or 128, seed, bar)
-        history, batches, iterations, interrupted = [], [], 0, False
-        finished = copy.deepcopy(trainable.state_dict())  # as the last finished round left it
+            count = samples or SAMPLES
+            source = InvertedImages(competing, rounds, count, inversion_batch_size or count, seed, run)
+        training = Training(
+            pool, trainable, optimizer, generator, group, steps=steps, temperature=temperature, seed=seed,
+            settings=settings,
+        )  # fmt: skip
+        bar = ProgressBar(total=rounds * (steps + source.iterations), shown=shown)
+        batches, interrupted = [], False
         try:
-            measure = _measure(evaluate, student, student_reader, linear_probing, progress)
-            for number in range(1, rounds + 1):
-                bar.set_description(f"round {number} of {rounds}")
-                started = time.perf_counter()
-                images, ran = fresh(number - 1)  # inverted, or taken from the dataset
-                iterations += ran
-                inverted = time.perf_counter()
-                pool.add(images)
-                loss = _train(pool, optimizer, steps, temperature, generator, bar)
-                record = Round(
-                    number, samples=len(pool), iterations=iterations, steps=number * steps, loss=loss,
-                    accuracy=measure(), inversion_seconds=inverted - started,
-                    transfer_seconds=time.perf_counter() - inverted,
-                )  # fmt: skip
-                finished = copy.deepcopy(trainable.state_dict())
-                history.append(record)
-                batches.append(images)
-                bar.set_postfix(samples=record.samples, loss=f"{loss:.3g}", accuracy=record.accuracy)
-                if not math.isfinite(loss):
-                    warnings.warn(f"the loss is {loss} in round {number}; lr {lr} is too high", stacklevel=2)
-                if callback is not None:
-                    callback(record, images)
-        except KeyboardInterrupt:
+            measure = _measure(evaluate if group.is_first else None, student, student_reader, linear_probing, shown)
+            _rounds(rounds, source, training, measure, callback, run, bar, batches)
+        except (KeyboardInterrupt, Stopped) as error:
+            training.restore()
+            if run is not None or isinstance(error, Stopped):
+                raise
             interrupted = True
-            trainable.load_state_dict(finished)
         finally:
+            bar.close()
             optimizer.zero_grad()
-    return DistillationResult(history, batches, interrupted)
+    return DistillationResult(training.history, batches, interrupted)
 
 
-def _inverted(inverter: Inverter, count: int, seed: int, bar: ProgressBar, number: int) -> tuple[InvertedDataset, int]:
-    """Invert the images of round `number`, counted from 0: `count` images of all classes in turn. Return them and the
-    number of iterations that ran."""
-    targets = torch.arange(number * count, (number + 1) * count) % inverter.backbone.num_classes
-    shown, inverter.progress = inverter.progress, False  # `bar` counts its iterations
-    try:
-        result = inverter.run(targets, seed=batch_seed(seed, number), callback=lambda step: bar.update())
-    finally:
-        inverter.progress = shown
-    if result.interrupted:
-        raise KeyboardInterrupt
-    metadata = {"mean": inverter.mean, "std": inverter.std, "seed": batch_seed(seed, number)}
-    images = InvertedDataset.from_images(result.images, result.keep, result.targets, result.patch_size, metadata)
-    return images, len(result.losses)
+def _rounds(
+    rounds: int,
+    source: StoredImages | InvertedImages,
+    training: Training,
+    measure: Callable[[], float | None],
+    callback: Callable[[Round, Dataset], None] | None,
+    run: Run | None,
+    bar: ProgressBar,
+    batches: list[Dataset],
+) -> None:
+    """Invert and train in turns, from the checkpoint of the run if there is one. The images of finished rounds go into
+    `batches`."""
+    pool, group, history, iterations = training.pool, training.group, training.history, 0
+    pause = partial(group.pause, TRAINING, training.state_dict)
+    if run is not None:
+        _go_on(run, source, training)
+    for number in range(1, rounds + 1):
+        bar.set_description(f"round {number} of {rounds}")
+        fresh = source.of_round(number - 1, bar)  # made, or read if they are there
+        iterations += fresh.iterations
+        training.begin()
+        if len(history) < rounds:  # otherwise nothing is left to learn
+            # What the pool computes is not saved: it takes a forward pass of each image, which gives the same bits
+            # again because the batches are the same.
+            pool.add(fresh.images)
+        if number <= len(history):  # finished before the run was interrupted
+            batches.append(fresh.images)
+            bar.update(training.steps)
+            continue
+        loss = training.round(bar, pause)
+        finished = training.finish(loss, iterations, measure(), fresh.seconds)
+        batches.append(fresh.images)
+        bar.set_postfix(samples=finished.samples, loss=f"{loss:.3g}", accuracy=finished.accuracy)
+        if not math.isfinite(loss):
+            warnings.warn(f"the loss is {loss} in round {number}; lr {training.lr} is too high", stacklevel=3)
+        if group.is_first and callback is not None:
+            callback(finished, fresh.images)
+        if group.is_first and run is not None:
+            run.save(TRAINING, training.state_dict())
 
 
-def _stored(dataset: InvertedDataset, order: Tensor, count: int, number: int) -> tuple[Subset, int]:
-    """Return the images of round `number`, counted from 0, the next `count` in `order` or none once all are used; and
-    0, the number of iterations."""
-    return Subset(dataset, order[number * count : (number + 1) * count].tolist()), 0
+def settings_of(teacher: nn.Module, student: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Return what decides the result of `distill(teacher, student, **arguments)`, as a `Run` takes it: checksums of the
+    weights and of the dataset, the settings of the inverter, and numbers. "images" is the number of inverted images.
+
+    Raises:
+        ValueError, TypeError, UnsupportedModelError: `distill` would raise it, or a file of the dataset is damaged.
+    """
+    call = inspect.signature(distill).bind(teacher, student, **arguments)
+    call.apply_defaults()
+    given = {name: value for name, value in call.arguments.items() if name not in NO_SETTINGS}
+    flip = given.pop("flip")
+    prepared(**given)
+    return record(**given, flip=flip)
 
 
-def _train(
-    pool: Pool, optimizer: torch.optim.SGD, steps: int, temperature: float, generator: torch.Generator, bar: ProgressBar
-) -> float:
-    """Train the student on the pool for a round, and return the mean loss."""
-    student, total = pool.student.fast, torch.zeros((), device=pool.student.device)
-    student.train(not pool.linear_probing)
-    for index, view in pool.draw(steps, generator):
-        loss = transfer_loss(pool.student_logits(index, view), pool.logits[view, index], temperature)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-        bar.update()
-    student.eval()
-    return total.item() / steps
+def _go_on(run: Run, source: StoredImages | InvertedImages, training: Training) -> None:
+    """Go on from the checkpoint of the training, if there is one."""
+    if training.group.is_first:
+        before, whole = run.checkpoint(TRAINING), source.whole_rounds()
+        if before is not None and whole < len(before["history"]) + (before["step"] > 0):
+            # Images that compete with a student cannot be made again once it has learnt from them.
+            warnings.warn(f"images of round {whole + 1} are missing, and the training begins anew", stacklevel=3)
+            before = None
+        if before is None:
+            run.save(TRAINING, training.state_dict())
+    training.group.agree(0)  # until the first process has looked
+    training.load_state_dict(run.checkpoint(TRAINING))
 
 
 def _measure(
@@ -262,63 +282,3 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
         torch.manual_seed(seed)
         torch.set_rng_state(seeded_generator(seed).get_state())  # on the CPU, manual_seed uses only 32 bits
         yield
-
-
-def _check_settings(
-    counts: dict[str, int], seed: int, temperature: float, lr: float, momentum: float, weight_decay: float
-) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name} must be an integer, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    check_seed(seed)
-    if not (0 < temperature < math.inf and 0 < lr < math.inf and 0 <= momentum < 1 and 0 <= weight_decay < math.inf):
-        raise ValueError(
-            "temperature and lr must be positive, momentum in [0, 1) and weight_decay at least 0, all of them finite; "
-            f"got {temperature}, {lr}, {momentum} and {weight_decay}"
-        )
-
-
-def _check_fit(
-    teacher: Reader,
-    student: Reader,
-    inverter: Inverter | None,
-    dataset: InvertedDataset | None,
-    linear_probing: bool,
-) -> None:
-    """Check that the models fit each other and the images."""
-    if _same(teacher.fast, student.fast):
-        raise ValueError("teacher and student are the same model")
-    for what in ("classes", "channels"):
-        ours, theirs = (getattr(reader.fast, f"num_{what}") for reader in (teacher, student))
-        if ours != theirs:
-            raise ValueError(f"the teacher has {what} {ours}, the student {theirs}")
-    if teacher.fast.num_classes == 0:
-        raise ValueError("teacher and student have no classes")
-    if teacher.device != student.device:
-        raise ValueError(f"the teacher is on {teacher.device}, the student on {student.device}")
-    if linear_probing and not len(student.heads):
-        raise ValueError("the head of the student is not known, so linear_probing must be False")
-    if inverter is not None and not _same(inverter.backbone, teacher.fast):
-        raise ValueError("the inverter inverts another model than the teacher")
-    if dataset is not None:
-        if len(dataset) == 0:
-            raise ValueError("the dataset is empty")
-        if dataset.image_size[0] != teacher.fast.num_channels:
-            raise ValueError(
-                f"the dataset has channels {dataset.image_size[0]}, the teacher {teacher.fast.num_channels}"
-            )
-        dataset.check_normalization(teacher.mean, teacher.std)
-        sparse = len(dataset.positions) < len(dataset) * dataset.grid.num_patches
-    else:
-        sparse = bool(inverter.stopping.stops)
-    for name, reader in (("teacher", teacher), ("student", student)):
-        if sparse and reader.grid != reader.given:
-            ours, theirs = ("{}x{}".format(*grid.patch_size) for grid in (reader.given, reader.grid))
-            raise ValueError(f"the images are sparse in patches of {ours}, the {name} takes patches of {theirs}")
-
-
-def _same(model: nn.Module, other: nn.Module) -> bool:
-    """Return whether two models have the same parameters."""
-    return list(map(id, model.parameters())) == list(map(id, other.parameters()))

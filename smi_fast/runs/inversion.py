@@ -30,6 +30,7 @@ from smi_fast.runs.log import Logger, open_log
 from smi_fast.runs.machine import made_with
 from smi_fast.runs.progress import Progress
 from smi_fast.runs.run import EVERY, Run
+from smi_fast.runs.signals import Stopped
 from smi_fast.seeds import batch_seed, check_seed
 
 SNAPSHOTS = "process.state"  # the file of the first batch's images at several moments
@@ -312,7 +313,11 @@ def invert(
         ):
             logger = Logger(lines, inverter, every=log_every)
             for number in processes.parts(count, lambda n: shard(run.folder, n).exists(), progress.wait):
-                work.make(number, run, progress, logger, callback)
+                try:
+                    work.make(number, run, progress, logger, callback)
+                except Stopped:
+                    processes.release(number)
+                    raise
         if finish is not None and processes.is_first:
             finish(run)
     return InvertedDataset.load(folder)

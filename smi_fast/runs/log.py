@@ -23,7 +23,7 @@ def open_log(kind: str | None, folder: str | os.PathLike, *, iterations: int, ra
         kind: "csv" for a `Table` in log/log.csv, "tensorboard" for a `TensorBoard` in log/, or None for no log.
         folder: the folder of the run.
         iterations: the number of iterations of a batch. TensorBoard's steps count those of all batches.
-        rank: the number of this process. Process 1 writes log/log-1.csv or log/1, and so on, so that each has its own file.
+        rank: the number of this process. Process 1 writes log/log-1.csv or log/1, and so on: each has its own file.
 
     Returns:
         A context manager, which gives the log, or None if there is none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
@@ -16,6 +17,7 @@ import torch.distributed as dist
 PREFIX, FREE = "smi-fast", "free"
 TIMEOUT = "SMI_FAST_RANK_TIMEOUT"  # the environment's name for the seconds after which a silent process counts as dead
 POLL = 0.2  # seconds
+_joined = itertools.count()  # the runs of this process, which all processes begin in the same order
 
 
 class Processes:
@@ -62,7 +64,7 @@ class Processes:
         if host is None:
             raise ValueError("RANK is set, and so MASTER_ADDR has to be")
         holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        attempt, number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(_joined)
 
         def connect(holds: bool) -> dist.Store:
             try:
@@ -73,7 +75,7 @@ class Processes:
                 raise ConnectionError(
                     f"the store of the processes at {host}:{port} cannot be reached: {reason}"
                 ) from None
-            return dist.PrefixStore(f"{PREFIX}/{attempt}", store)
+            return dist.PrefixStore(f"{PREFIX}/{attempt}/{number}", store)
 
         return cls(connect(holds_store), rank, size, timeout, connect(False))
 
@@ -107,8 +109,14 @@ class Processes:
         self.store.set(key, value)
 
     def hear(self, key: str, wait: Callable[[], None]) -> str:
-        """Wait for a value that another process tells, and return it."""
+        """Wait for a value that the first process tells, and return it.
+
+        Raises:
+            ConnectionError: the first process was there, but has died.
+        """
         while not self.store.check([key]):
+            if self.count("alive/0", 0) and self._is_dead(0):
+                raise ConnectionError("the first of the processes has died")
             wait()
             time.sleep(POLL)
         return self.store.get(key).decode()

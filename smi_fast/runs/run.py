@@ -103,9 +103,14 @@ class Run:
         Raises:
             Stopped: a signal has asked for an end, and the checkpoint is saved.
         """
-        if self.signals.asked is not None or time.monotonic() - self._saved >= self.every:
+        if self.signals.asked is not None or self.is_due:
             self.save(name, save())
         self.signals.check()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for the next checkpoint."""
+        return time.monotonic() - self._saved >= self.every
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Save a checkpoint."""

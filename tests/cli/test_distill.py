@@ -1,6 +1,11 @@
 """smi-fast distill trains a student, keeps every round on the disk, and says what a failure or Ctrl-C left there."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import timm
@@ -8,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smi_fast.cli import main
+from smi_fast.cli.distill import save_weights
+from smi_fast.data.sparse import InvertedDataset
 from smi_fast.models import cifar10_resnet20, cifar10_vit
 from smi_fast.models.loading import load_model, untrained_model
 
@@ -96,14 +103,71 @@ def test_a_vit_competes_on_sparse_images(data, tmp_path):
     assert not torch.equal(heads[1], heads[2])
 
 
-def test_ctrl_c_says_what_is_kept(data, inverted, tmp_path, capsys, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
+def results(out) -> dict:
+    """The files that a distillation has written, without what differs between any two of them."""
+    report = json.loads((out / "report.json").read_text())
+    rounds = [{key: value for key, value in r.items() if "seconds" not in key} for r in report["rounds"]]
+    images = InvertedDataset.load(out).images() if (out / "images").exists() else None
+    return {"rounds": rounds, "images": images, "student": load_file(out / "student.safetensors")}
 
-    monkeypatch.setattr("smi_fast.cli.distill.save_accuracy", interrupt)
-    how = ["--dataset", str(inverted), "--rounds", "1", "--steps", "1", "--data", str(data)]
-    assert main(["distill", *how, "--out", str(tmp_path / "out"), "--quiet"]) == 130
-    assert "after it wrote student.safetensors, report.json" in capsys.readouterr().err
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found["rounds"] == expected["rounds"]
+    assert torch.equal(found["images"], expected["images"])
+    assert found["student"].keys() == expected["student"].keys()
+    assert all(torch.equal(value, expected["student"][name]) for name, value in found["student"].items())
+
+
+def test_sigterm_leaves_a_run_that_goes_on_with_the_same_bits(data, tmp_path, capsys, monkeypatch):
+    how = ["distill", "--iterations", "40", "--samples", "4", "--rounds", "2", "--steps", "40", "--data", str(data)]
+    how += ["--inversion-batch-size", "2", "--quiet", "--device", "cpu"]
+    out, whole = tmp_path / "stopped", tmp_path / "whole"
+    command = [sys.executable, "-m", "smi_fast", *how, "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    while process.poll() is None and not (out / "checkpoints" / "training.state").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert "stopping after this iteration" in (error := process.communicate(timeout=120)[1])
+    assert f"to go on: smi-fast distill --resume {out}" in error
+    assert process.returncode == 143
+    assert not (out / "report.json").exists()
+    before = torch.get_num_threads()
+    try:
+        assert main(["distill", "--resume", str(out)]) == 0  # with the number of threads that it was begun with
+        assert torch.get_num_threads() == 1
+        table = capsys.readouterr().out
+        assert main([*how, "--out", str(whole)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert_same(results(out), results(whole))
+    capsys.readouterr()
+    assert main([*how, "--out", str(out)]) == 0  # it is finished, and says so again
+    assert capsys.readouterr().out == table
+    assert main([*how, "--out", str(out), "--steps", "41"]) == 2
+    assert f"{out} holds a run with other settings: steps is 40, not 41" in capsys.readouterr().err
+    assert_same(results(out), results(whole))
+
+
+def test_a_round_that_is_finished_is_kept_in_the_report(data, inverted, tmp_path, monkeypatch):
+    """Ended after the first of two rounds, the run goes on with the second one."""
+    out, told = tmp_path / "out", []
+
+    def tell(*args):
+        told.append(args)
+        if len(told) == 2:
+            raise KeyboardInterrupt
+        return save_weights(*args)
+
+    how = ["distill", "--dataset", str(inverted), "--samples", "5", "--rounds", "2", "--steps", "2"]
+    how += ["--data", str(data)]
+    how += ["--out", str(out), "--quiet"]
+    monkeypatch.setattr("smi_fast.cli.distill.save_weights", tell)
+    assert main(how) == 130
+    assert [r["number"] for r in json.loads((out / "report.json").read_text())["rounds"]] == [1]
+    assert main(how) == 0
+    assert [r["number"] for r in json.loads((out / "report.json").read_text())["rounds"]] == [1, 2]
+    assert len(told) == 3
 
 
 def test_a_damaged_dataset_is_found_before_anything_is_written(student, data, inverted, refused, tmp_path):
@@ -133,6 +197,11 @@ def test_a_damaged_dataset_is_found_before_anything_is_written(student, data, in
         (["--dataset", "INVERTED", "--adaptive", "10"], "--adaptive is a setting of an inversion"),
         (["--dataset", "INVERTED", "--objective", "psaq"], "--objective is a setting of an inversion"),
         (["--dataset", "INVERTED", "--until", "0.9", "--check-every", "5"], "--until is a setting of an inversion"),
+        (
+            ["--dataset", "INVERTED", "--inversion-batch-size", "2"],
+            "--inversion-batch-size is a setting of an inversion",
+        ),
+        (["--checkpoint-every", "0"], "--checkpoint-every: must be more than 0 and finite, got 0"),
         (["--js", "exact"], "--js is a setting of the competition"),
         (["--student-untrained", "--student-pretrained"], "either --student-untrained or --student-pretrained"),
         (["--student", "resnet_of_none", "--student-untrained"], "has no model 'resnet_of_none'"),

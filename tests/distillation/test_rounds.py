@@ -339,7 +339,8 @@ def test_what_does_not_fit_is_named(seed):
     refused("linear_probing must be False", tiny_cnn(), dataset=whole_images()[1], linear_probing=True)
     refused("sparse in patches of 4x4, the student takes patches of 16x16", tiny_cnn())
     refused("sparse in patches of 4x4", tiny_cnn(), dataset=None, inverter=inverter_of(teacher))
-    refused("those of a dataset are there already", adaptive=10.0)
+    refused("adaptive is a setting of an inversion", adaptive=10.0)
+    refused("inversion_batch_size is a setting of an inversion", inversion_batch_size=2)
     adapting = {"dataset": None, "inverter": inverter_of(teacher)}
     refused("weight must be at least 0 and finite, got -1", adaptive=-1, **adapting)
     refused("js must be one of published, exact, got 'other'", adaptive=1, js="other", **adapting)
@@ -350,7 +351,7 @@ def test_what_does_not_fit_is_named(seed):
     refused("sparse in patches of 8x8, the teacher takes patches of 4x4", dataset=coarse)
     grey = InvertedDataset.from_images(torch.rand(1, 1, SIZE, SIZE), torch.tensor([[0]]), torch.tensor([0]), (4, 4))
     refused("the dataset has channels 1, the teacher 3", dataset=grey)
-    for name in ("rounds", "samples", "steps", "batch_size"):
+    for name in ("rounds", "samples", "steps", "batch_size", "inversion_batch_size"):
         refused(f"{name} must be at least 1, got 0", **{name: 0})
         refused(f"{name} must be an integer, got 2.0", error=TypeError, **{name: 2.0})
     for name, value in (("temperature", 0), ("lr", -1), ("momentum", 1), ("weight_decay", -0.1)):

@@ -1,0 +1,135 @@
+"""Two processes of torchrun make the images of one process, bit for bit, and its student, to rounding."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distillation_cases import tiny, tiny_cnn
+
+import smi_fast
+from smi_fast.data.sparse import InvertedDataset
+from smi_fast.data.states import load_state
+from smi_fast.distillation import distill
+from smi_fast.runs.run import Run
+from smi_fast.runs.signals import Stopped
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+import test_processes as cases
+for name in cases.CASES:
+    cases.in_a_run(name, Path(sys.argv[2]), int(os.environ["RANK"]))
+"""
+CASES = ["linear probing", "fine-tuning", "adaptive"]
+
+
+def case(name: str) -> tuple[torch.nn.Module, torch.nn.Module, dict]:
+    """Return a teacher, a student and the arguments of a distillation, whose shares of a batch are 3 and 2 images."""
+    torch.manual_seed(5)
+    options = {"rounds": 2, "steps": 3, "samples": 7, "batch_size": 5, "lr": 0.05, "seed": 3, "progress": False}
+    options |= {"inversion_batch_size": 2, "temperature": 2.0}
+    if name == "adaptive":  # with BatchNorm, which sees what each process has
+        teacher, student = tiny_cnn(), tiny_cnn(width=4)
+        inverter = smi_fast.Inverter(teacher, objective=smi_fast.deep_inversion(), iterations=3, progress=False)
+        return teacher, student, options | {"inverter": inverter, "adaptive": 10.0}
+    teacher, student = tiny(), tiny(mean=0.4)
+    inverter = smi_fast.Inverter(teacher, iterations=4, stopping={2: 0.5}, progress=False)
+    return teacher, student, options | {"inverter": inverter, "linear_probing": name == "linear probing"}
+
+
+def in_a_run(name: str, folder: Path, rank: int) -> None:
+    """Distil in this process of torchrun, without an interruption and with one, and save the students."""
+    from smi_fast.distillation.training import Training
+
+    train, stopped = Training._train, []
+
+    def ask(training: Training, *batch):
+        if rank == 1 and len(training.history) == 1 and training.step == 1 and not stopped:
+            run.signals.asked = 15
+            stopped.append(True)
+        return train(training, *batch)
+
+    for what in ("whole", "stopped"):
+        teacher, student, options = case(name)
+        Training._train = ask if what == "stopped" else train
+        while True:
+            try:
+                with Run(folder / name / what, "distillation", {}) as run:
+                    result = distill(teacher, student, run=run, **options)
+                break
+            except Stopped as error:
+                stopped = [error.exit_code]
+                if rank == 0:
+                    state = load_state(folder / name / what / "checkpoints" / "training.state")
+                    stopped += [len(state["history"]), state["step"]]
+        losses = [finished.loss for finished in result.history]
+        torch.save([student.state_dict(), losses, stopped], folder / name / f"{what}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder in which two processes have run all cases."""
+    folder = tmp_path_factory.mktemp("runs")
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program]
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command += [Path(__file__).parent, folder]
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def state_of(folder: Path) -> list:
+    return torch.load(folder, weights_only=True)
+
+
+def assert_same(state: dict, other: dict) -> None:
+    assert state.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_make_the_images_and_the_student_of_one(name, runs):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    teacher, student, options = case(name)
+    start = copy.deepcopy(student.state_dict())
+    result = distill(teacher, student, **options)
+    torch.set_num_threads(before)
+    expected = torch.cat([batch.images() for batch in result.batches])
+    images = InvertedDataset.load(runs / name / "whole" / "images").images()
+    state, losses, _ = state_of(runs / name / "whole-0.pt")
+    if name == "adaptive":  # the second round's images depend on the student
+        assert torch.equal(images[:7], expected[:7])
+        assert not torch.equal(images, expected)
+        return
+    assert torch.equal(images, expected)
+    torch.testing.assert_close(losses, [finished.loss for finished in result.history], rtol=1e-5, atol=1e-6)
+    for key, value in student.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6, msg=key)
+    moved = student.head.weight - start["head.weight"]
+    assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_processes_have_the_same_student(name, runs):
+    """Also the statistics of BatchNorm, which the images of an adaptive inversion depend on."""
+    assert_same(*(state_of(runs / name / f"whole-{rank}.pt")[0] for rank in (0, 1)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_signal_to_one_process_stops_all_at_the_same_step_and_they_go_on_with_the_same_bits(name, runs):
+    whole, stopped = state_of(runs / name / "whole-0.pt"), state_of(runs / name / "stopped-0.pt")
+    assert stopped[2] == [143, 1, 2]  # finished rounds, steps
+    assert state_of(runs / name / "stopped-1.pt")[2] == [143]
+    assert_same(whole[0], stopped[0])
+    assert whole[1] == stopped[1]
