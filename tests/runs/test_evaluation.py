@@ -1,5 +1,6 @@
-"""An evaluation goes on after the last batch, and measures nothing twice."""
+"""An evaluation goes on after the last batch, and measures nothing twice; its workers leave signals to it."""
 
+import os
 import signal
 from contextlib import suppress
 
@@ -36,3 +37,15 @@ def test_an_evaluation_that_stops_after_every_batch_sees_each_image_once(seed, t
     assert found["accuracy"] == (images.argmax(1) == labels).sum().item() / 11
     with Run(tmp_path / "run", "test", {}) as run:
         assert evaluate(run, "model", None, test, progress=False) == found
+
+
+def test_a_data_loaders_worker_leaves_signals_to_its_parent(tmp_path):
+    """Ctrl-C in a terminal reaches the workers too, which have the handlers of the process that forked them."""
+    with Run(tmp_path / "run", "test", {}) as run:
+        worker = os.fork()
+        if not worker:
+            signal.raise_signal(signal.SIGINT)
+            os._exit(0 if run.signals.asked is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0
+        signal.raise_signal(signal.SIGINT)
+        assert run.signals.asked == signal.SIGINT
