@@ -1,4 +1,5 @@
-# make demo | make test | make test-oldest-timm | make test-cuda | make lint: each sets up what it needs in .venv, once, and runs.
+# make demo | make test | make test-oldest-timm | make test-cuda | make faults | make lint: each sets up what it needs in
+# .venv, once, and runs.
 # With BIN=/usr/bin, say, all of them take the python there as it is and install nothing, as without a network.
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ TIMM_TESTS := $(addprefix tests/backbones/test_,coverage.py support.py timms_too
 
 SET_UP = $(if $(filter file,$(origin BIN)),$(VENV)/.installed-$(1))
 
-.PHONY: demo test test-oldest-timm test-cuda lint bench gpu-check clean
+.PHONY: demo test test-oldest-timm test-cuda faults lint bench gpu-check clean
 
 demo: $(call SET_UP,viz)
 	$(BIN)/smi-fast invert --out "$(OUT)" --overwrite $(ARGS)
@@ -34,6 +35,10 @@ $(VENV)/.timm-%: | $(BIN)/python
 
 test-cuda: $(call SET_UP,test)
 	$(BIN)/python -m pytest -m cuda $(ARGS)
+
+# Processes that are killed at a hundred random moments and at each change of their folders, and other faults: half an hour.
+faults: $(call SET_UP,test)
+	SMI_FAST_FAULTS=100 $(BIN)/python -m pytest tests/faults -rA -s $(PARALLEL) $(ARGS)
 
 lint: $(call SET_UP,test)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

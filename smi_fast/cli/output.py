@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from smi_fast.data.manifest import MANIFEST, read_manifest
-from smi_fast.runs.run import EVERY, LOCK
+from smi_fast.runs.run import EVERY, is_occupied
 
 
 def add_run(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
@@ -77,7 +77,7 @@ def check_out(args: argparse.Namespace, files: Sequence[str]) -> None:
     """
     out = args.out
     check_writable(out)
-    if out.is_dir() and not args.overwrite and not (out / MANIFEST).exists() and set(os.listdir(out)) - {LOCK}:
+    if out.is_dir() and not args.overwrite and not (out / MANIFEST).exists() and is_occupied(out):
         raise ValueError(f"--out: the folder {out} is not empty; --overwrite replaces the results in it")
     for name in (MANIFEST, *files):
         if (out / name).is_dir():

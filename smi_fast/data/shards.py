@@ -28,11 +28,11 @@ class Shard:
         patches: (T, C * ph * pw) float32, the patches of the images end to end.
         checksums: (N,) int64, the CRC-32 of the patches of each image. None: patches are read without a check.
         file: the file that the patches are mapped from, or None.
-        header: the text of that file's header, by which a file that has replaced it is recognised.
+        header: the CRC-32 of that file's header, by which a file that has replaced it is recognised.
     """
 
     def __init__(
-        self, patches: Tensor, checksums: Tensor | None = None, file: Path | None = None, header: str | None = None
+        self, patches: Tensor, checksums: Tensor | None = None, file: Path | None = None, header: int | None = None
     ):
         self.patches, self.checksums, self.header = patches, checksums, header
         self.file = file and file.absolute()  # a worker process may have another working directory
@@ -83,10 +83,10 @@ def open_shard(file: Path) -> Iterator[tuple[Shard, dict]]:
                 raise ValueError("its index does not have the checksum that it was saved with, it is damaged")
             check_tensor("checksums", checksums, torch.int64, (index["targets"].numel(),))
         del header["format_version"]
-        yield Shard(opened.get_tensor("patches"), checksums, file, text), index | header
+        yield Shard(opened.get_tensor("patches"), checksums, file, zlib.crc32(text.encode())), index | header
 
 
-def reopen(file: Path, header: str) -> Shard:
+def reopen(file: Path, header: int) -> Shard:
     """Open the file of a pickled shard again. Raise a `ValueError` if another file has replaced it."""
     with open_shard(file) as (shard, _):
         if shard.header != header:

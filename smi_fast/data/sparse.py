@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smi_fast.data.files import checksum
+from smi_fast.data.files import PARTIAL, checksum
 from smi_fast.data.manifest import IMAGES, MANIFEST, read_manifest
 from smi_fast.data.pngs import read_pngs, write_pngs
 from smi_fast.data.shards import INDEX, KIND, Shard, check_tensor, describe, open_shard, write_shard
@@ -290,6 +290,7 @@ class InvertedDataset(torch.utils.data.Dataset):
             with open_shard(file) as (shard, arguments):
                 parts.append(cls(shard, **arguments))
                 parts[0]._check_joins(parts[-1], files[0].relative_to(path))
+                parts[0].metadata = parts[-1].metadata = _common(parts[0].metadata, parts[-1].metadata)
         dataset = parts[0].join(parts)
         dataset.missing = max(0, (planned or 0) - len(dataset))
         if dataset.missing:
@@ -311,8 +312,8 @@ class InvertedDataset(torch.utils.data.Dataset):
 
     def join(self, parts: Sequence[InvertedDataset]) -> InvertedDataset:
         """Extend this dataset, the first of the parts, to the images of all parts, and return it."""
-        metadata = [part.metadata.items() for part in parts]
-        self.metadata = {k: v for k, v in self.metadata.items() if all((k, v) in items for items in metadata)}
+        for part in parts:
+            self.metadata = _common(self.metadata, part.metadata)
         self._first_images = cumulative_lengths(torch.tensor([len(part) for part in parts]))[:-1].tolist()
         self._shards = [shard for part in parts for shard in part._shards]
         self.cu_seqlens = cumulative_lengths(torch.cat([part.cu_seqlens.diff() for part in parts]))
@@ -395,7 +396,8 @@ def _files(path: Path) -> tuple[list[Path], int | None]:
     if (path / MANIFEST).exists():
         return sorted((path / IMAGES).glob(f"*{SUFFIX}")), read_manifest(path)["settings"].get("images")
     # the folder of a run may hold other tensors beside its images
-    return sorted(file for file in path.rglob(f"*{SUFFIX}") if not (file.parent / MANIFEST).exists()), None
+    found = (file for file in path.rglob(f"*{SUFFIX}") if not PARTIAL.fullmatch(file.parent.name))
+    return sorted(file for file in found if not (file.parent / MANIFEST).exists()), None
 
 
 def _grid(image_size: tuple[int, int, int], patch_size: tuple[int, int]) -> PatchGrid:
@@ -405,6 +407,11 @@ def _grid(image_size: tuple[int, int, int], patch_size: tuple[int, int]) -> Patc
         if not (is_size and all(type(n) is int and n > 0 for n in size)):
             raise ValueError(f"{name} must be {length} positive integers, not {size}")
     return PatchGrid.of(image_size[1:], tuple(patch_size))
+
+
+def _common(metadata: dict, other: dict) -> dict:
+    """Return the entries on which two files agree."""
+    return {key: value for key, value in metadata.items() if (key, value) in other.items()}
 
 
 def _check_positions(positions: Tensor, lengths: Tensor, patches: int) -> None:

@@ -102,6 +102,10 @@ class InversionRun:
             raise ValueError(f"{folder / IMAGES / min(foreign)} is no file of this run")
         return numbers
 
+    def checkpoint(self, number: int) -> str:
+        """Return the name of the checkpoint of a batch."""
+        return f"{number:05}"
+
     def make(
         self,
         number: int,
@@ -116,7 +120,7 @@ class InversionRun:
             Stopped: a signal has asked for an end. The batch has a checkpoint.
             NonFiniteError: see `Inverter.run`.
         """
-        name, inverter, targets = f"{number:05}", self.inverter, self.batches[number]
+        name, inverter, targets = self.checkpoint(number), self.inverter, self.batches[number]
         meter, before = StageMeter(inverter.backbone.device), run.checkpoint(name) or EMPTY
         meter.load_state_dict(before["meter"])
         snapshots = Snapshots(targets, inverter.stages, before["snapshots"]) if number == 0 else None
@@ -318,6 +322,9 @@ def invert(
                 except Stopped:
                     processes.release(number)
                     raise
+        if processes.is_first:
+            for number in range(count):  # a process may have been killed between its shard and this
+                run.discard(work.checkpoint(number))
         if finish is not None and processes.is_first:
             finish(run)
     return InvertedDataset.load(folder)

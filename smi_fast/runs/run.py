@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from smi_fast.data.files import remove_partials
+from smi_fast.data.files import PARTIAL, remove_partials
 from smi_fast.data.manifest import IMAGES, MANIFEST, read_manifest, write_manifest
 from smi_fast.data.states import load_state, save_state
 from smi_fast.runs.processes import Processes
@@ -176,20 +176,21 @@ class Run:
 
     def _prepare(self) -> None:
         """Go on from the manifest that the folder holds, or begin."""
+        goes_on = (self.folder / MANIFEST).exists() and not self.overwrite
+        if goes_on:
+            self._check(read_manifest(self.folder))
+        elif not self.overwrite and is_occupied(self.folder):
+            raise ValueError(
+                f"the folder {self.folder} is not empty and holds no run; --overwrite replaces the results in it"
+            )
         remove_partials(self.folder)
         for root in (self.folder / name for name in self.folders):
             for folder in (root, *root.glob("*")):
                 if folder.is_dir():
                     remove_partials(folder)
-        if (self.folder / MANIFEST).exists() and not self.overwrite:
-            self._check(read_manifest(self.folder))
-            return
-        if not self.overwrite and set(os.listdir(self.folder)) - {LOCK}:
-            raise ValueError(
-                f"the folder {self.folder} is not empty and holds no run; --overwrite replaces the results in it"
-            )
-        self._clear()
-        write_manifest(self.folder, self.kind, self.settings, self.made_with)
+        if not goes_on:
+            self._clear()
+            write_manifest(self.folder, self.kind, self.settings, self.made_with)
 
     def _clear(self) -> None:
         """Remove an earlier run. Its manifest goes first and its folders in one go, so that nothing of it is taken for
@@ -222,6 +223,11 @@ class Run:
     def _adopt(self, made_with: dict[str, Any]) -> None:
         if made_with.get("threads"):
             torch.set_num_threads(made_with["threads"])
+
+
+def is_occupied(folder: Path) -> bool:
+    """Return whether a folder holds anything but a lock and what killed processes have left."""
+    return any(name != LOCK and not PARTIAL.fullmatch(name) for name in os.listdir(folder))
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM at random moments: a command ends with a checkpoint, and a second signal ends it at once."""
+
+import random
+import signal
+
+from fault_cases import FAULTS
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def test_a_signal_at_any_moment_ends_a_run_without_losing_an_iteration(command, folder, whole, chain, seed):
+    draw = random.Random(seed)
+    while chain.record.moments < FAULTS:
+        process, number = chain.start(), draw.choice(SIGNALS)
+        sent = process.send(number, draw.uniform(0, whole.seconds))
+        code = process.wait()
+        if code == 0 or not sent:
+            chain.finished(process)
+            continue
+        assert code == 128 + number, process.text
+        begun = f"to go on: smi-fast {command.name} --resume {folder}"
+        line = begun if (folder / "run.json").exists() else "nothing was written"
+        assert process.text.splitlines()[-1] == f"smi-fast: interrupted; {line}"
+        chain.interrupted(process)
+    chain.finish("--resume", str(folder)) if (folder / "run.json").exists() else chain.finish()
+    assert max(chain.record.iterations) == 0
+    print(f"{command.name}: {chain.record}")
+
+
+def test_a_second_signal_ends_a_run_at_once_with_every_file_whole(command, folder, whole, chain, seed):
+    draw = random.Random(seed)
+    while chain.record.moments < FAULTS:
+        process = chain.start()
+        sent = process.send(draw.choice(SIGNALS), draw.uniform(0, whole.seconds))
+        sent = sent and process.send(draw.choice(SIGNALS), draw.uniform(0, 0.05))
+        code = process.wait()
+        if code == 0 or not sent:
+            chain.finished(process) if code == 0 else chain.interrupted(process)
+            continue
+        assert code in (130, 143), process.text
+        assert "Traceback" not in process.text
+        chain.interrupted(process)
+    chain.finish()
+    print(f"{command.name}: {chain.record}")
