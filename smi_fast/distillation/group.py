@@ -91,6 +91,8 @@ class Group:
     def share(self, batch: Sequence[Tensor]) -> tuple[list[Tensor], float]:
         """Return this process's share of the rows of a batch, and the factor of the mean loss over it. The mean over
         the processes of the weighted losses is the mean loss over the batch, however large the shares are."""
+        if self.size == 1:
+            return list(batch), 1.0
         mine = [part[self.rank :: self.size] for part in batch]
         if not len(mine[0]):  # there are more processes than rows, and each has to take part in the backward pass
             return [part[:1] for part in batch], 0.0
@@ -103,8 +105,9 @@ class Group:
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean of the values of all processes."""
-        if self.size > 1:
-            dist.all_reduce(value)
+        if self.size == 1:
+            return value
+        dist.all_reduce(value)
         return value / self.size
 
     def share_buffers(self, module: nn.Module) -> None:
