@@ -31,6 +31,7 @@ from tqdm import tqdm
 from train_cifar10 import crop_flip, normalise, read_split
 
 import smi_fast
+from smi_fast.data.states import load_state, save_state
 from smi_fast.models import MODEL_DIR, cifar10_vit
 
 WINDOW, STRIDE = 6, 2  # of the patches that are words, in pixels
@@ -130,13 +131,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)  # vocabulary, order, augmentation and patches
     args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    targets_file = args.out / f"targets_{args.words}_{args.components}.pt"
+    checkpoint_file, log_file = args.out / "checkpoint.state", args.out / "log.jsonl"
+    targets_file = args.out / f"targets_{args.words}_{args.components}.state"
 
     images, labels = read_split(args.data / "train")
     if not targets_file.exists():
-        torch.save(bag_targets(images, args.words, args.components, generator), targets_file)
-    targets = torch.load(targets_file, weights_only=True)
+        save_state(targets_file, {"targets": bag_targets(images, args.words, args.components, generator)})
+    targets = load_state(targets_file)["targets"]
     generator.manual_seed(args.seed + 1)
     model = cifar10_vit(pretrained=False, num_classes=args.components).to(device)
     fast = smi_fast.accelerate(model)
@@ -149,13 +150,13 @@ def main() -> None:
 
     first_epoch, seconds = 0, 0.0
     if checkpoint_file.exists():
-        state = torch.load(checkpoint_file, map_location=device, weights_only=True)
+        state = load_state(checkpoint_file)
         if state["epochs"] != args.epochs:
             raise SystemExit(f"{checkpoint_file} is of a run of {state['epochs']} epochs, not {args.epochs}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        generator.set_state(state["generator"].cpu())
+        generator.set_state(state["generator"])
         first_epoch, seconds = state["epoch"], state["seconds"]
         print(f"going on after epoch {first_epoch}")
 
@@ -180,13 +181,11 @@ def main() -> None:
         print(json.dumps(record), flush=True)
         with log_file.open("a") as log:
             log.write(json.dumps(record) + "\n")
-        state = {
+        save_state(checkpoint_file, {
             "epoch": epoch + 1, "epochs": args.epochs, "seconds": seconds, "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
             "generator": generator.get_state(),
-        }  # fmt: skip
-        torch.save(state, checkpoint_file.with_suffix(".tmp"))
-        checkpoint_file.with_suffix(".tmp").replace(checkpoint_file)
+        })  # fmt: skip
 
     model.reset_classifier(10)
     for parameter in model.head.parameters():

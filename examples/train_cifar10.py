@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from smi_fast.data.states import load_state, save_state
 from smi_fast.models import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, MODEL_DIR, cifar10_resnet20, cifar10_vit
 
 MODELS = {"cifar10_vit": cifar10_vit, "cifar10_resnet20": cifar10_resnet20}
@@ -113,7 +114,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)  # order and augmentation
     args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint_file, log_file = args.out / "checkpoint.pt", args.out / "log.jsonl"
+    checkpoint_file, log_file = args.out / "checkpoint.state", args.out / "log.jsonl"
 
     images, labels = read_split(args.data / "train")
     dropping = {"patch_drop_rate": args.patch_drop_rate} if args.patch_drop_rate else {}  # which only a ViT has
@@ -124,15 +125,15 @@ def main() -> None:
 
     first_epoch, seconds = 0, 0.0
     if checkpoint_file.exists():
-        state = torch.load(checkpoint_file, map_location=device, weights_only=True)
+        state = load_state(checkpoint_file)
         if state["epochs"] != args.epochs:
             raise SystemExit(f"{checkpoint_file} is of a run of {state['epochs']} epochs, not {args.epochs}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["torch_rng"].cpu())
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state.get("cuda_rng", [])])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
         first_epoch, seconds = state["epoch"], state["seconds"]
         print(f"going on after epoch {first_epoch}")
 
@@ -156,14 +157,12 @@ def main() -> None:
         print(json.dumps(record), flush=True)
         with log_file.open("a") as log:
             log.write(json.dumps(record) + "\n")
-        state = {
+        save_state(checkpoint_file, {
             "epoch": epoch + 1, "epochs": args.epochs, "seconds": seconds, "model": model.state_dict(),
             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
             "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
-        }  # fmt: skip
-        torch.save(state, checkpoint_file.with_suffix(".tmp"))
-        checkpoint_file.with_suffix(".tmp").replace(checkpoint_file)
+        })  # fmt: skip
 
     half = {
         name: value.half().cpu() if value.is_floating_point() else value.cpu()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from traceback import clear_frames
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ class Group:
     def __init__(self, run: Run | None, device: torch.device):
         self.run, self.device = run, device
         self.rank, self.size = (0, 1) if run is None else (run.processes.rank, run.processes.size)
+        self._distributed: DistributedDataParallel | None = None
 
     @property
     def is_first(self) -> bool:
@@ -47,11 +51,17 @@ class Group:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, *trace: object) -> None:
-        if self.size > 1:
-            if isinstance(error, Stopped):
-                self.run.processes.tell(STOPPED, str(error.exit_code - 128))
-            dist.destroy_process_group()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.size == 1:
+            return
+        if isinstance(error, Stopped):
+            self.run.processes.tell(STOPPED, str(error.exit_code - 128))
+        # Should DistributedDataParallel outlive the process group, it would end the group's threads while it holds
+        # Python's lock, for which they may wait.
+        clear_frames(trace)
+        self._distributed = None
+        gc.collect()
+        dist.destroy_process_group()
 
     def pause(self, name: str, save: Callable[[], dict[str, Any]]) -> None:
         """Do what `Run.pause` does, in all processes after the same step. The first one saves the checkpoint.
@@ -91,20 +101,27 @@ class Group:
     def share(self, batch: Sequence[Tensor]) -> tuple[list[Tensor], float]:
         """Return this process's share of the rows of a batch, and the factor of the mean loss over it. The mean over
         the processes of the weighted losses is the mean loss over the batch, however large the shares are."""
+        if self.size == 1:
+            return list(batch), 1.0
         mine = [part[self.rank :: self.size] for part in batch]
         if not len(mine[0]):  # there are more processes than rows, and each has to take part in the backward pass
             return [part[:1] for part in batch], 0.0
         return mine, len(mine[0]) * self.size / len(batch[0])
 
-    def joined(self, module: nn.Module) -> nn.Module:
-        """Return a module that is called like this one, and whose gradients are means over all processes. It begins
-        with the weights of the first process."""
-        return module if self.size == 1 else DistributedDataParallel(module)
+    def call(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+        """Call a module, the same one each time, so that its gradients become means over all processes. It begins with
+        the weights of the first process."""
+        if self.size == 1:
+            return module(*inputs)
+        if self._distributed is None:
+            self._distributed = DistributedDataParallel(module)
+        return self._distributed(*inputs)
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the mean of the values of all processes."""
-        if self.size > 1:
-            dist.all_reduce(value)
+        if self.size == 1:
+            return value
+        dist.all_reduce(value)
         return value / self.size
 
     def share_buffers(self, module: nn.Module) -> None:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -73,6 +74,7 @@ class Training:
             pool, trainable, optimizer, generator, group
         )  # fmt: skip
         self.steps, self.temperature, self.seed, self.settings = steps, temperature, seed, dict(settings)
+        self._logits = partial(group.call, _Learner(pool, trainable))
         self.history: list[Round] = []
         self.step = 0
         self._begun = generator.get_state()  # as it was when the round began
@@ -102,9 +104,8 @@ class Training:
         draws = islice(self.pool.draw(self.steps, self.generator), self.step, None)
         bar.update(self.step)
         pause()
-        learner = self.group.joined(_Learner(self.pool, self.trainable))
         for batch in draws:
-            self._total += self._train(learner, batch)
+            self._total += self._train(batch)
             self.step += 1
             bar.update()
             pause()
@@ -112,13 +113,13 @@ class Training:
         student.eval()
         return self._total.item() / self.steps
 
-    def _train(self, learner: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _train(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Take a step of the optimiser, and return the loss."""
         if not self.pool.linear_probing:  # otherwise the student is in evaluation mode
             number = len(self.history) * self.steps + self.step
             torch.manual_seed(batch_seed(self.seed, number, self.group.rank))
         (index, view), share = self.group.share(batch)
-        loss = share * transfer_loss(learner(index, view), self.pool.logits[view, index], self.temperature)
+        loss = share * transfer_loss(self._logits(index, view), self.pool.logits[view, index], self.temperature)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
@@ -75,6 +76,7 @@ class Run:
         self.overwrite, self.every = overwrite, 60 * checkpoint_every
         self.processes = processes or Processes.of_environment()
         self.signals = Signals()
+        self._part = ""
         self._saved = time.monotonic()
 
     def __enter__(self) -> Run:
@@ -129,12 +131,18 @@ class Run:
             warnings.warn(f"{error}; what it held is computed again", stacklevel=2)
             return None
 
+    def part(self, name: str) -> Run:
+        """Return this run with checkpoints of its own, for a part of the job that names its checkpoints itself."""
+        part = copy.copy(self)
+        part._part = f"{self._part}{name}-"
+        return part
+
     def discard(self, name: str) -> None:
         """Remove a checkpoint, if it is there."""
         self._checkpoint(name).unlink(missing_ok=True)
 
     def _checkpoint(self, name: str) -> Path:
-        return self.folder / CHECKPOINTS / f"{name}{SUFFIX}"
+        return self.folder / CHECKPOINTS / f"{self._part}{name}{SUFFIX}"
 
     def _open(self, stack: ExitStack) -> None:
         """Lock the folder, and make it ready for this run."""

@@ -21,6 +21,7 @@ from smi_fast.data.files import read_sealed, sealed, write_json
 from smi_fast.data.labelled import load_data
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.states import weights_checksum
+from smi_fast.distillation.rounds import TRAINING
 from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
 from smi_fast.inversion.presets import InversionSettings
 from smi_fast.inversion.result import Step
@@ -277,13 +278,11 @@ class Experiment:
     def transfer(self, name: str, images: Callable[[], InvertedDataset], seed: int, **how) -> list[float]:
         """Return the test accuracy of the student after each round of a transfer, in %. The name stands for the
         images."""
-
-        def check(*_: object) -> None:
-            self.job.signals.check()
-
-        return self.once(
-            f"transfer-{name}-{seed}", lambda: self.student.learn(images(), seed, callback=check, **how)
-        )  # fmt: skip
+        name = _file_name(f"transfer-{name}-{seed}")
+        part = self.job.part(name)
+        curve = self.once(name, lambda: self.student.learn(images(), seed, run=part, **how))
+        part.discard(TRAINING)
+        return curve
 
     @property
     def final_count(self) -> int:

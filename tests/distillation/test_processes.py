@@ -83,8 +83,13 @@ def runs(tmp_path_factory):
     paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command += [Path(__file__).parent, folder]
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    job = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        error = job.communicate(timeout=240)[1]
+    finally:
+        job.terminate()  # torchrun then ends its processes
+        job.wait()
+    assert job.returncode == 0, error[-4000:]
     return folder
 
 

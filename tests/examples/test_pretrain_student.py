@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from smi_fast.data.states import load_state
 from smi_fast.models import CIFAR10_CLASSES
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def test_the_recipe_resumes_bit_for_bit_and_ignores_labels(seed, tmp_path, monke
         recipe.main()
 
     def weights(name):
-        return torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
+        return load_state(tmp_path / name / "checkpoint.state")["model"]
 
     run("whole")
     crop_flip, calls = recipe.crop_flip, []

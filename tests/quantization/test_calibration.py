@@ -1,5 +1,7 @@
 """quantize(): what a calibration set may be, and which ranges it gives."""
 
+import json
+
 import pytest
 import torch
 
@@ -41,6 +43,20 @@ def test_all_forms_of_images_calibrate_alike(model, images):
     halves = quantize(model, iter([images[:1], images[1:]])).ranges
     for place, observed in halves.items():
         assert observed == pytest.approx(expected[place], rel=1e-9), place
+
+
+def test_a_calibration_goes_on_from_every_batch_with_the_same_bits(model, images):
+    states = []
+    expected = quantize(model, images.split(1), callback=states.append)
+    assert [state["batches"] for state in states] == [1, 2, 3, 4, 5]
+    for state in json.loads(json.dumps(states)):
+        later = []
+        found = quantize(model, images.split(1), callback=later.append, state=state)
+        assert found.ranges == expected.ranges
+        assert torch.equal(found(images), expected(images))
+        assert later == states[state["batches"] :]
+    with pytest.raises(ValueError, match="the state of the calibration is of another model"):
+        quantize(cifar10_vit(pretrained=False, depth=1), torch.randn(1, 3, 32, 32), state=states[0])
 
 
 @pytest.mark.parametrize("name", ["weight_bits", "activation_bits"])
