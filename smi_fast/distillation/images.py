@@ -124,6 +124,9 @@ class InvertedImages:
             self._file(batch).parent.mkdir(exist_ok=True)
             images.save(self._file(batch), overwrite=True)
             self.run.discard(_name(batch))
+        if self.run.processes.is_first:
+            for batch in numbers:  # a process may have been killed between its file and this
+                self.run.discard(_name(batch))
 
     def _inverted(self, batch: int, bar: ProgressBar, before: dict[str, Any] | None = None) -> InvertedDataset:
         """Invert a batch, from its last checkpoint if there is one."""
