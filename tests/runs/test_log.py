@@ -137,6 +137,7 @@ def test_the_first_line_decides_the_columns(tmp_path):
     ],
 )
 def test_another_file_or_a_damaged_one_is_refused_and_left_alone(tmp_path, text):
+    (tmp_path / "log").mkdir()
     (tmp_path / "log" / "log.csv").write_text(text)
     with pytest.raises(ValueError, match=r"log\.csv is no log of a run, or damaged: "):
         open_log("csv", tmp_path, iterations=100)
@@ -148,7 +149,8 @@ def test_each_process_has_files_of_its_own(tmp_path):
         for kind in ("csv", "tensorboard"):
             with open_log(kind, tmp_path, iterations=100, rank=rank) as log:
                 told(log, (rank, 50))
-    assert {path.name: places(tmp_path, path.name) for path in tmp_path.glob("*.csv")} == {
+    tables = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.csv")]
+    assert {name: places(tmp_path, name) for name in tables} == {
         "log/log.csv": [(0, 50)],
         "log/log-1.csv": [(1, 50)],
         "log/log-12.csv": [(12, 50)],
@@ -294,7 +296,7 @@ def test_iterations_without_a_line_look_at_nothing_but_their_number(tmp_path):
 def test_a_run_that_goes_on_has_the_lines_of_one_that_was_not_interrupted(tmp_path, seed):
     ours, states = inverter(), {}
     for folder in ("whole", "parts"):
-        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "log").mkdir(parents=True)
     with open_log("csv", tmp_path / "whole", iterations=10) as log:
         logger = Logger(log, ours, every=2)
         ours.run([0, 1], seed, lambda step: [logger(step), states.update({step.iteration: step.state_dict()})])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from smi_fast.runs import processes
 from smi_fast.runs.processes import Processes, device_of_process
 
 
@@ -106,7 +107,8 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def test_processes_of_an_environment_share_a_store(environment):
+def test_processes_of_an_environment_share_a_store(environment, monkeypatch):
+    monkeypatch.setattr(processes, "_joined", iter([0, 0]))  # two processes, of which each begins its first run
     environment(MASTER_ADDR="localhost", MASTER_PORT=free_port(), WORLD_SIZE=2, RANK=0, SMI_FAST_RANK_TIMEOUT=5)
     first = Processes.of_environment()
     environment(RANK=1)
