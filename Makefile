@@ -38,7 +38,7 @@ test-cuda: $(call SET_UP,test)
 
 # Processes that are killed at a hundred random moments and at each change of their folders, and other faults: half an hour.
 faults: $(call SET_UP,test)
-	SMI_FAST_FAULTS=100 $(BIN)/python -m pytest tests/faults -rA -s $(PARALLEL) $(ARGS)
+	SMI_FAST_FAULTS=100 $(BIN)/python -m pytest tests/faults -rA $(PARALLEL) $(ARGS)
 
 lint: $(call SET_UP,test)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
