@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     with job:
         seconds = written(job, MODEL, lambda path: calibrated(args, model, images, job).save(path, overwrite=True))
+        job.discard(CALIBRATION)
         quantized = QuantizedViT.load(job.folder / MODEL).to(args.device)
         record = {
             "model": args.model, "calibration": args.calibration, "images": args.images, "sparsity": sparsity,

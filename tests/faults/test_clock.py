@@ -28,7 +28,7 @@ class JumpingClock:
 
 def test_a_run_is_the_same_though_the_wall_clock_jumps(command, folder, whole, tmp_path):
     first = Process.start(command.arguments(folder), tmp_path / "logs", JumpingClock())
-    first.wait_for("iteration", 30)
+    first.wait_for("iteration", whole.iterations.total() // 3)
     first.process.kill()
     first.wait()
     lost_work(first, EVERY)

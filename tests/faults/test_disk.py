@@ -89,11 +89,11 @@ def test_a_folder_that_becomes_unwritable_is_one_sentence_and_later_the_run_goes
     print(f"{command.name}: {chain.record}")
 
 
-def test_a_folder_that_is_removed_meanwhile_is_one_sentence(command, folder, tmp_path, seed):
+def test_a_folder_that_is_removed_meanwhile_is_one_sentence(command, folder, whole, tmp_path, seed):
     draw = random.Random(seed)
     for moment in range(max(1, FAULTS // 6)):
         process = Process.start(command.arguments(folder), tmp_path / "logs")
-        process.wait_for("iteration", draw.randint(1, 100))
+        process.wait_for("iteration", draw.randint(1, whole.iterations.total() // 2))
         folder.rename(tmp_path / f"gone{moment}")
         shutil.rmtree(tmp_path / f"gone{moment}")
         process.wait()

@@ -41,7 +41,7 @@ def with_a_child(folder, note) -> None:
         if child == 0:
             time.sleep(60)
             os._exit(0)
-        note(f"child {child}", "")
+        note("child", str(child))
         pause(run, *arguments)
 
     Run.pause = pause_with_a_child
@@ -49,8 +49,8 @@ def with_a_child(folder, note) -> None:
 
 def test_the_lock_is_free_at_once_after_a_kill_though_a_child_of_the_process_lives(command, folder, tmp_path):
     first = Process.start(command.arguments(folder), tmp_path / "logs", with_a_child)
-    first.wait_for("saved")
-    child = next(int(event.split()[1]) for event, *_ in first.events if event.startswith("child"))
+    first.wait_for("child")
+    child = next(int(name) for event, name, _ in first.events if event == "child")
     first.process.kill()
     first.wait()
     try:
