@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -52,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"smi-fast: error: {sentence}{advice}", file=sys.stderr)
             return 2
         except (KeyboardInterrupt, Stopped) as error:
-            print(f"smi-fast: interrupted; {_going_on(args)}", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"smi-fast: interrupted; {_going_on(args)}", file=sys.stderr)
             return error.exit_code if isinstance(error, Stopped) else 128 + signal.SIGINT
 
 

@@ -30,7 +30,7 @@ from smi_fast.runs.signals import Stopped
 from smi_fast.seeds import seeded_generator
 
 # The arguments of `distill` that do not decide what the student learns.
-NO_SETTINGS = ("evaluate", "callback", "progress", "run", "checkpoint")
+NO_SETTINGS = ("evaluate", "callback", "progress", "run")
 TRAINING = "training"  # the name of the checkpoint that holds the student and the rounds so far
 Evaluate = Callable[[nn.Module], float] | Iterable[tuple[Tensor, Tensor]]
 
@@ -79,7 +79,6 @@ def distill(
     seed: int = 0,
     progress: bool = True,
     run: Run | None = None,
-    checkpoint: str = TRAINING,
 ) -> DistillationResult:
     """Transfer a teacher's knowledge to a student without data (Hu et al., ICML 2024, Sec. 4.3.2), in place.
 
@@ -130,8 +129,7 @@ def distill(
         seed: decides the inverted images, the order in which images are drawn, flips and the student's dropout.
         progress: show a progress bar.
         run: the folder to work in, a `Run` that the caller has entered. `settings_of` gives settings for it.
-        checkpoint: the name of the checkpoint of the training. Several distillations can share a run if each has
-            another name and a dataset.
+            Several distillations with datasets can share a run, each with a `Run.part`.
 
     Returns:
         The result. After Ctrl-C without a run it holds the finished rounds, and the student is as the last of them left
@@ -145,7 +143,7 @@ def distill(
             another normalisation than the teacher's, or an argument is out of range. The message names it.
         UnsupportedModelError: see `accelerate`.
     """
-    if checkpoint != TRAINING and dataset is None:
+    if run is not None and run.is_part and dataset is None:
         raise ValueError("distillations that share a run take their images from datasets, not from an inverter")
     numbers = {
         "rounds": rounds, "samples": samples, "inversion_batch_size": inversion_batch_size, "steps": steps,
@@ -180,7 +178,7 @@ def distill(
         batches, interrupted = [], False
         try:
             measure = _measure(evaluate if group.is_first else None, student, student_reader, linear_probing, shown)
-            _rounds(rounds, source, training, measure, callback, run, checkpoint, bar, batches)
+            _rounds(rounds, source, training, measure, callback, run, bar, batches)
         except (KeyboardInterrupt, Stopped) as error:
             training.restore()
             if run is not None or isinstance(error, Stopped):
@@ -199,16 +197,15 @@ def _rounds(
     measure: Callable[[], float | None],
     callback: Callable[[Round, Dataset], None] | None,
     run: Run | None,
-    checkpoint: str,
     bar: ProgressBar,
     batches: list[Dataset],
 ) -> None:
     """Invert and train in turns, from the checkpoint of the run if there is one. The images of finished rounds go into
     `batches`."""
     pool, group, history, iterations = training.pool, training.group, training.history, 0
-    pause = partial(group.pause, checkpoint, training.state_dict)
+    pause = partial(group.pause, TRAINING, training.state_dict)
     if run is not None:
-        _go_on(run, checkpoint, source, training)
+        _go_on(run, source, training)
     for number in range(1, rounds + 1):
         bar.set_description(f"round {number} of {rounds}")
         fresh = source.of_round(number - 1, bar)  # made, or read if they are there
@@ -231,7 +228,7 @@ def _rounds(
         if group.is_first and callback is not None:
             callback(finished, fresh.images)
         if group.is_first and run is not None:
-            run.save(checkpoint, training.state_dict())
+            run.save(TRAINING, training.state_dict())
 
 
 def settings_of(teacher: nn.Module, student: nn.Module, **arguments: Any) -> dict[str, Any]:
@@ -249,18 +246,18 @@ def settings_of(teacher: nn.Module, student: nn.Module, **arguments: Any) -> dic
     return record(**given, flip=flip)
 
 
-def _go_on(run: Run, checkpoint: str, source: StoredImages | InvertedImages, training: Training) -> None:
+def _go_on(run: Run, source: StoredImages | InvertedImages, training: Training) -> None:
     """Go on from the checkpoint of the training, if there is one."""
     if training.group.is_first:
-        before, whole = run.checkpoint(checkpoint), source.whole_rounds()
+        before, whole = run.checkpoint(TRAINING), source.whole_rounds()
         if before is not None and whole < len(before["history"]) + (before["step"] > 0):
             # Images that compete with a student cannot be made again once it has learnt from them.
             warnings.warn(f"images of round {whole + 1} are missing, and the training begins anew", stacklevel=3)
             before = None
         if before is None:
-            run.save(checkpoint, training.state_dict())
+            run.save(TRAINING, training.state_dict())
     training.group.agree(0)  # until the first process has looked
-    training.load_state_dict(run.checkpoint(checkpoint))
+    training.load_state_dict(run.checkpoint(TRAINING))
 
 
 def _measure(

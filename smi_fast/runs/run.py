@@ -137,6 +137,11 @@ class Run:
         part._part = f"{self._part}{name}-"
         return part
 
+    @property
+    def is_part(self) -> bool:
+        """Whether this is a part of a run, whose folder others write to as well."""
+        return bool(self._part)
+
     def discard(self, name: str) -> None:
         """Remove a checkpoint, if it is there."""
         self._checkpoint(name).unlink(missing_ok=True)

@@ -178,17 +178,17 @@ def test_a_rounds_images_are_inverted_in_batches_with_seeds_of_their_own(seed):
             assert images.equal(made.images)
 
 
-def test_distillations_share_a_run_by_the_names_of_their_checkpoints(seed, tmp_path):
+def test_distillations_share_a_run_as_its_parts(seed, tmp_path):
     teacher, start, options = case("dataset")
     rates, students = {"a": 0.05, "b": 0.02}, {}
     for _ in range(2):  # the second time nothing is left to be done
         for name, lr in rates.items():
             student, model = copy.deepcopy(start), copy.deepcopy(start)
             with Asked(tmp_path) as run:
-                found = distill(teacher, student, run=run, checkpoint=name, **(options | {"lr": lr}))
+                found = distill(teacher, student, run=run.part(name), **(options | {"lr": lr}))
             assert_equal(found, distill(teacher, model, **(options | {"lr": lr})), student, model)
             students[name] = student
     assert not torch.equal(students["a"].head.weight, students["b"].head.weight)
     teacher, student, options = case("linear probing")
     with pytest.raises(ValueError, match="take their images from datasets"), Asked(tmp_path) as run:
-        distill(teacher, student, run=run, checkpoint="c", **options)
+        distill(teacher, student, run=run.part("c"), **options)

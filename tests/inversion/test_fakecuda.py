@@ -132,6 +132,21 @@ def test_every_method_is_replayed_and_waits_for_nothing_within_a_stage(play):
     assert {f"_{name}_kernel" for name in ("unit", "range", "sum", "entropy", "backward")} <= names
 
 
+def test_a_run_that_goes_on_from_a_checkpoint_is_replayed_and_waits_for_nothing_within_a_stage(play):
+    """It was stopped in the middle of the second stage, after iteration 12."""
+    found, events = play("long_run")
+    assert found == {"checkpoints": ["00000.state"], "images": 4}
+    before, after = (iterations_of(part) for part in split(events, "next run"))
+    assert (len(before), len(after)) == (12, 10)
+    for number, iteration in [*enumerate(before, start=1), *enumerate(after, start=14)]:
+        between = number in STOPS or number + 1 in (*STOPS, ITERATIONS)  # figures and pictures of a stage are taken
+        if not between and not any(event.capture for event in iteration):
+            assert not [event for event in iteration if event.kind == "wait"], number
+    # After the first iteration, 13, the second one runs as it is, too, and then there are graphs.
+    assert [number for number, iteration in enumerate(after, start=14) if replayed(iteration)] == [*range(19, 24)]
+    assert {event.stream for iteration in after for event in iteration if event.capture} == {"1"}
+
+
 def test_a_streams_graphs_outlast_a_refill_and_only_its_checks_wait(play):
     """Two images finish and are replaced, and then the batch shrinks to one slot."""
     _, events = play("stream")

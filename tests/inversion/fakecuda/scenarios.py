@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import nn
 from triton.runtime.jit import JITFunction
 
 import smi_fast
-from smi_fast import Inverter, RebirthSchedule, Until, WarmupCosine, deep_inversion, psaq
+from smi_fast import InvertedDataset, Inverter, RebirthSchedule, Until, WarmupCosine, deep_inversion, psaq
 from smi_fast.models import cifar10_resnet20, cifar10_vit
+from smi_fast.runs.run import Run
 
 runtime = ctypes.CDLL(os.environ["FAKECUDA_RUNTIME"])
 runtime.fake_launch.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
@@ -92,6 +94,32 @@ class Scripted(Until):
         note("check")
         Scripted.checked += 1
         return [int(slot == (Scripted.checked == 2)) for slot in range(len(confident))]
+
+
+def long_run(device: torch.device) -> dict:
+    """A run in a folder, which is stopped in the second stage and goes on."""
+    inverter = Inverter(small_model().to(device), stopping=STOPS, iterations=ITERATIONS, progress=False)
+    enter, save, runs = Run.__enter__, Run.save, []
+    Run.__enter__ = lambda run: runs.append(run) or enter(run)
+    Run.save = lambda run, name, state: [note("checkpoint"), save(run, name, state)]
+    # No kernel chooses patches here, so that there are none to store.
+    stored = InvertedDataset.from_images
+    InvertedDataset.from_images = lambda images, keep, *rest: stored(images.nan_to_num().clamp(0, 1), None, *rest)
+    found = {"checkpoints": []}
+
+    def tell(number: int, step: smi_fast.Step) -> None:
+        note(str(step.iteration))
+        if len(runs) == 1 and step.iteration == 12:
+            runs[0].signals.asked = 15
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            smi_fast.invert(inverter, [0, 1, 2, 3], folder, callback=tell)
+        except smi_fast.Stopped:
+            found["checkpoints"] = [file.name for file in Path(folder, "checkpoints").iterdir()]
+            note("next run")
+        found["images"] = len(smi_fast.invert(inverter, [0, 1, 2, 3], folder, callback=tell))
+    return found
 
 
 def stream(device: torch.device) -> dict:
@@ -171,7 +199,8 @@ if __name__ == "__main__":
     warnings.simplefilter("error", UserWarning)  # that iterations run without a graph is one
     runtime.fake_log(log.encode())
     scenarios = {
-        function.__name__: function for function in (stages, methods, stream, memory, failed_capture, threads, nodes)
+        function.__name__: function
+        for function in (stages, methods, long_run, stream, memory, failed_capture, threads, nodes)
     }
     found = scenarios[scenario](torch.device(name))
     runtime.fake_log(None)
