@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from smi_fast.bars import ProgressBar
@@ -42,6 +42,7 @@ class StoredImages:
     """
 
     iterations = 0  # of a round
+    compete = False
 
     def __init__(self, dataset: InvertedDataset, order: Tensor, count: int):
         self.dataset, self.order, self.count = dataset, order, count
@@ -68,11 +69,18 @@ class InvertedImages:
         batch_size: the number of targets that are inverted at once.
         seed: batch n, counted over all rounds, has the seed `batch_seed(seed, n)`.
         run: the run, which is entered, or None.
+        learner: what the student learns with. The images compete with it if it is part of the inverter's objective.
     """
 
-    def __init__(self, inverter: Inverter, rounds: int, count: int, batch_size: int, seed: int, run: Run | None):
+    def __init__(
+        self, inverter: Inverter, rounds: int, count: int, batch_size: int, seed: int, run: Run | None,
+        learner: nn.Module,
+    ):  # fmt: skip
         self.inverter, self.rounds, self.count, self.batch_size = inverter, rounds, count, batch_size
         self.seed, self.run = seed, run
+        learning = set(map(id, learner.parameters()))
+        models = getattr(inverter.objective, "models", ())
+        self.compete = any(id(parameter) in learning for model in models for parameter in model.parameters())
         self.batches = -(-count // batch_size)  # of a round
         self.iterations = inverter.iterations * self.batches  # of a round, or the most that there can be
 

@@ -169,7 +169,7 @@ def distill(
             source = StoredImages(dataset, order, samples or len(dataset))
         else:
             count = samples or SAMPLES
-            source = InvertedImages(competing, rounds, count, inversion_batch_size or count, seed, run)
+            source = InvertedImages(competing, rounds, count, inversion_batch_size or count, seed, run, trainable)
         training = Training(
             pool, trainable, optimizer, generator, group, steps=steps, temperature=temperature, seed=seed,
             settings=settings,
@@ -250,7 +250,8 @@ def _go_on(run: Run, source: StoredImages | InvertedImages, training: Training) 
     """Go on from the checkpoint of the training, if there is one."""
     if training.group.is_first:
         before, whole = run.checkpoint(TRAINING), source.whole_rounds()
-        if before is not None and whole < len(before["history"]) + (before["step"] > 0):
+        learnt_from = 0 if before is None else len(before["history"]) + (before["step"] > 0)
+        if source.compete and whole < learnt_from:
             # Images that compete with a student cannot be made again once it has learnt from them.
             warnings.warn(f"images of round {whole + 1} are missing, and the training begins anew", stacklevel=3)
             before = None

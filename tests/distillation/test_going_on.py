@@ -2,6 +2,7 @@
 
 import copy
 import signal
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from distillation_cases import CLASSES, make_dataset, tiny, tiny_cnn
 import smi_fast
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.distillation import DistillationResult, distill
+from smi_fast.distillation.training import Training
+from smi_fast.inversion.competition import competition
 from smi_fast.runs.run import Run
 from smi_fast.runs.signals import Stopped
 from smi_fast.seeds import batch_seed
@@ -116,32 +119,47 @@ def test_ended_abruptly_wherever_it_goes_on_from_the_checkpoint_before(seed, tmp
     assert number > expected.history[-1].iterations + 2 * options["steps"]
 
 
+def against(inverter: smi_fast.Inverter, student) -> smi_fast.Inverter:
+    return inverter.with_objective(competition(inverter.objective, student, 10.0))
+
+
 @pytest.mark.parametrize(
-    ("after", "name", "harm", "anew"),
+    ("name", "after", "damaged", "harm", "steps"),
     [
-        (21, "00001", "flip", True),
-        (21, "00003", "cut", True),
-        (21, "00000", "remove", True),
-        (16, "00002", "flip", False),
+        ("adaptive", 21, "00001", "flip", 6),  # all steps: the training begins anew
+        ("adaptive", 21, "00003", "cut", 6),
+        ("adaptive", 21, "00000", "remove", 6),
+        ("adaptive", 16, "00002", "flip", 3),
+        ("by hand", 16, "00000", "flip", 6),
+        ("linear probing", 16, "00000", "flip", 1),
+        ("linear probing", 16, "00001", "remove", 1),
     ],
 )
-def test_images_that_are_damaged_or_gone_are_made_again(seed, after, name, harm, anew, tmp_path):
-    """The training begins anew if the student has learnt from images that depend on the student as it was before."""
-    teacher, student, options = case("adaptive")
-    start, model = copy.deepcopy(student), copy.deepcopy(student)
-    expected = distill(teacher, model, **options)
+def test_images_that_are_damaged_or_gone_are_made_again(seed, name, after, damaged, harm, steps, tmp_path, monkeypatch):
+    """The training begins anew only if the student has learnt from images that depend on the student as it was."""
+    teacher, student, options = case("linear probing" if name == "by hand" else name)
+    model, begun = copy.deepcopy(student), copy.deepcopy(student.state_dict())
+    others = options
+    if name == "by hand":  # the objective itself holds the student
+        others, options = (options | {"inverter": against(options["inverter"], each)} for each in (model, student))
+    expected = distill(teacher, model, **others)
     with pytest.raises(Stopped), Asked(tmp_path, after=after) as run:
         distill(teacher, student, run=run, **options)
-    file = tmp_path / "images" / f"{name}.safetensors"
+    student.load_state_dict(begun)
+    file = tmp_path / "images" / f"{damaged}.safetensors"
     content = bytearray(file.read_bytes())
     file.unlink()
     content[-3] ^= 4
     if harm != "remove":
         file.write_bytes(content if harm == "flip" else content[: len(content) // 2])
-    with pytest.warns(UserWarning, match="anew|again") as warned, Asked(tmp_path) as run:
-        assert_equal(distill(teacher, start, run=run, **options), expected, start, model)
-    assert any("training begins anew" in str(w.message) for w in warned) == anew
-    assert any(f"{name}.safetensors" in str(w.message) for w in warned) == (harm != "remove")
+    train, trained = Training._train, []
+    monkeypatch.setattr(Training, "_train", lambda *args: trained.append(1) or train(*args))
+    with warnings.catch_warnings(record=True) as warned, Asked(tmp_path) as run:
+        warnings.simplefilter("always")
+        assert_equal(distill(teacher, student, run=run, **options), expected, student, model)
+    assert len(trained) == steps
+    assert any("training begins anew" in str(w.message) for w in warned) == (steps == 6)
+    assert any(f"{damaged}.safetensors" in str(w.message) for w in warned) == (harm != "remove")
 
 
 def test_other_settings_are_named(seed, tmp_path):
