@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from traceback import clear_frames
 from types import TracebackType
@@ -14,11 +17,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from smi_fast.data.files import first_line
+from smi_fast.runs.processes import POLL
 from smi_fast.runs.run import Run
 from smi_fast.runs.signals import Stopped
 
-STOPPED = "distillation/stopped"  # the key under which a process tells the others by which signal it was stopped
-TIMEOUT = timedelta(days=30)  # no process waits in vain: torchrun ends all of them if one dies
+# The keys under which the first process to decide tells all others whether they begin or by which signal they are
+# stopped, and under which a process tells them by which signal it was stopped later.
+MEETING, STOPPED = "meeting", "stopped"
+BEGIN = "begin"
+TIMEOUT = timedelta(days=30)  # between two collective operations: the first process measures the student in between
+LOST = ("gloo", "ncclRemoteError")  # what the errors of torch's backends say if another process has ended
+_begun = itertools.count()  # the groups of this process, which all processes begin in the same order
 
 
 class Group:
@@ -33,6 +43,8 @@ class Group:
 
     Raises:
         ValueError: on entering, torch.distributed has a process group already.
+        Stopped: on entering, a signal has asked one of the processes for an end.
+        ConnectionError: on entering, another process has not come or has ended.
     """
 
     def __init__(self, run: Run | None, device: torch.device):
@@ -46,16 +58,21 @@ class Group:
 
     def __enter__(self) -> Group:
         if self.size > 1:
+            self._store = dist.PrefixStore(f"distillation/{next(_begun)}", self.run.processes.store)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            store = dist.PrefixStore("distillation", self.run.processes.store)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+            with self.together():
+                self._meet()
+                dist.init_process_group(
+                    backend, store=self._store, rank=self.rank, world_size=self.size, timeout=TIMEOUT
+                )  # fmt: skip
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.size == 1:
             return
         if isinstance(error, Stopped):
-            self.run.processes.tell(STOPPED, str(error.exit_code - 128))
+            with suppress(RuntimeError):  # the store may be gone
+                self._store.set(STOPPED, str(error.exit_code - 128))
         # Should DistributedDataParallel outlive the process group, it would end the group's threads while it holds
         # Python's lock, for which they may wait.
         clear_frames(trace)
@@ -63,12 +80,49 @@ class Group:
         gc.collect()
         dist.destroy_process_group()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Tell in the `with` block that another process has ended, which torch tells in many ways.
+
+        Raises:
+            Stopped: the other process was stopped by a signal.
+            ConnectionError: the other process is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, dist.DistNetworkError) or any(x in str(error) for x in LOST)):
+                raise
+            clear_frames(error.__traceback__)  # for the reason that `__exit__` gives
+            with suppress(RuntimeError):  # the store may be gone
+                if self._store.check([STOPPED]):
+                    raise Stopped(int(self._store.get(STOPPED))) from None
+            raise ConnectionError(f"a process that shares the run has ended: {first_line(error)}") from None
+
+    def _meet(self) -> None:
+        """Wait for the other processes, so that all begin or, after a signal to one of them, none: while torch makes
+        a process group, it waits for all processes, and no signal can end that."""
+        self.run.processes.await_all(self._stop_if_asked)
+        self._store.set(f"here/{self.rank}", "")
+        while not self._store.check([f"here/{rank}" for rank in range(self.size)]):
+            self._stop_if_asked()
+            time.sleep(POLL)
+        self._decide(BEGIN)
+
+    def _stop_if_asked(self) -> None:
+        self._decide(str(self.run.signals.asked or ""))
+
+    def _decide(self, wish: str) -> None:
+        """Raise `Stopped` if that is what the first process with a wish has decided."""
+        decided = self._store.compare_set(MEETING, "", wish).decode()
+        if decided not in ("", BEGIN):
+            raise Stopped(int(decided))
+
     def pause(self, name: str, save: Callable[[], dict[str, Any]]) -> None:
         """Do what `Run.pause` does, in all processes after the same step. The first one saves the checkpoint.
 
         Raises:
             Stopped: a signal has asked one of the processes for an end, and the checkpoint is saved.
-            ConnectionError: another process is gone.
         """
         if self.run is None:
             return
@@ -80,22 +134,11 @@ class Group:
             raise Stopped(stop)
 
     def agree(self, number: int) -> int:
-        """Return the largest of the numbers of all processes, for which each waits.
-
-        Raises:
-            Stopped: another process was stopped by a signal.
-            ConnectionError: another process is gone.
-        """
+        """Return the largest of the numbers of all processes, for which each waits."""
         if self.size == 1:
             return number
         largest = torch.tensor(number)
-        try:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        except RuntimeError as error:
-            store = self.run.processes.store
-            if store.check([STOPPED]):
-                raise Stopped(int(store.get(STOPPED))) from None
-            raise ConnectionError(f"another process of the run is gone: {str(error).splitlines()[0]}") from None
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
     def share(self, batch: Sequence[Tensor]) -> tuple[list[Tensor], float]:

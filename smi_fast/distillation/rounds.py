@@ -178,7 +178,8 @@ def distill(
         batches, interrupted = [], False
         try:
             measure = _measure(evaluate if group.is_first else None, student, student_reader, linear_probing, shown)
-            _rounds(rounds, source, training, measure, callback, run, bar, batches)
+            with group.together():
+                _rounds(rounds, source, training, measure, callback, run, bar, batches)
         except (KeyboardInterrupt, Stopped) as error:
             training.restore()
             if run is not None or isinstance(error, Stopped):

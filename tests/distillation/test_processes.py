@@ -2,6 +2,7 @@
 
 import copy
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,27 @@ sys.path.insert(0, sys.argv[1])
 import test_processes as cases
 for name in cases.CASES:
     cases.in_a_run(name, Path(sys.argv[2]), int(os.environ["RANK"]))
+"""
+LONE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import test_processes as cases
+from smi_fast.cli import _sentence
+from smi_fast.distillation.training import Training
+train = Training._train
+
+def end_in_the_second_step(training, batch):
+    if training.step == 1 and os.environ["RANK"] == "1":
+        os._exit(7)
+    return train(training, batch)
+
+Training._train = end_in_the_second_step
+teacher, student, options = cases.case("fine-tuning")
+try:
+    with cases.Run(sys.argv[2], "distillation", {}) as run:
+        cases.distill(teacher, student, run=run, **options)
+except ConnectionError as error:
+    sys.exit(_sentence(error))
 """
 CASES = ["linear probing", "fine-tuning", "adaptive"]
 
@@ -76,14 +98,8 @@ def in_a_run(name: str, folder: Path, rank: int) -> None:
 def runs(tmp_path_factory):
     """The folder in which two processes have run all cases."""
     folder = tmp_path_factory.mktemp("runs")
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program]
-    tests = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command += [Path(__file__).parent, folder]
-    job = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    job = start([*command, program(folder, PROGRAM)], folder)
     try:
         error = job.communicate(timeout=240)[1]
     finally:
@@ -91,6 +107,20 @@ def runs(tmp_path_factory):
         job.wait()
     assert job.returncode == 0, error[-4000:]
     return folder
+
+
+def program(folder: Path, text: str) -> Path:
+    (folder / "program.py").write_text(text)
+    return folder / "program.py"
+
+
+def start(command: list, folder: Path, **variables: str) -> subprocess.Popen:
+    """Start a program with two arguments: the folder of this file, and the folder to work in."""
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | variables
+    arguments = [*map(str, command), str(Path(__file__).parent), str(folder)]
+    return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def state_of(folder: Path) -> list:
@@ -138,3 +168,21 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_they_go_on_with_
     assert state_of(runs / name / "stopped-1.pt")[2] == [143]
     assert_same(whole[0], stopped[0])
     assert whole[1] == stopped[1]
+
+
+def test_without_torchrun_the_end_of_a_process_in_a_step_is_one_sentence(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    there = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, program(tmp_path, LONE)]
+    jobs = [start(command, tmp_path / "run", RANK=str(rank), **there) for rank in range(2)]
+    try:
+        errors = [job.communicate(timeout=120)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
+    assert [job.returncode for job in jobs] == [1, 7]
+    assert "a process that shares the run has ended" in errors[0].splitlines()[-1]
+    assert "Traceback" not in errors[0]
