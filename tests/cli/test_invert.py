@@ -222,9 +222,26 @@ def test_only_the_command_that_began_a_run_goes_on_with_it(demo, tmp_path, capsy
         (["invert", "--resume", str(tmp_path)], f"--resume: {tmp_path} holds no run"),
         (["invert", "--resume"], "--resume: expected one argument"),
         (["invert", "--resume", str(out), "--seed", "1"], "seed is 0, not 1"),
+        (["invert", "--resume", str(out), "--overwrite"], "give either --resume or --overwrite, not both"),
+        (["invert", "--resu", str(out)], "unrecognized arguments: --resu"),
+        (["invert", "--over", "--out", str(out)], "unrecognized arguments: --over"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_options_and_those_that_are_given_anew(tmp_path, monkeypatch, capsys):
+    torch.save(cifar10_vit().state_dict(), tmp_path / "weights.pth")
+    begun = ["invert", "--checkpoint", "weights.pth", "--classes", "0", "--iterations", "2", "--quiet", "--out", "o"]
+    monkeypatch.chdir(tmp_path)
+    assert main([*begun, "--overwrite"]) == 0
+    before = (tmp_path / "o" / "images" / "00000.safetensors").read_bytes()
+    for more in ([], ["--device", "cpu", "--log=csv"]):
+        assert main(["invert", "--resume", str(tmp_path / "o"), *more]) == 0
+    monkeypatch.chdir("/")
+    assert main(["invert", "--resume", str(tmp_path / "o")]) == 2
+    assert f"the run was begun in {tmp_path}, where its options name files" in capsys.readouterr().err
+    assert (tmp_path / "o" / "images" / "00000.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
