@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -53,9 +54,13 @@ class ProgressBar(tqdm):
         if self._is_bar:
             return super().display(msg, pos)
         if self.disable:  # `close` displays a last time, and ends the line
-            self.fp.write(str(self))
+            self._write(str(self))
         elif self._time() - self.last_print_t >= self.mininterval:
             self.last_print_t, self.last_print_n = self._time(), self.n
-            self.fp.write(f"{self}\n")
-            self.fp.flush()
+            self._write(f"{self}\n")
         return True
+
+    def _write(self, text: str) -> None:
+        with suppress(BrokenPipeError):  # nobody reads it any more, which is no reason to end the job
+            self.fp.write(text)
+            self.fp.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 import smi_fast
 from smi_fast.cli import distill, evaluate, info, invert, quantize, report, reproduce
 from smi_fast.cli.arguments import Parser
-from smi_fast.cli.output import resumed
+from smi_fast.cli.output import resumed, say
 from smi_fast.data.manifest import MANIFEST
 from smi_fast.inversion.inverter import NonFiniteError
 from smi_fast.runs.processes import device_of_process
@@ -53,8 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"smi-fast: error: {sentence}{advice}", file=sys.stderr)
             return 2
         except (KeyboardInterrupt, Stopped) as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"smi-fast: interrupted; {_going_on(args)}", file=sys.stderr)
+            say(f"smi-fast: interrupted; {_going_on(args)}", sys.stderr)
             return error.exit_code if isinstance(error, Stopped) else 128 + signal.SIGINT
 
 
@@ -80,7 +80,9 @@ def _going_on(args: argparse.Namespace) -> str:
     out = getattr(args, "out", None)
     if out is None or not (out / MANIFEST).exists():
         return "nothing was written"
-    return f"to go on: smi-fast {args.command[0]} --resume {out}"
+    if "RANK" in os.environ:
+        return "to go on, start the processes again as before"
+    return f"to go on: smi-fast {args.command[0]} --resume {shlex.quote(str(out))}"
 
 
 def _parser() -> Parser:

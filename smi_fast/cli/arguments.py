@@ -28,10 +28,11 @@ MAX_COUNT = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises its errors as ValueError, and whose help leaves out the defaults None and False."""
+    """An ArgumentParser that raises its errors as ValueError, takes no abbreviations, and whose help leaves out the
+    defaults None and False."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=_Help, **options)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
         raise ValueError(message.removeprefix("argument "))

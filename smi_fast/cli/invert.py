@@ -16,7 +16,7 @@ from smi_fast.cli.report import FILES, write_report
 from smi_fast.models.loading import INSIDE
 from smi_fast.runs.inversion import invert
 from smi_fast.runs.log import KINDS
-from smi_fast.runs.machine import device_name, versions
+from smi_fast.runs.machine import processor, versions
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         "settings": settings.record(),
         "dtype": str(inverter.backbone.compute_dtype).removeprefix("torch."),
         "backend": kernels.resolve_backend(args.backend, args.device),
-        "device": device_name(args.device),
+        "device": processor(args.device),
         "versions": versions(),
     }
     say(f"inverting {len(targets)} images of {len(classes)} classes with {args.model} on {about['device']}")

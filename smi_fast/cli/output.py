@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from smi_fast.data.manifest import MANIFEST, read_manifest
 from smi_fast.runs.run import EVERY, is_occupied
@@ -28,10 +29,16 @@ def add_run(parser: argparse.ArgumentParser, default: str) -> argparse._Argument
     return output
 
 
-def say(text: str) -> None:
-    """Print a text, in the first of the processes that share a run."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+def is_first() -> bool:
+    """Return whether this is the first of the processes that share a run, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a text, in the first of the processes that share a run. It is lost if nobody reads it any more."""
+    if is_first():
+        with suppress(BrokenPipeError):
+            print(text, file=file, flush=True)
 
 
 def minutes(text: str) -> float:
@@ -59,22 +66,42 @@ def resumed(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     if given.resume is None:
         return list(arguments)
+    if "--overwrite" in others:
+        raise ValueError("give either --resume or --overwrite, not both")
     if not (given.resume / MANIFEST).is_file():
         raise ValueError(f"--resume: {given.resume} holds no run")
-    command = read_manifest(given.resume)["made_with"].get("command")
+    made_with = read_manifest(given.resume)["made_with"]
+    command, begun_in = made_with.get("command"), made_with.get("directory")
     if not command or command[:1] != others[:1]:
         made = f"smi-fast {command[0]}" if command else "a program"
         raise ValueError(f"--resume: the run in {given.resume} was begun by {made}, which has to go on with it")
-    return [*command, *others[1:], "--out", str(given.resume)]
+    if begun_in != os.getcwd() and any(Path(begun_in, word).exists() for word in command):
+        raise ValueError(f"--resume: the run was begun in {begun_in}, where its options name files: go on from there")
+    names = {word.partition("=")[0] for word in others if word.startswith("--")}
+    return [*_without(command, names), *others[1:], "--out", str(given.resume)]
+
+
+def _without(command: Sequence[str], names: set[str]) -> list[str]:
+    """Return the words of a command without those options, whose values are given anew."""
+    kept, given = [], False
+    for word in command:
+        if word.startswith("--"):
+            given = word.partition("=")[0] in names
+        if not given:
+            kept.append(word)
+    return kept
 
 
 def check_out(args: argparse.Namespace, files: Sequence[str]) -> None:
-    """Check early, before models are read, that a command may write these files to its folder.
+    """Check early, before models are read, that a command may write these files to its folder. Only the first of the
+    processes that share a run does so.
 
     Raises:
         ValueError: the folder cannot be made or written to, holds files of another origin and is not to be
             overwritten, or holds a folder by the name of a file.
     """
+    if not is_first():
+        return
     out = args.out
     check_writable(out)
     if out.is_dir() and not args.overwrite and not (out / MANIFEST).exists() and is_occupied(out):

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from smi_fast.data.files import write_json
-from smi_fast.data.manifest import MANIFEST
+from smi_fast.data.manifest import MANIFEST, read_manifest
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.states import load_state
 from smi_fast.inversion.meter import StageCost
-from smi_fast.runs.inversion import SNAPSHOTS, records
+from smi_fast.runs.inversion import KIND, SNAPSHOTS, records
 from smi_fast.studies.pictures import save_grid, save_process
 from smi_fast.studies.plots import save_curve
 from smi_fast.studies.report import stage_records, stage_table
@@ -32,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not (args.folder / MANIFEST).is_file():
+    if not (args.folder / MANIFEST).is_file() or read_manifest(args.folder)["kind"] != KIND:
         raise ValueError(f"{args.folder} holds no run of smi-fast invert")
     print(write_report(args.folder))
     return 0
@@ -46,7 +45,7 @@ def write_report(folder: Path) -> str:
         ValueError: a file of the run is damaged. The message names it.
     """
     dataset = InvertedDataset.load(folder)
-    first, costs, figures = measured(folder, dataset.targets)
+    first, costs, figures = measured(dataset)
     report = {
         **{name: value for name, value in first.items() if name in dataset.metadata and name not in OF_IMAGES},
         "count": len(dataset),
@@ -63,16 +62,17 @@ def write_report(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def measured(folder: Path, targets: Tensor) -> tuple[dict[str, Any], list[StageCost], dict[str, Any]]:
+def measured(dataset: InvertedDataset) -> tuple[dict[str, Any], list[StageCost], dict[str, Any]]:
     """Return the metadata of the first shard of a run, the cost of each stage, and the figures of all images."""
     first, columns, stages, verified, seconds = None, {name: [] for name in OF_IMAGES}, [], [], 0.0
-    for batch in records(folder):
+    for batch in records(dataset.files):
         first = first or batch
         for name, column in columns.items():
             column += batch[name]
         stages += batch["stages"]
         seconds += batch["seconds"]
         verified.append((batch["verified"], len(batch["predicted"])))
+    targets = dataset.targets
     right = torch.tensor(columns["predicted"]) == targets
     figures = {
         "classified_as_target": right.float().mean().item(),
@@ -97,7 +97,7 @@ def draw(folder: Path, dataset: InvertedDataset, first: dict[str, Any]) -> list[
     drawn = ["grid.png"]
     classes = list(dict.fromkeys(dataset.targets.tolist()))[:MAX_ROWS]
     rows = [(dataset.targets == target).nonzero().flatten()[:MAX_COLUMNS].tolist() for target in classes]
-    columns, names = min(map(len, rows)), class_names_of(folder, classes)
+    columns, names = min(map(len, rows)), class_names_of(dataset, classes)
     shown = dataset.images([number for row in rows for number in row[:columns]])
     save_grid(shown, folder / "grid.png", columns, names)
     if (folder / SNAPSHOTS).exists():
@@ -112,10 +112,10 @@ def draw(folder: Path, dataset: InvertedDataset, first: dict[str, Any]) -> list[
     return drawn
 
 
-def class_names_of(folder: Path, classes: Sequence[int]) -> list[str]:
+def class_names_of(dataset: InvertedDataset, classes: Sequence[int]) -> list[str]:
     """Return the names of classes, which the shards of their images hold."""
     names: dict[str, str] = {}
-    for batch in records(folder):
+    for batch in records(dataset.files):
         names |= batch["classes"]
         if all(str(target) in names for target in classes):
             break

@@ -141,6 +141,11 @@ def write_json(path: str | os.PathLike, record: dict) -> None:
         partial.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
 
 
+def as_json(value: Any) -> Any:
+    """Return a value as JSON gives it back: tuples as lists, keys as texts, and NaN and infinity as None."""
+    return json.loads(json.dumps(_finite(value)))
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
@@ -167,7 +172,7 @@ def read_json(path: str | os.PathLike) -> dict:
 def sealed(record: dict) -> dict:
     """Return a record for `write_json` with an entry "checksum": the CRC-32 of the rest, as `json.dumps` writes it with
     sorted keys."""
-    record = json.loads(json.dumps(_finite(record)))
+    record = as_json(record)
     return record | {"checksum": _record_checksum(record)}
 
 

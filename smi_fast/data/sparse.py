@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smi_fast.data.files import PARTIAL, checksum
-from smi_fast.data.manifest import IMAGES, MANIFEST, read_manifest
+from smi_fast.data.manifest import IMAGES, MANIFEST, planned_images
 from smi_fast.data.pngs import read_pngs, write_pngs
 from smi_fast.data.shards import INDEX, KIND, Shard, check_tensor, describe, open_shard, write_shard
 from smi_fast.data.tensors import SUFFIX, new_file
@@ -55,7 +55,7 @@ class InvertedDataset(torch.utils.data.Dataset):
         grid: the `PatchGrid` of the images.
         transform: a function that is applied to every sample that `dataset[i]` returns, such as
             `RandomHorizontalFlip`, or None. It is neither saved nor exported.
-        missing: the number of images that a run is yet to make, if `load` has read the folder of a run.
+        missing: the number of images that are yet to be made, if `load` has read folders of runs.
 
     Raises:
         ValueError: the shapes, dtypes or values of the tensors contradict each other. The message names the first
@@ -182,6 +182,11 @@ class InvertedDataset(torch.utils.data.Dataset):
         write_pngs(folder, images, self.targets.tolist(), class_names)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that the images were loaded from, in the order of the images."""
+        return [shard.file for shard in self._shards if shard.file is not None]
+
+    @property
     def patches(self) -> Tensor:
         """(T, C * ph * pw) float32, the kept patches of all images end to end.
 
@@ -283,20 +288,21 @@ class InvertedDataset(torch.utils.data.Dataset):
         path = Path(path)
         files, planned = _files(path)
         if not files:
-            none = f"no {SUFFIX} file" if planned is None else f"none of the {planned} images of its run yet"
+            none = f"none of the {sum(planned.values())} images of its run yet" if planned else f"no {SUFFIX} file"
             raise FileNotFoundError(f"{path}: the folder holds {none}")
-        parts = []
+        parts, missing = [], planned
         for file in files:
             with open_shard(file) as (shard, arguments):
                 parts.append(cls(shard, **arguments))
                 parts[0]._check_joins(parts[-1], files[0].relative_to(path))
                 parts[0].metadata = parts[-1].metadata = _common(parts[0].metadata, parts[-1].metadata)
+                if file.parent.parent in missing:
+                    missing[file.parent.parent] -= len(parts[-1])
         dataset = parts[0].join(parts)
-        dataset.missing = max(0, (planned or 0) - len(dataset))
+        dataset.missing = sum(max(0, count) for count in missing.values())
         if dataset.missing:
-            warnings.warn(
-                f"{path} holds {len(dataset)} of {planned} images, because the run is not finished", stacklevel=2
-            )
+            what = f"{path} holds {len(dataset)} of {len(dataset) + dataset.missing} images"
+            warnings.warn(f"{what}, because its run is not finished", stacklevel=2)
         return dataset
 
     def _check_joins(self, other: InvertedDataset, name: Path) -> None:
@@ -389,15 +395,18 @@ def normalize_patches(tokens: PackedTokens, mean: Sequence[float], std: Sequence
     return dataclasses.replace(tokens, values=values.flatten(1))
 
 
-def _files(path: Path) -> tuple[list[Path], int | None]:
-    """Return the files of a dataset, and how many images there are to be if the path is the folder of a run."""
+def _files(path: Path) -> tuple[list[Path], dict[Path, int]]:
+    """Return the files of a dataset, and how many images there are to be in the folder of each run among them."""
     if not path.is_dir():
-        return [path], None
-    if (path / MANIFEST).exists():
-        return sorted((path / IMAGES).glob(f"*{SUFFIX}")), read_manifest(path)["settings"].get("images")
+        return [path], {}
+    folders = [Path(root) for root, _, _ in os.walk(path)]
+    folders = [folder for folder in folders if not any(map(PARTIAL.fullmatch, folder.relative_to(path).parts))]
+    runs = [folder for folder in folders if (folder / MANIFEST).exists()]
+    if path in runs:
+        folders, runs = [path / IMAGES], [path]
     # the folder of a run may hold other tensors beside its images
-    found = (file for file in path.rglob(f"*{SUFFIX}") if not PARTIAL.fullmatch(file.parent.name))
-    return sorted(file for file in found if not (file.parent / MANIFEST).exists()), None
+    files = (file for folder in folders if folder not in runs for file in folder.glob(f"*{SUFFIX}"))
+    return sorted(files), {run: planned_images(run) for run in runs}
 
 
 def _grid(image_size: tuple[int, int, int], patch_size: tuple[int, int]) -> PatchGrid:

@@ -60,12 +60,21 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
         return _unpacked(json.loads(text), tensors)
 
 
-def weights_checksum(model: nn.Module) -> int:
-    """Return the CRC-32 of a model's weights."""
+def model_checksum(model: nn.Module) -> int:
+    """Return the CRC-32 of a model: of its weights, the types of its modules, and their numbers and texts, such as the
+    number of heads."""
     value = 0
-    for tensor in model.state_dict().values():
+    for name, module in model.named_modules():
+        plain = {key: part for key, part in vars(module).items() if isinstance(part, (int, float, str))}
+        shown = sorted((key, part) for key, part in plain.items() if key != "training" and not key.startswith("_"))
+        value = zlib.crc32(f"{name} {type(module).__qualname__} {shown}".encode(), value)
+    for name, tensor in model.state_dict().items():
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
         value = checksum(tensor.cpu(), value)
     return value
+
+
+weights_checksum = model_checksum
 
 
 def _packed(value: Any, tensors: list[Tensor]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smi_fast.data.files import PARTIAL
 from smi_fast.data.manifest import IMAGES
 from smi_fast.data.shards import open_shard
 from smi_fast.data.sparse import InvertedDataset
-from smi_fast.data.states import save_state, weights_checksum
+from smi_fast.data.states import model_checksum, save_state
 from smi_fast.data.tensors import SUFFIX
-from smi_fast.inversion.checks import check_targets
+from smi_fast.inversion.checks import check_targets, check_weights
 from smi_fast.inversion.inverter import Inverter
 from smi_fast.inversion.loop import settings_record
 from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
 from smi_fast.inversion.result import InversionResult, Step
 from smi_fast.inversion.schedule import Release
 from smi_fast.inversion.state import Stage
-from smi_fast.inversion.stream import has_independent_images
-from smi_fast.runs.log import Logger, open_log
+from smi_fast.inversion.stream import check_streams, has_independent_images
+from smi_fast.runs.log import Logger, check_log, open_log
 from smi_fast.runs.machine import made_with
 from smi_fast.runs.progress import Progress
 from smi_fast.runs.run import EVERY, Run
-from smi_fast.runs.signals import Stopped
 from smi_fast.seeds import batch_seed, check_seed
 
+KIND = "inversion"
 SNAPSHOTS = "process.state"  # the file of the first batch's images at several moments
 STREAMED = 8  # batches' worth of images that go through the places of one batch, and into one shard
 MAX_SNAPSHOTS = 10  # images in a snapshot
@@ -66,7 +67,8 @@ class InversionRun:
         self.inverter, self.batch_size, self.seed = inverter, batch_size, seed
         self.streams = inverter.until is not None and has_independent_images(inverter)
         self.batches = targets.split(batch_size * (STREAMED if self.streams else 1))
-        self.about = dict(about or {}) | {"mean": inverter.mean, "std": inverter.std, "seed": seed}
+        own = {"mean": inverter.mean, "std": inverter.std, "seed": seed}
+        self.about = {"settings": settings_record(inverter), **(about or {}), **own}
         self.names = names or [str(target) for target in range(inverter.backbone.num_classes)]
         self.copies = 1 + sum(isinstance(stop, Release) for stop in inverter.stopping.stops.values())
         self._flops: dict[int, tuple[int, int]] = {}  # of the stages, by their first iteration
@@ -76,7 +78,8 @@ class InversionRun:
         targets = torch.cat(self.batches)
         return {
             **settings_record(self.inverter),
-            "weights": weights_checksum(self.inverter.backbone),
+            "model": model_checksum(self.inverter.backbone),
+            "verifier": None if self.inverter.verifier is None else model_checksum(self.inverter.verifier),
             "backend": self.inverter.backbone.backend,
             "targets": targets.tolist(),
             "batch_size": self.batch_size,
@@ -89,18 +92,29 @@ class InversionRun:
         """The number of iterations of a batch, or the most that images of a stream need."""
         return self.inverter.iterations * -(-len(self.batches[0]) // self.batch_size)
 
+    def check(self) -> None:
+        """Check that the batches can be made, before anything is written.
+
+        Raises:
+            ValueError, TypeError: see `Inverter.run` and `Inverter.stream`.
+        """
+        check_weights(self.inverter.models)
+        if self.streams:
+            check_streams(self.inverter, self.batch_size)
+
     def finished(self, folder: Path) -> list[int]:
-        """Return the numbers of the batches whose shards are in the folder of the run.
+        """Return the numbers of the batches whose shards are in the folder of the run. A shard with a damaged index is
+        removed, so that it is made again.
 
         Raises:
             ValueError: there are other files between the shards.
         """
-        there = {file.name for file in (folder / IMAGES).iterdir()} if (folder / IMAGES).is_dir() else set()
-        numbers = [number for number in range(len(self.batches)) if shard(folder, number).name in there]
-        foreign = there - {shard(folder, number).name for number in numbers}
+        there = set(os.listdir(folder / IMAGES)) if (folder / IMAGES).is_dir() else set()
+        shards = {shard(folder, number).name: number for number in range(len(self.batches))}
+        foreign = {name for name in there - shards.keys() if not PARTIAL.fullmatch(name)}
         if foreign:
             raise ValueError(f"{folder / IMAGES / min(foreign)} is no file of this run")
-        return numbers
+        return [number for name, number in shards.items() if name in there and _is_whole(folder / IMAGES / name)]
 
     def checkpoint(self, number: int) -> str:
         """Return the name of the checkpoint of a batch."""
@@ -233,13 +247,24 @@ def shard(folder: Path, number: int) -> Path:
     return folder / IMAGES / f"{number:05}{SUFFIX}"
 
 
-def records(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the metadata of each shard of a run that is there, in the order of the batches.
+def _is_whole(file: Path) -> bool:
+    """Return whether the index of a shard is whole, or else remove the shard. Patches are checked when read."""
+    try:
+        with open_shard(file):
+            return True
+    except ValueError as error:
+        warnings.warn(f"{error}; the batch is made again", stacklevel=2)
+        file.unlink()
+        return False
+
+
+def records(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """Yield the metadata of each of the shards.
 
     Raises:
         ValueError: a shard is damaged. The message names it.
     """
-    for file in sorted((folder / IMAGES).glob(f"*{SUFFIX}")):
+    for file in files:
         with open_shard(file) as (_, arguments):
             yield arguments["metadata"]
 
@@ -302,26 +327,23 @@ def invert(
     if targets.ndim != 1:
         raise ValueError("targets of a dataset are classes, not soft labels")
     work = InversionRun(inverter, targets, batch_size, seed, about, names)
+    work.check(), check_log(log), Logger(None, inverter, every=log_every)
     run = Run(
-        folder, "inversion", work.settings(), made_with(inverter.backbone.device, command), files=(SNAPSHOTS, *files),
+        folder, KIND, work.settings(), made_with(inverter.backbone.device, command), files=(SNAPSHOTS, *files),
         overwrite=overwrite, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     with run:
         processes, count = run.processes, len(work.batches)
         if processes.size > count and processes.is_first:
             warnings.warn(f"{processes.size} processes share {count} batches: some have nothing to do", stacklevel=2)
-        finished = work.finished(run.folder)
+        finished = work.finished(run.folder) if processes.is_first else []
         with (
             Progress(run, count, len(finished), work.iterations, inverter.progress) as progress,
             open_log(log, run.folder, iterations=work.iterations, rank=processes.rank) as lines,
         ):
             logger = Logger(lines, inverter, every=log_every)
             for number in processes.parts(count, lambda n: shard(run.folder, n).exists(), progress.wait):
-                try:
-                    work.make(number, run, progress, logger, callback)
-                except Stopped:
-                    processes.release(number)
-                    raise
+                work.make(number, run, progress, logger, callback)
         if processes.is_first:
             for number in range(count):  # a process may have been killed between its shard and this
                 run.discard(work.checkpoint(number))

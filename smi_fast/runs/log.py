@@ -16,6 +16,21 @@ KINDS = ("csv", "tensorboard")
 PICTURED = 16  # images in a picture
 
 
+def check_log(kind: str | None) -> None:
+    """Check that there is this kind of log, and that the package that it needs is there.
+
+    Raises:
+        ValueError: there is not. The message says which.
+    """
+    if kind not in (None, *KINDS):
+        raise ValueError(f"the log must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind == "tensorboard":
+        try:
+            import smi_fast.runs.tensorboard  # noqa: F401
+        except ImportError:
+            raise ValueError("a log for TensorBoard needs its package: pip install smi-fast[tensorboard]") from None
+
+
 def open_log(kind: str | None, folder: str | os.PathLike, *, iterations: int, rank: int = 0) -> AbstractContextManager:
     """Open the log of a run, or go on with the one that is there.
 
@@ -29,22 +44,18 @@ def open_log(kind: str | None, folder: str | os.PathLike, *, iterations: int, ra
         A context manager, which gives the log, or None if there is none.
 
     Raises:
-        ValueError: there is no such kind of log, the package that it needs is missing, or the file that is there is no
-            log. The message names it.
+        ValueError: see `check_log`, or the file that is there is no log. The message names it.
         OSError: now or later, a file cannot be read or written. The message names it.
     """
+    check_log(kind)
     if kind is None:
         return nullcontext()
     if kind == "csv":
         Path(folder, LOG).mkdir(exist_ok=True)
         return Table(Path(folder, LOG, f"log-{rank}.csv" if rank else "log.csv"))
-    if kind == "tensorboard":
-        try:
-            from smi_fast.runs.tensorboard import TensorBoard
-        except ImportError:
-            raise ValueError("a log for TensorBoard needs its package: pip install smi-fast[tensorboard]") from None
-        return TensorBoard(Path(folder, LOG, str(rank) if rank else ""), iterations)
-    raise ValueError(f"the log must be one of {', '.join(KINDS)}, got {kind!r}")
+    from smi_fast.runs.tensorboard import TensorBoard
+
+    return TensorBoard(Path(folder, LOG, str(rank) if rank else ""), iterations)
 
 
 class Logger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,4 +45,5 @@ def made_with(device: torch.device, command: Sequence[str] | None = None) -> dic
     """
     threads = torch.get_num_threads() if device.type == "cpu" else None
     command = None if command is None else list(command)
-    return {"device": processor(device), "versions": versions(), "threads": threads, "command": command}
+    where = {"command": command, "directory": os.getcwd()}
+    return {"device": processor(device), "versions": versions(), "threads": threads, **where}

@@ -7,12 +7,16 @@ import math
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from smi_fast.data.files import first_line
 
 PREFIX, FREE = "smi-fast", "free"
 TIMEOUT = "SMI_FAST_RANK_TIMEOUT"  # the environment's name for the seconds after which a silent process counts as dead
@@ -32,7 +36,6 @@ class Processes:
         store: the store. None: this process is alone.
         rank, size: the number of this process from 0, and of all processes.
         timeout: the seconds of silence after which a process counts as dead.
-        pulse: another connection to the store, for the thread that says that this process is alive.
     """
 
     def __init__(
@@ -41,12 +44,10 @@ class Processes:
         rank: int = 0,
         size: int = 1,
         timeout: float = 60.0,
-        pulse: dist.Store | None = None,
     ):
         self.store, self.rank, self.size, self.timeout = store or dist.HashStore(), rank, size, timeout
         self._heard: dict[int, tuple[int, float]] = {}  # how often a process has been heard of, and when last
-        if pulse is not None:
-            threading.Thread(target=self._beat, args=(pulse,), daemon=True).start()
+        self._claimed: set[int] = set()
 
     @classmethod
     def of_environment(cls) -> Processes:
@@ -54,7 +55,7 @@ class Processes:
         MASTER_PORT. Without RANK, this process is alone.
 
         Raises:
-            ValueError: one of the other variables is missing or not a number.
+            ValueError: one of the other variables is missing or out of range.
             ConnectionError: the store cannot be reached.
         """
         if "RANK" not in os.environ:
@@ -63,21 +64,25 @@ class Processes:
         host, timeout = os.environ.get("MASTER_ADDR"), _seconds(os.environ.get(TIMEOUT, "60"))
         if host is None:
             raise ValueError("RANK is set, and so MASTER_ADDR has to be")
+        if port >= 2**16:
+            raise ValueError(f"MASTER_PORT must be below 65536, got {port}")
         holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        attempt, number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(_joined)
+        number = next(_joined)
 
         def connect(holds: bool) -> dist.Store:
             try:
                 seconds = timedelta(seconds=timeout)
                 store = dist.TCPStore(host, port, is_master=holds, timeout=seconds, wait_for_workers=False)
             except (RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise ConnectionError(
-                    f"the store of the processes at {host}:{port} cannot be reached: {reason}"
-                ) from None
-            return dist.PrefixStore(f"{PREFIX}/{attempt}/{number}", store)
+                where, reason = f"{host}:{port}", first_line(error)
+                raise ConnectionError(f"the store of the processes at {where} cannot be reached: {reason}") from None
+            return dist.PrefixStore(f"{PREFIX}/{number}", store)
 
-        return cls(connect(holds_store), rank, size, timeout, connect(False))
+        store, pulse = connect(holds_store), connect(False)
+        generation = uuid.uuid4().hex if rank == 0 else _welcomed(store, rank)
+        processes = cls(dist.PrefixStore(generation, store), rank, size, timeout)
+        threading.Thread(target=processes._beat, args=(pulse, generation), daemon=True).start()
+        return processes
 
     @property
     def is_first(self) -> bool:
@@ -102,11 +107,11 @@ class Processes:
 
     def release(self, number: int) -> None:
         """Let another process make a part that this one has claimed."""
-        self.store.compare_set(f"part/{number}", str(self.rank), FREE)
+        self._ask("compare_set", f"part/{number}", str(self.rank), FREE)
 
     def tell(self, key: str, value: str) -> None:
         """Let all processes read a value."""
-        self.store.set(key, value)
+        self._ask("set", key, value)
 
     def hear(self, key: str, wait: Callable[[], None]) -> str:
         """Wait for a value that the first process tells, and return it.
@@ -114,32 +119,51 @@ class Processes:
         Raises:
             ConnectionError: the first process was there, but has died.
         """
-        while not self.store.check([key]):
+        while not self._ask("check", [key]):
             if self.count("alive/0", 0) and self._is_dead(0):
                 raise ConnectionError("the first of the processes has died")
             wait()
             time.sleep(POLL)
-        return self.store.get(key).decode()
+        return self._ask("get", key).decode()
 
     def count(self, key: str, amount: int) -> int:
         """Add to a number that all processes share, and return it."""
-        return self.store.add(key, amount)
+        return self._ask("add", key, amount)
+
+    def await_all(self, wait: Callable[[], None]) -> None:
+        """Wait until all processes have joined.
+
+        Raises:
+            ConnectionError: one of them has not come in ten times the timeout.
+        """
+        since = time.monotonic()
+        for rank in set(range(self.size)) - {self.rank}:
+            while not self.count(f"alive/{rank}", 0):
+                if time.monotonic() - since > 10 * self.timeout:
+                    raise ConnectionError(f"process {rank} of {self.size} has not come in {10 * self.timeout:g} s")
+                wait()
+                time.sleep(POLL)
 
     def leave(self, wait: bool) -> None:
-        """Say that this process needs the store no longer. The first one, which may hold it, can wait until the others
-        need it no longer either."""
+        """Give back what this process has claimed, and say that it needs the store no longer. The first process, which
+        may hold the store, can wait until the others need it no longer either."""
+        for number in self._claimed:
+            self.release(number)
         self.tell(f"left/{self.rank}", "left")
         others = range(1, self.size) if self.is_first and wait else ()
-        while any(not self.store.check([f"left/{rank}"]) and not self._is_dead(rank) for rank in others):
+        while any(not self._ask("check", [f"left/{rank}"]) and not self._is_dead(rank) for rank in others):
             time.sleep(POLL)
 
     def _claim(self, number: int) -> bool:
         """Return whether this process is the one to make a part."""
         key, mine = f"part/{number}", str(self.rank)
-        owner = self.store.compare_set(key, "", mine).decode()
+        owner = self._ask("compare_set", key, "", mine).decode()
         if owner not in (mine, FREE) and not self._is_dead(int(owner)):
             return False
-        return owner == mine or self.store.compare_set(key, owner, mine).decode() == mine
+        if owner != mine and self._ask("compare_set", key, owner, mine).decode() != mine:
+            return False
+        self._claimed.add(number)
+        return True
 
     def _is_dead(self, rank: int) -> bool:
         if rank == self.rank:
@@ -149,13 +173,41 @@ class Processes:
             self._heard[rank] = times, now
         return now - self._heard[rank][1] > self.timeout
 
-    def _beat(self, pulse: dist.Store) -> None:
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the store."""
+        try:
+            return getattr(self.store, method)(*arguments)
+        except RuntimeError as error:
+            reason = first_line(error)
+            raise ConnectionError(f"the store of the processes cannot be reached any more: {reason}") from None
+
+    def _beat(self, desk: dist.Store, generation: str) -> None:
+        """Say now and then that this process is alive. The first process also welcomes the others."""
+        welcomed: dict[int, bytes] = {}
         try:
             while True:
-                pulse.add(f"alive/{self.rank}", 1)
-                time.sleep(self.timeout / 10)
+                dist.PrefixStore(generation, desk).add(f"alive/{self.rank}", 1)
+                for rank in range(1, self.size) if self.is_first else ():
+                    if desk.check([f"hello/{rank}"]) and (name := desk.get(f"hello/{rank}")) != welcomed.get(rank):
+                        desk.set(f"welcome/{name.decode()}", generation)
+                        welcomed[rank] = name
+                waits = self.is_first and len(welcomed) < self.size - 1
+                time.sleep(POLL if waits else self.timeout / 10)
         except RuntimeError:
-            return  # the store is gone; the next claim says so
+            return  # the store is gone, which the next question to it says
+
+
+def _welcomed(store: dist.Store, rank: int) -> str:
+    """Return the generation of processes that a process belongs to: torchrun starts all of them again after one has
+    died, and its count of restarts may differ between machines."""
+    name = uuid.uuid4().hex
+    try:
+        store.set(f"hello/{rank}", name)
+        while not store.check([f"welcome/{name}"]):
+            time.sleep(POLL)
+        return store.get(f"welcome/{name}").decode()
+    except RuntimeError as error:
+        raise ConnectionError(f"the store of the processes cannot be reached any more: {first_line(error)}") from None
 
 
 def device_of_process(device: torch.device) -> torch.device:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from smi_fast.data.files import PARTIAL, remove_partials
+from smi_fast.data.files import PARTIAL, as_json, remove_partials
 from smi_fast.data.manifest import IMAGES, MANIFEST, read_manifest, write_manifest
 from smi_fast.data.states import load_state, save_state
 from smi_fast.runs.processes import Processes
@@ -26,7 +26,7 @@ from smi_fast.runs.signals import Signals
 LOCK, CHECKPOINTS, LOG = ".lock", "checkpoints", "log"
 FOLDERS = (IMAGES, CHECKPOINTS, LOG)
 SUFFIX = ".state"  # of a checkpoint, which is a safetensors file but no dataset
-REMEMBERED = ("threads", "command")  # entries of `made_with` in which the first job counts
+REMEMBERED = ("threads", "command", "directory")  # entries of `made_with` in which the first job counts
 EVERY = 5.0  # minutes between two checkpoints
 _held: set[tuple[int, Path]] = set()  # who has locked what in this process, since the system only tells processes apart
 
@@ -53,6 +53,7 @@ class Run:
     Raises:
         ValueError: the time between checkpoints is not positive. On entering: the folder is in use, holds files of
             another origin or a run with other settings, or its manifest is damaged. The message says which.
+        ConnectionError: the store of the processes cannot be reached.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Run:
         if not checkpoint_every > 0:
             raise ValueError(f"the minutes between two checkpoints must be more than 0, got {checkpoint_every}")
         self.folder, self.kind = Path(folder), kind
-        self.settings, self.made_with = json.loads(json.dumps([settings, made_with or {}]))
+        self.settings, self.made_with = as_json([settings, made_with or {}])
         self.files, self.folders = files, (*FOLDERS, *folders)
         self.overwrite, self.every = overwrite, 60 * checkpoint_every
         self.processes = processes or Processes.of_environment()
@@ -82,17 +83,22 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as stack:
             if self.processes.is_first:
-                self._open(stack)
-            elif self.processes.hear("folder", lambda: None) != "open":
-                raise SystemExit(2)  # the first process has said why
-            self._adopt(read_manifest(self.folder)["made_with"])
+                manifest = self._open(stack)
+            else:
+                manifest = json.loads(self.processes.hear("folder", lambda: None))
+                if manifest is None:
+                    raise ValueError(f"the first of the processes was refused the folder {self.folder}")
+                self._check(manifest)
+            if (threads := manifest["made_with"].get("threads")) is not None:
+                stack.callback(torch.set_num_threads, torch.get_num_threads())
+                torch.set_num_threads(threads)
             stack.enter_context(self.signals)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         self._stack.close()
-        with suppress(RuntimeError):  # the store may be gone
+        with suppress(ConnectionError):
             self.processes.leave(wait=kind is None)
 
     def pause(self, name: str, save: Callable[[], dict[str, Any]]) -> None:
@@ -149,22 +155,22 @@ class Run:
     def _checkpoint(self, name: str) -> Path:
         return self.folder / CHECKPOINTS / f"{self._part}{name}{SUFFIX}"
 
-    def _open(self, stack: ExitStack) -> None:
-        """Lock the folder, and make it ready for this run."""
+    def _open(self, stack: ExitStack) -> dict[str, Any]:
+        """Lock the folder, make it ready for this run, and return its manifest."""
         missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock(stack)
             self._prepare()
+            manifest = read_manifest(self.folder)
         except BaseException:
-            self.processes.tell("folder", "refused")
-            if missing:
-                (self.folder / LOCK).unlink(missing_ok=True)
+            self.processes.tell("folder", json.dumps(None))
             for folder in missing:
-                with suppress(OSError):  # another run may have made it too
+                with suppress(OSError):  # it is not empty if another run uses it
                     folder.rmdir()
             raise
-        self.processes.tell("folder", "open")
+        self.processes.tell("folder", json.dumps(manifest))
+        return manifest
 
     def _lock(self, stack: ExitStack) -> None:
         place = self.folder.resolve()
@@ -224,10 +230,6 @@ class Run:
                     f"the run was begun with {name} {_short(before)} and goes on with {_short(value)}, "
                     "which may change the last bits of further images", stacklevel=2,
                 )  # fmt: skip
-
-    def _adopt(self, made_with: dict[str, Any]) -> None:
-        if made_with.get("threads"):
-            torch.set_num_threads(made_with["threads"])
 
 
 def is_occupied(folder: Path) -> bool:

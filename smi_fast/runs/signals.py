@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends before it takes a machine away
 BURST = 1.0  # seconds in which torchrun passes on a signal that the terminal has sent to its processes already
 
 
-class Stopped(Exception):
-    """Raised where a job ends because of a signal. What it needs to go on is saved.
+class Stopped(BaseException):
+    """Raised where a job ends because of a signal. What it needs to go on is saved. Like KeyboardInterrupt, it is no
+    `Exception`, so that no code takes it for an error of its own.
 
     Attributes:
         exit_code: 130 for Ctrl-C, 143 for SIGTERM.
@@ -58,6 +59,8 @@ class Signals:
             return  # a DataLoader's worker, which its parent ends
         if self.asked is None:
             self.asked, self._when = number, time.monotonic()
-            print("stopping after this iteration; once more to stop at once", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                with suppress(OSError):  # whoever reads may have been ended by the same Ctrl-C
+                    os.write(2, b"stopping after this iteration; once more to stop at once\n")
         elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._when > BURST:
             os._exit(128 + number)

@@ -24,7 +24,7 @@ from smi_fast.cli.invert import parse_classes
 from smi_fast.data.states import load_state
 from smi_fast.inversion.until import Until
 from smi_fast.models import CIFAR10_CLASSES, cifar10_vit
-from smi_fast.runs.inversion import invert, records
+from smi_fast.runs.inversion import invert, records, shard
 
 FILES = [".lock", "curve.png", "grid.png", "images", "process.png", "process.state", "report.json", "run.json"]
 SHORT = ["--iterations", "30", "--images-per-class", "1", "--quiet"]
@@ -163,8 +163,9 @@ def test_without_matplotlib_the_curve_is_missing_and_said_to_be(tmp_path, monkey
 def test_a_signal_ends_a_run_that_goes_on_with_the_same_images(number, code, tmp_path):
     arguments = ["invert", "--iterations", "400", "--classes", "0", "--device", "cpu", "--stopping", "3:0.5", "--quiet"]
     command = [sys.executable, "-m", "smi_fast", *arguments, "--out"]
-    with subprocess.Popen([*command, tmp_path / "o"], stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "o" / "run.json").exists():
+    begun = [*command, tmp_path / "o", "--checkpoint-every", "1e-9"]
+    with subprocess.Popen(begun, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "o" / "checkpoints" / "00000.state").exists():
             time.sleep(0.05)
         process.send_signal(number)
         _, error = process.communicate(timeout=120)
@@ -221,9 +222,26 @@ def test_only_the_command_that_began_a_run_goes_on_with_it(demo, tmp_path, capsy
         (["invert", "--resume", str(tmp_path)], f"--resume: {tmp_path} holds no run"),
         (["invert", "--resume"], "--resume: expected one argument"),
         (["invert", "--resume", str(out), "--seed", "1"], "seed is 0, not 1"),
+        (["invert", "--resume", str(out), "--overwrite"], "give either --resume or --overwrite, not both"),
+        (["invert", "--resu", str(out)], "unrecognized arguments: --resu"),
+        (["invert", "--over", "--out", str(out)], "unrecognized arguments: --over"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_options_and_those_that_are_given_anew(tmp_path, monkeypatch, capsys):
+    torch.save(cifar10_vit().state_dict(), tmp_path / "weights.pth")
+    begun = ["invert", "--checkpoint", "weights.pth", "--classes", "0", "--iterations", "2", "--quiet", "--out", "o"]
+    monkeypatch.chdir(tmp_path)
+    assert main([*begun, "--overwrite"]) == 0
+    before = (tmp_path / "o" / "images" / "00000.safetensors").read_bytes()
+    for more in ([], ["--device", "cpu", "--log=csv"]):
+        assert main(["invert", "--resume", str(tmp_path / "o"), *more]) == 0
+    monkeypatch.chdir("/")
+    assert main(["invert", "--resume", str(tmp_path / "o")]) == 2
+    assert f"the run was begun in {tmp_path}, where its options name files" in capsys.readouterr().err
+    assert (tmp_path / "o" / "images" / "00000.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -374,7 +392,7 @@ def test_pictures_of_a_stream_show_the_same_images_as_long_as_all_of_them_are_th
     options = {"stopping": "dense", "iterations": 40, "until": SureOfClass0(checks=1, every=8), "progress": False}
     inverter = smi_fast.Inverter(cifar10_vit(False, depth=1), objective=deep_inversion(norm="image"), **options)
     invert(inverter, [1, 0, 2], tmp_path, batch_size=3, seed=seed)
-    (batch,), snapshots = records(tmp_path), load_state(tmp_path / "process.state")
+    (batch,), snapshots = records([shard(tmp_path, 0)]), load_state(tmp_path / "process.state")
     assert batch["iterations"] == [40, 8, 40]
     assert [len(images) for images in snapshots["images"]] == [3]
     assert snapshots["titles"] == ["iteration 2 · 64 patches"]

@@ -1,9 +1,8 @@
 """Manifests: read as they were written, or refused with the name of the file."""
 
-import json
-
 import pytest
 
+from smi_fast.data.files import sealed, write_json
 from smi_fast.data.manifest import MANIFEST, read_manifest, write_manifest
 
 SETTINGS = {"iterations": 100, "stopping": "50:0.3", "targets": [1, 2], "lr": 0.1}
@@ -33,6 +32,6 @@ def test_every_changed_byte_and_every_cut_is_found(tmp_path):
 
 
 def test_another_version_is_named(tmp_path):
-    (tmp_path / MANIFEST).write_text(json.dumps({"format_version": 7}))
+    write_json(tmp_path / MANIFEST, sealed({"format_version": 7}))
     with pytest.raises(ValueError, match=r"run\.json is of format version 7, this code reads version 1"):
         read_manifest(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import warnings
 
 import pytest
@@ -110,7 +111,7 @@ def test_snapshots_and_costs_survive_an_interruption(model, whole, tmp_path, mon
             except Stopped:
                 assert left
     assert (tmp_path / "run" / "process.state").read_bytes() == (whole / "process.state").read_bytes()
-    ours, theirs = (list(records(folder)) for folder in (tmp_path / "run", whole))
+    ours, theirs = (list(records(InvertedDataset.load(folder).files)) for folder in (tmp_path / "run", whole))
     for a, b in zip(ours, theirs, strict=True):
         assert (
             [stage["iterations"] for stage in a["stages"]]
@@ -128,7 +129,7 @@ def test_what_is_there_can_be_read_at_any_moment(model, whole, tmp_path):
             with pytest.raises(FileNotFoundError, match="holds none of the 5 images of its run yet"):
                 InvertedDataset.load(tmp_path)
         elif step.iteration == 3:
-            with pytest.warns(UserWarning, match=f"{2 * number} of 5 images, because the run is not finished"):
+            with pytest.warns(UserWarning, match=f"{2 * number} of 5 images, because its run is not finished"):
                 found = InvertedDataset.load(tmp_path)
             seen.append((len(found), found.missing))
             assert torch.equal(found.images(), everything.images(range(len(found))))
@@ -169,7 +170,7 @@ def test_a_changed_plan_is_named_and_nothing_is_overwritten(model, whole, tmp_pa
         (inverter(model), {"batch_size": 3}, "batch_size is 2, not 3"),
         (inverter(model), {"seed": 1}, "seed is 0, not 1"),
         (inverter(model, lr=0.2), {}, "lr is 0.1, not 0.2"),
-        (inverter(changed), {}, "weights is"),
+        (inverter(changed), {}, "model is"),
     ):
         arguments = {"targets": TARGETS, "batch_size": 2, "seed": 0} | options
         with pytest.raises(ValueError, match=named):
@@ -195,7 +196,7 @@ def test_bad_arguments_are_named_before_a_folder_is_made(model, tmp_path):
 
 
 def test_images_do_not_depend_on_the_number_of_processes(model, whole, tmp_path, monkeypatch):
-    """Two processes, of which the second dies after a batch and a half, and takes the claim of the third with it."""
+    """Two processes, of which the first dies in its second batch, which the other takes over when it is silent."""
     store, made = dist.HashStore(), []
 
     def join(rank: int):
@@ -209,11 +210,11 @@ def test_images_do_not_depend_on_the_number_of_processes(model, whole, tmp_path,
         if len(made) == 10:
             raise Dead
 
-    # the first process opens the folder, and dies as well
     join(0)
-    with pytest.raises(Dead):
-        invert(inverter(model), TARGETS, tmp_path, batch_size=2, callback=die)
-    store.set("folder", "open")
+    with monkeypatch.context() as killed:
+        killed.setattr(Processes, "leave", lambda self, wait: None)
+        with pytest.raises(Dead):
+            invert(inverter(model), TARGETS, tmp_path, batch_size=2, callback=die)
     join(1)
     invert(inverter(model), TARGETS, tmp_path, batch_size=2, callback=lambda number, step: made.append(number))
     assert made == [0] * 7 + [1] * 3 + [2] * 7 + [1] * 7
@@ -244,3 +245,62 @@ def test_the_folder_of_a_run_among_others_is_read_without_its_checkpoints(model,
     assert len(InvertedDataset.load(tmp_path)) == 10
     shutil.move(tmp_path / "a", tmp_path / "moved")
     assert len(InvertedDataset.load(tmp_path / "moved")) == 5
+
+
+def test_a_shard_with_a_damaged_index_is_made_again(model, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    content = shard(folder, 1).read_bytes()
+    shard(folder, 1).write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match=r"00001\.safetensors: .*; the batch is made again"):
+        invert(inverter(model), TARGETS, folder, batch_size=2)
+    assert contents(folder) == contents(whole)
+
+
+def test_what_cannot_begin_leaves_the_run_before_it(model, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    verified = of_streams(model)
+    verified.verifier = model
+    broken = cifar10_vit(False, depth=1)
+    with torch.no_grad():
+        broken.head.bias[0] = torch.nan
+    monkeypatch.setitem(sys.modules, "smi_fast.runs.tensorboard", None)
+    for how, options, message in (
+        (verified, {}, "no verifier"),
+        (inverter(broken), {}, "NaN"),
+        (inverter(model), {"log": "tensorboard"}, "needs its package"),
+        (inverter(model), {"log": "wandb"}, "must be one of csv, tensorboard"),
+        (inverter(model), {"log_every": 0}, "every must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            invert(how, TARGETS, folder, overwrite=True, **options)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_model_with_the_same_weights_and_other_heads_is_another_model(model, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    other = cifar10_vit(False, depth=1, num_heads=6)
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="model is"):
+        invert(inverter(other), TARGETS, folder, batch_size=2)
+
+
+def test_unfinished_runs_below_a_folder_are_counted(model, whole, tmp_path):
+    for name in "ab":
+        shutil.copytree(whole, tmp_path / name)
+    shard(tmp_path / "b", 2).unlink()
+    trash = tmp_path / "a" / f".{'0' * 32}.partial" / "images"
+    trash.mkdir(parents=True)
+    shutil.copy(shard(whole, 0), trash)  # what an overwriting that was killed has left
+    with pytest.warns(UserWarning, match=f"{tmp_path} holds 9 of 10 images"):
+        found = InvertedDataset.load(tmp_path)
+    assert (len(found), found.missing) == (9, 1)
+
+
+def test_settings_and_seeds_are_in_each_shard(whole):
+    for number, metadata in enumerate(records(InvertedDataset.load(whole).files)):
+        assert metadata["settings"]["iterations"] == 7
+        assert (metadata["seed"], metadata["batch_seed"]) == (0, batch_seed(0, number))

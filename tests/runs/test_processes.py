@@ -1,5 +1,6 @@
 """Processes divide the parts of a run: each is made once, and what a dead process had claimed is made by another."""
 
+import itertools
 import socket
 import threading
 import time
@@ -125,11 +126,45 @@ def test_without_an_environment_a_process_is_alone(environment):
     assert Processes.of_environment().size == 1
 
 
+def test_a_restarted_process_belongs_to_the_generation_of_the_first(environment, monkeypatch):
+    """Whatever torchrun counts on each machine."""
+    monkeypatch.setattr(processes, "_joined", itertools.repeat(0))
+    environment(MASTER_ADDR="localhost", MASTER_PORT=free_port(), WORLD_SIZE=2, RANK=0, SMI_FAST_RANK_TIMEOUT=2)
+    first = Processes.of_environment()
+    first.tell("x", "of the first generation")
+    for count in (0, 3):
+        environment(RANK=1, TORCHELASTIC_RESTART_COUNT=count)
+        assert Processes.of_environment().hear("x", lambda: None) == "of the first generation"
+
+
+def test_a_process_that_never_comes_is_named(monkeypatch):
+    clock, waits = Clock(monkeypatch), []
+    alone = Processes(dist.HashStore(), 0, 3, timeout=2)
+    alone.count("alive/1", 1)
+    with pytest.raises(ConnectionError, match="process 2 of 3 has not come in 20 s"):
+        alone.await_all(lambda: waits.append(clock.now))
+    assert len(waits) > 50
+    alone.count("alive/2", 1)
+    alone.await_all(pytest.fail)
+
+
+def test_a_store_that_is_gone_is_one_sentence():
+    class Gone:
+        def __getattr__(self, name):
+            raise RuntimeError("Connection reset by peer\nStack trace ...")
+
+    alone = Processes(Gone(), 0, 2)
+    for ask in (lambda: alone.count("n", 1), lambda: alone.tell("x", "y"), lambda: alone.leave(True)):
+        with pytest.raises(ConnectionError, match=r"cannot be reached any more: Connection reset by peer$"):
+            ask()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"RANK": 1}, "RANK is set, and so WORLD_SIZE has to be a number, not None"),
         ({"RANK": "x"}, "RANK has to be a number, not 'x'"),
+        ({"RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": 99999, "MASTER_ADDR": "x"}, "MASTER_PORT must be below 65536"),
         ({"RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": 1}, "RANK is set, and so MASTER_ADDR has to be"),
         ({"RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": 1, "SMI_FAST_RANK_TIMEOUT": "long"}, "SMI_FAST_RANK_TIMEOUT"),
     ],

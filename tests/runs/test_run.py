@@ -7,9 +7,11 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from smi_fast.data.manifest import MANIFEST, read_manifest
 from smi_fast.data.states import load_state
+from smi_fast.runs.processes import Processes
 from smi_fast.runs.run import Run
 from smi_fast.runs.signals import Stopped
 
@@ -150,7 +152,7 @@ def test_a_checkpoint_is_saved_whenever_the_interval_is_over(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_ends_the_job_with_a_checkpoint(number, code, tmp_path, capsys):
+def test_the_first_signal_ends_the_job_with_a_checkpoint(number, code, tmp_path, capfd):
     before = signal.getsignal(number)
 
     def job() -> None:
@@ -163,7 +165,7 @@ def test_the_first_signal_ends_the_job_with_a_checkpoint(number, code, tmp_path,
     with pytest.raises(Stopped) as stopped:
         job()
     assert stopped.value.exit_code == code
-    assert "stopping after this iteration" in capsys.readouterr().err
+    assert "stopping after this iteration" in capfd.readouterr().err
     assert signal.getsignal(number) is before
     with opened(tmp_path) as run:
         assert run.checkpoint("a") == {"iteration": 5}
@@ -205,3 +207,47 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
     with pytest.raises(TypeError), Run(damaged, "inversion", {"x": object()}):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_process_with_other_settings_is_refused_too(tmp_path):
+    store = dist.HashStore()
+    with opened(tmp_path, processes=Processes(store, 0, 2)):
+        with (
+            pytest.raises(ValueError, match="seed is 0, not 1"),
+            opened(tmp_path, SETTINGS | {"seed": 1}, processes=Processes(store, 1, 2)),
+        ):
+            pass
+        with opened(tmp_path, processes=Processes(store, 1, 2)) as second:
+            assert second.checkpoint("a") is None
+
+
+def test_a_process_whose_first_was_refused_is_refused_too(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    store = dist.HashStore()
+    for rank, message in ((0, "is not empty"), (1, f"the first of the processes was refused the folder {tmp_path}")):
+        with pytest.raises(ValueError, match=message), opened(tmp_path, processes=Processes(store, rank, 2)):
+            pass
+
+
+def test_a_refused_process_leaves_the_lock_of_another(tmp_path, monkeypatch):
+    """Both have found that there was no folder."""
+    folder, lock = tmp_path / "new", Run._lock
+
+    def late(run, stack) -> None:
+        monkeypatch.setattr(Run, "_lock", lock)
+        with opened(folder):
+            lock(run, stack)
+
+    monkeypatch.setattr(Run, "_lock", late)
+    with pytest.raises(ValueError, match="in use"), opened(folder):
+        pass
+    assert (folder / ".lock").exists()
+
+
+def test_the_number_of_threads_is_the_callers_again(tmp_path):
+    with opened(tmp_path):
+        pass
+    torch.set_num_threads(2)
+    with opened(tmp_path):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
