@@ -22,7 +22,9 @@ from smi_fast.distillation.rounds import TRAINING
 from smi_fast.inversion.presets import InversionSettings
 from smi_fast.models import CNN_INSIDE, STUDENT_INSIDE
 from smi_fast.models.loading import WITHOUT_WEIGHTS, untrained_model
+from smi_fast.runs.evaluation import contents
 from smi_fast.runs.machine import device_name, made_with, versions
+from smi_fast.runs.processes import Processes
 from smi_fast.runs.run import Run
 from smi_fast.studies.plots import save_accuracy
 from smi_fast.studies.report import as_text
@@ -97,11 +99,11 @@ def run(args: argparse.Namespace) -> int:
         save_weights(student, args.out / STUDENT)
         write_json(args.out / REPORT, record)
 
-    tested = {name: str(getattr(args, name)) for name in ("data", "root", "limit")}
+    processes = Processes.of_environment()
     with Run(
-        args.out, "distillation", settings_of(teacher, student, **options) | tested,
-        made_with(args.device, args.command), files=FILES, overwrite=args.overwrite,
-        checkpoint_every=args.checkpoint_every,
+        args.out, "distillation", settings_of(teacher, student, **options) | contents(test.dataset, "test"),
+        made_with(args.device, args.command) | {"processes": processes.size}, files=FILES, overwrite=args.overwrite,
+        checkpoint_every=args.checkpoint_every, processes=processes,
     ) as job:  # fmt: skip
         record["rounds"] = (job.checkpoint(TRAINING) or {"history": []})["history"]
         result = distill(

@@ -1,13 +1,19 @@
-"""evaluate(): a model's accuracy within a run, which goes on in the middle of the test images."""
+"""evaluate(): a model's accuracy within a run, which goes on in the middle of the test images, and contents(): by what
+the run knows the images again."""
 
 from __future__ import annotations
 
+import os
 import time
+import zlib
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
+from smi_fast.data.files import checksum
 from smi_fast.data.labelled import accuracy
 from smi_fast.runs.run import Run
 
@@ -47,3 +53,25 @@ def evaluate(
         accuracy(make(), rest, progress=progress, before=before, callback=callback)
         run.save(name, state)
     return {"accuracy": int(state["right"]) / state["seen"], "seconds": state["seconds"]}
+
+
+def contents(data: Dataset, prefix: str) -> dict[str, Any]:
+    """Return what tells labelled images from others, wherever their folder lies: the names of their classes, the number
+    of images, and a CRC-32 of names, sizes and labels of all files. Files are not read. Of images that are in memory,
+    as those of CIFAR are, it is the CRC-32 of pixels and labels.
+
+    Args:
+        data: what `load_data` has returned, or a part of it.
+        prefix: what the names of the entries begin with.
+    """
+    count = len(data)
+    if isinstance(data, Subset):
+        data = data.dataset
+    if hasattr(data, "samples"):
+        value = 0
+        for file, label in data.samples:
+            name = file.removeprefix(data.root).lstrip(os.sep)
+            value = zlib.crc32(f"{name}\0{os.stat(file).st_size} {label}\n".encode(errors="surrogateescape"), value)
+    else:
+        value = checksum(torch.tensor(data.targets), checksum(torch.from_numpy(data.data)))
+    return {f"{prefix}_classes": data.classes, f"{prefix}_images": count, f"{prefix}_files": value}

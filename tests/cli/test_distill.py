@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from smi_fast.cli import main
@@ -17,6 +19,7 @@ from smi_fast.cli.distill import save_weights
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.models import cifar10_resnet20, cifar10_vit
 from smi_fast.models.loading import load_model, untrained_model
+from smi_fast.runs.processes import Processes
 
 pytest.importorskip("matplotlib")
 
@@ -168,6 +171,30 @@ def test_a_round_that_is_finished_is_kept_in_the_report(data, inverted, tmp_path
     assert main(how) == 0
     assert [r["number"] for r in json.loads((out / "report.json").read_text())["rounds"]] == [1, 2]
     assert len(told) == 3
+
+
+def test_a_run_knows_its_test_images_wherever_they_lie_and_warns_of_another_number_of_processes(
+    data, inverted, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, "cifar")
+    how = ["distill", "--samples", "5", "--rounds", "1", "--steps", "1", "--out", "out", "--quiet"]
+    assert main([*how, "--dataset", str(inverted), "--data", str(data)]) == 0
+    whole = results(tmp_path / "out")
+    how += ["--dataset", os.path.relpath(inverted), "--data"]
+    assert main([*how, "./cifar", "--limit", "20"]) == 0
+    assert results(tmp_path / "out") | {"student": 0} == whole | {"student": 0}
+    capsys.readouterr()
+    assert main([*how, "cifar", "--limit", "19"]) == 2
+    assert "other settings: test_images is 20, not 19" in capsys.readouterr().err
+
+    def interrupt(*models, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smi_fast.cli.distill.distill", interrupt)
+    monkeypatch.setattr(Processes, "of_environment", lambda: Processes(dist.HashStore(), 0, 2))
+    assert main([*how, "cifar"]) == 130
+    assert "warning: the run was begun with processes 1 and goes on with 2" in capsys.readouterr().err
 
 
 def test_a_damaged_dataset_is_found_before_anything_is_written(student, data, inverted, refused, tmp_path):
