@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,11 +25,12 @@ from smi_fast.data.states import weights_checksum
 from smi_fast.grid import PatchGrid
 from smi_fast.packed import PackedTokens
 from smi_fast.quantization import QuantizedViT, check_bits, check_supported, quantize
-from smi_fast.runs.evaluation import evaluate
+from smi_fast.runs.evaluation import contents, evaluate
 from smi_fast.runs.machine import device_name, made_with, versions
 from smi_fast.runs.processes import Processes
 from smi_fast.runs.run import Run
 from smi_fast.seeds import seeded_generator
+from smi_fast.studies.experiment import name_of
 from smi_fast.studies.plots import save_ranges
 from smi_fast.studies.report import as_text
 
@@ -101,14 +103,16 @@ def settings(
     value = 0
     for tensor in tensors:
         value = checksum(tensor.cpu(), value)
-    names = ("model", "weight_bits", "activation_bits", "calibration", "seed", "data", "limit")
+    kind = args.calibration if args.calibration in ("noise", "real") else "inverted"
     return {
-        **{name: getattr(args, name) for name in names},
-        "root": None if args.root is None else str(args.root),
+        "model": name_of(model),
         "weights": weights_checksum(model),
+        "preprocessing": resolve_data_config(model=model),
+        **{name: getattr(args, name) for name in ("weight_bits", "activation_bits", "seed")},
+        "calibration": kind,
         "calibration_images": args.images,
         "calibration_checksum": value,
-        "test_images": None if test is None else len(test.dataset),
+        **({} if test is None else contents(test.dataset, "test")),
     }
 
 

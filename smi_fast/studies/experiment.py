@@ -27,8 +27,8 @@ from smi_fast.inversion.presets import InversionSettings
 from smi_fast.inversion.result import Step
 from smi_fast.inversion.schedule import StoppingSchedule
 from smi_fast.quantization import check_supported, quantize
-from smi_fast.runs.evaluation import evaluate
-from smi_fast.runs.machine import made_with, processor, versions
+from smi_fast.runs.evaluation import contents, evaluate
+from smi_fast.runs.machine import made_with
 from smi_fast.runs.processes import Processes
 from smi_fast.runs.run import Run
 from smi_fast.seeds import batch_seed
@@ -116,9 +116,8 @@ class Experiment:
             "model": name_of(model),
             "student": None if student is None else name_of(student),
             "weights": [weights_checksum(m) for m in (model, student) if m is not None],
-            "data": Path(data).name,
-            "device": processor(self.device),
-            **versions(),
+            **contents(self.load("train"), "train_split"),
+            **contents(self.load("test"), "test_split"),
             **settings.record(),
         }
 
@@ -132,7 +131,6 @@ class Experiment:
         Raises:
             ValueError: the models or the data do not fit each other, or see `Run`.
         """
-        self.load("train"), self.load("test")
         check_supported(self.model)
         if self.student is not None:
             self.load("test", self.student.model)

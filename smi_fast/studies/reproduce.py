@@ -110,12 +110,13 @@ def write(run: Experiment, student_note: str) -> Path:
     """Write the page with all finished sections, and return its path."""
     sections = {name: section for name in SECTIONS if (section := run.finished(name)) is not None}
     about, minutes = run.about, sum(section.seconds for section in sections.values()) / 60
-    libraries = ", ".join(f"{name} {about[name]}" for name in versions())
+    libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
     learner = f"with the student {about['student']}. {student_note}" if about["student"] else "without a student."
     introduction = (
-        f"These are the comparisons of Hu et al. (ICML 2024) with {about['model']} on {about['data']}, {learner} They "
-        f"took {minutes:.0f} minutes on {device_name(run.device)} with {libraries}. Tables show the mean ± standard "
-        "deviation over the seeds. The figures of each seed are in `sections/`, and the settings in `run.json`."
+        f"These are the comparisons of Hu et al. (ICML 2024) with {about['model']} on {Path(run.data).name}, {learner} "
+        f"They took {minutes:.0f} minutes on {device_name(run.device)} with {libraries}. Tables show the mean ± "
+        "standard deviation over the seeds. The figures of each seed are in `sections/`, and the settings in "
+        "`run.json`."
     )
     page = run.out / "page.md"
     write_page(page, "Sparse Model Inversion, reproduced", introduction, sections)

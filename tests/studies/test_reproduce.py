@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from contextlib import suppress
 from dataclasses import replace
@@ -188,10 +189,28 @@ def test_results_of_other_arguments_are_refused_and_stay(models, vit, data, tiny
         reproduce(teacher, data, out, student=student, settings=replace(tiny, seeds=3), progress=False)
     with pytest.raises(ValueError, match="other settings: weights is"):
         reproduce(vit("teacher"), data, out, student=student, settings=tiny, progress=False)
+    others = shutil.copytree(data, tmp_path / "others" / data.name)
+    (others / "train" / "a" / "0.png").rename(others / "train" / "a" / "9.png")
+    with pytest.raises(ValueError, match="other settings: train_split_files is"):
+        reproduce(teacher, others, out, student=student, settings=tiny, progress=False)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    shutil.rmtree(others.parent)
     (tmp_path / "thesis.md").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         reproduce(teacher, data, tmp_path, settings=tiny, progress=False)
+
+
+def test_another_machine_or_folder_of_the_images_is_no_other_run(models, data, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, "images")
+    how = {"settings": tiny, "progress": False, "sections": ["table6"]}
+    reproduce(models[0], data, "out", **how)
+    monkeypatch.setitem(SECTIONS, "table6", None)
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.9")
+    with pytest.warns(UserWarning, match="begun with versions .* and goes on with"):
+        page = reproduce(models[0], "./images", "out", **how)
+    assert "on images, without a student" in page.read_text()
+    assert "python 3.99.9" in page.read_text()
 
 
 def test_damaged_results_are_named(models, data, tiny, tmp_path):
