@@ -25,6 +25,7 @@ from smi_fast.models.loading import load_model
 from smi_fast.seeds import check_seed
 
 MAX_COUNT = 2**31 - 1
+OTHERS_WAIT = 30  # seconds
 
 
 class Parser(argparse.ArgumentParser):
@@ -226,6 +227,22 @@ def add_device(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     machine.add_argument("--device", type=device, default=default, help="where to compute: cpu, cuda, cuda:1, ...")
     return machine
+
+
+def check_alone(command: str) -> None:
+    """Check that torchrun or a scheduler has started only one process. The others leave the first one time to say so,
+    because torchrun ends all processes as soon as one has ended.
+
+    Raises:
+        ValueError: there are others, and this is the first one.
+    """
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    if rank is None or size == "1":
+        return
+    if rank == "0":
+        raise ValueError(f"{command} is for one process, but {size} were started")
+    time.sleep(OTHERS_WAIT)
+    raise SystemExit(2)
 
 
 def check_memory(option: str, images: int, shape: Sequence[int]) -> None:

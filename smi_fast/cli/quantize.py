@@ -59,6 +59,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    arguments.check_alone("quantize")
     check_out(args, FILES)
     check_bits(weight_bits=args.weight_bits, activation_bits=args.activation_bits)
     model = arguments.model_of(args)

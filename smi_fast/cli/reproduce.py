@@ -28,6 +28,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    arguments.check_alone("reproduce")
     check_out(args, FILES)
     model = arguments.model_of(args)
     student, note = student_of(args, model.num_classes)

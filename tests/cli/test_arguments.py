@@ -99,3 +99,24 @@ def test_bad_settings_are_refused_in_one_sentence(arguments, message, capsys, tm
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["quantize", "reproduce"])
+def test_of_several_processes_the_first_says_that_a_command_is_for_one_and_the_others_end_after_it(
+    command, tmp_path, capsys, monkeypatch
+):
+    out, slept = tmp_path / "out", []
+    arguments = [command, "--data", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"smi-fast: error: {command} is for one process, but 3 were started\n"
+    assert not slept
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert slept[0] >= 10
+    assert capsys.readouterr() == ("", "")
+    assert not out.exists()
