@@ -99,11 +99,11 @@ def run(args: argparse.Namespace) -> int:
         save_weights(student, args.out / STUDENT)
         write_json(args.out / REPORT, record)
 
+    settings = settings_of(teacher, student, **options) | contents(test.dataset, "test")
     processes = Processes.of_environment()
     with Run(
-        args.out, "distillation", settings_of(teacher, student, **options) | contents(test.dataset, "test"),
-        made_with(args.device, args.command) | {"processes": processes.size}, files=FILES, overwrite=args.overwrite,
-        checkpoint_every=args.checkpoint_every, processes=processes,
+        args.out, "distillation", settings, made_with(args.device, args.command) | {"processes": processes.size},
+        files=FILES, overwrite=args.overwrite, checkpoint_every=args.checkpoint_every, processes=processes,
     ) as job:  # fmt: skip
         record["rounds"] = (job.checkpoint(TRAINING) or {"history": []})["history"]
         result = distill(

@@ -5,11 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from distillation_cases import tiny, tiny_cnn
+from distillation_cases import make_dataset, tiny, tiny_cnn
 
 import smi_fast
 from smi_fast.data.sparse import InvertedDataset
@@ -26,6 +27,7 @@ sys.path.insert(0, sys.argv[1])
 import test_processes as cases
 for name in cases.CASES:
     cases.in_a_run(name, Path(sys.argv[2]), int(os.environ["RANK"]))
+cases.share_a_run(Path(sys.argv[2]), int(os.environ["RANK"]))
 """
 LONE = """
 import os, sys
@@ -92,6 +94,23 @@ def in_a_run(name: str, folder: Path, rank: int) -> None:
                     stopped += [len(state["history"]), state["step"]]
         losses = [finished.loss for finished in result.history]
         torch.save([student.state_dict(), losses, stopped], folder / name / f"{what}-{rank}.pt")
+
+
+def students(run: Callable[[str], Run | None]) -> list[torch.nn.Module]:
+    """Teach two students, each in the part of a run that `run` returns."""
+    found = []
+    for part in ("a", "b"):
+        teacher, student, options = case("fine-tuning")
+        del options["inverter"], options["inversion_batch_size"]
+        distill(teacher, student, dataset=make_dataset(), run=run(part), **options)
+        found.append(student)
+    return found
+
+
+def share_a_run(folder: Path, rank: int) -> None:
+    with Run(folder / "parts", "distillation", {}) as run:
+        found = students(run.part)
+    torch.save([student.state_dict() for student in found], folder / f"parts-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +187,12 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_they_go_on_with_
     assert state_of(runs / name / "stopped-1.pt")[2] == [143]
     assert_same(whole[0], stopped[0])
     assert whole[1] == stopped[1]
+
+
+def test_two_processes_make_several_students_in_one_run(runs):
+    for student, state in zip(students(lambda part: None), state_of(runs / "parts-1.pt"), strict=True):
+        for key, value in student.state_dict().items():
+            torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6, msg=key)
 
 
 def test_without_torchrun_the_end_of_a_process_in_a_step_is_one_sentence(tmp_path):
