@@ -382,12 +382,13 @@ def iterations_of(attempts: list) -> Counter:
     return Counter(name for attempt in attempts for event, name, _ in attempt.events if event == "iteration")
 
 
-def lost_work(attempt: Process, every: float) -> tuple[int, float]:
-    """The iterations that a process had done since its last checkpoint when it ended, and their seconds."""
+def lost_work(attempt: Process, folder: Path, every: float) -> tuple[int, float]:
+    """The iterations that a process had done since its last checkpoint when it ended, and their seconds. Those of a
+    finished batch are not lost."""
     events = attempt.events
     last = max((n for n, (event, *_) in enumerate(events) if event in ("saved", "began", "went on")), default=None)
     since = [] if last is None else [entry for entry in events[last:] if entry[0] == "iteration"]
-    if not since:
+    if not since or (folder / IMAGES / f"{since[-1][1]}.safetensors").exists():
         return 0, 0.0
     # An iteration after which the interval is over saves. The last one may have been about to.
     for _, _, moment in since[:-1]:
@@ -437,7 +438,7 @@ class Chain:
 
     def count(self, process: Process) -> None:
         """Count the work that an interruption has lost."""
-        iterations, seconds = lost_work(process, self.every)
+        iterations, seconds = lost_work(process, self.folder, self.every)
         self._lost += iterations
         self.record.moments += 1
         self.record.iterations.append(iterations)

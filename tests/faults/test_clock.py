@@ -31,7 +31,7 @@ def test_a_run_is_the_same_though_the_wall_clock_jumps(command, folder, whole, t
     first.wait_for("iteration", whole.iterations.total() // 3)
     first.process.kill()
     first.wait()
-    lost_work(first, EVERY)
+    lost_work(first, folder, EVERY)
     second = Process.start(command.arguments(folder), tmp_path / "logs", JumpingClock())
     assert second.wait() == 0, second.text
     check_same(contents(folder), whole.contents)
