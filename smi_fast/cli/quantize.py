@@ -21,7 +21,7 @@ from smi_fast.cli.output import add_run, check_out
 from smi_fast.data.files import atomic_write, checksum, write_json
 from smi_fast.data.labelled import load_data
 from smi_fast.data.sparse import InvertedDataset, normalize_patches
-from smi_fast.data.states import weights_checksum
+from smi_fast.data.states import model_checksum
 from smi_fast.grid import PatchGrid
 from smi_fast.packed import PackedTokens
 from smi_fast.quantization import QuantizedViT, check_bits, check_supported, quantize
@@ -107,7 +107,7 @@ def settings(
     kind = args.calibration if args.calibration in ("noise", "real") else "inverted"
     return {
         "model": name_of(model),
-        "weights": weights_checksum(model),
+        "weights": model_checksum(model),
         "preprocessing": resolve_data_config(model=model),
         **{name: getattr(args, name) for name in ("weight_bits", "activation_bits", "seed")},
         "calibration": kind,

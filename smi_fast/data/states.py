@@ -74,9 +74,6 @@ def model_checksum(model: nn.Module) -> int:
     return value
 
 
-weights_checksum = model_checksum
-
-
 def _packed(value: Any, tensors: list[Tensor]) -> Any:
     """Return a value as JSON knows it, and append its tensors to the list."""
     if isinstance(value, Tensor):

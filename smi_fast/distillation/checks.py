@@ -10,7 +10,7 @@ from torch import nn
 
 from smi_fast.data.files import checksum
 from smi_fast.data.sparse import InvertedDataset
-from smi_fast.data.states import weights_checksum
+from smi_fast.data.states import model_checksum
 from smi_fast.distillation.pool import Reader
 from smi_fast.inversion.competition import competition
 from smi_fast.inversion.inverter import Inverter
@@ -80,8 +80,8 @@ def record(
         inversion = {f"inversion_{name}": value for name, value in settings_record(inverter).items()}
         inversion |= {"backend": inverter.backbone.backend, "images": rounds * (samples or SAMPLES) * copies}
     return {
-        "teacher": weights_checksum(teacher),
-        "student": weights_checksum(student),
+        "teacher": model_checksum(teacher),
+        "student": model_checksum(student),
         "dataset": None if dataset is None else _dataset_checksum(dataset),
         "rounds": rounds,
         "samples": samples,

@@ -48,6 +48,8 @@ class Processes:
         self.store, self.rank, self.size, self.timeout = store or dist.HashStore(), rank, size, timeout
         self._heard: dict[int, tuple[int, float]] = {}  # how often a process has been heard of, and when last
         self._claimed: set[int] = set()
+        self._left = threading.Event()
+        self._pulse: threading.Thread | None = None
 
     @classmethod
     def of_environment(cls) -> Processes:
@@ -81,7 +83,8 @@ class Processes:
         store, pulse = connect(holds_store), connect(False)
         generation = uuid.uuid4().hex if rank == 0 else _welcomed(store, rank)
         processes = cls(dist.PrefixStore(generation, store), rank, size, timeout)
-        threading.Thread(target=processes._beat, args=(pulse, generation), daemon=True).start()
+        processes._pulse = threading.Thread(target=processes._beat, args=(pulse, generation), daemon=True)
+        processes._pulse.start()
         return processes
 
     @property
@@ -146,13 +149,22 @@ class Processes:
 
     def leave(self, wait: bool) -> None:
         """Give back what this process has claimed, and say that it needs the store no longer. The first process, which
-        may hold the store, can wait until the others need it no longer either."""
-        for number in self._claimed:
-            self.release(number)
-        self.tell(f"left/{self.rank}", "left")
-        others = range(1, self.size) if self.is_first and wait else ()
-        while any(not self._ask("check", [f"left/{rank}"]) and not self._is_dead(rank) for rank in others):
-            time.sleep(POLL)
+        may hold the store, can wait until the others need it no longer either.
+
+        Raises:
+            ConnectionError: the store cannot be reached any more.
+        """
+        try:
+            for number in self._claimed:
+                self.release(number)
+            self.tell(f"left/{self.rank}", "left")
+            others = range(1, self.size) if self.is_first and wait else ()
+            while any(not self._ask("check", [f"left/{rank}"]) and not self._is_dead(rank) for rank in others):
+                time.sleep(POLL)
+        finally:
+            self._left.set()
+            if self._pulse is not None:
+                self._pulse.join()  # a process that ends while a thread asks the store is aborted
 
     def _claim(self, number: int) -> bool:
         """Return whether this process is the one to make a part."""
@@ -185,14 +197,14 @@ class Processes:
         """Say now and then that this process is alive. The first process also welcomes the others."""
         welcomed: dict[int, bytes] = {}
         try:
-            while True:
+            while not self._left.is_set():
                 dist.PrefixStore(generation, desk).add(f"alive/{self.rank}", 1)
                 for rank in range(1, self.size) if self.is_first else ():
                     if desk.check([f"hello/{rank}"]) and (name := desk.get(f"hello/{rank}")) != welcomed.get(rank):
                         desk.set(f"welcome/{name.decode()}", generation)
                         welcomed[rank] = name
                 waits = self.is_first and len(welcomed) < self.size - 1
-                time.sleep(POLL if waits else self.timeout / 10)
+                self._left.wait(POLL if waits else self.timeout / 10)
         except RuntimeError:
             return  # the store is gone, which the next question to it says
 

@@ -82,13 +82,8 @@ class Run:
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:
-            if self.processes.is_first:
-                manifest = self._open(stack)
-            else:
-                manifest = json.loads(self.processes.hear("folder", lambda: None))
-                if manifest is None:
-                    raise ValueError(f"the first of the processes was refused the folder {self.folder}")
-                self._check(manifest)
+            stack.push(self._leave)
+            manifest = self._open(stack) if self.processes.is_first else self._hear()
             if (threads := manifest["made_with"].get("threads")) is not None:
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(threads)
@@ -96,8 +91,10 @@ class Run:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type | None, *error: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _leave(self, kind: type | None, *error: object) -> None:
         with suppress(ConnectionError):
             self.processes.leave(wait=kind is None)
 
@@ -172,6 +169,14 @@ class Run:
         self.processes.tell("folder", json.dumps(manifest))
         return manifest
 
+    def _hear(self) -> dict[str, Any]:
+        """Return the manifest of the folder that the first process has opened."""
+        manifest = json.loads(self.processes.hear("folder", lambda: None))
+        if manifest is None:
+            raise ValueError(f"the first of the processes was refused the folder {self.folder}")
+        self._check(manifest)
+        return manifest
+
     def _lock(self, stack: ExitStack) -> None:
         place = self.folder.resolve()
         held = os.getpid(), place
@@ -228,7 +233,7 @@ class Run:
             if before != value and name not in REMEMBERED:
                 warnings.warn(
                     f"the run was begun with {name} {_short(before)} and goes on with {_short(value)}, "
-                    "which may change the last bits of further images", stacklevel=2,
+                    "which may change the last bits of what follows", stacklevel=2,
                 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from smi_fast.backbones.vit import accelerate
 from smi_fast.data.files import read_sealed, sealed, write_json
 from smi_fast.data.labelled import load_data
 from smi_fast.data.sparse import InvertedDataset
-from smi_fast.data.states import weights_checksum
+from smi_fast.data.states import model_checksum
 from smi_fast.distillation.rounds import TRAINING
 from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
 from smi_fast.inversion.presets import InversionSettings
@@ -115,7 +115,7 @@ class Experiment:
         self.about = {
             "model": name_of(model),
             "student": None if student is None else name_of(student),
-            "weights": [weights_checksum(m) for m in (model, student) if m is not None],
+            "weights": [model_checksum(m) for m in (model, student) if m is not None],
             **contents(self.load("train"), "train_split"),
             **contents(self.load("test"), "test_split"),
             **settings.record(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from smi_fast.data.states import load_state, save_state, weights_checksum
+from smi_fast.data.states import load_state, model_checksum, save_state
 
 
 def same(a, b) -> bool:
@@ -92,6 +92,6 @@ def test_a_file_of_something_else_is_named(tmp_path):
 
 def test_a_checksum_of_weights_changes_with_any_of_them(seed):
     layer = nn.BatchNorm1d(3)
-    before = weights_checksum(layer)
+    before = model_checksum(layer)
     layer.running_mean[2] += 1e-6
-    assert weights_checksum(layer) != before
+    assert model_checksum(layer) != before
