@@ -19,7 +19,6 @@ from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.tensors import SUFFIX
 from smi_fast.inversion.inverter import Inverter, Step
 from smi_fast.runs.run import Run
-from smi_fast.runs.signals import Stopped
 from smi_fast.seeds import batch_seed
 
 
@@ -129,11 +128,7 @@ class InvertedImages:
             self.run.signals.check()
 
         for batch in self.run.processes.parts(numbers.stop, is_finished, wait):
-            try:
-                images = self._inverted(batch, bar, self.run.checkpoint(_name(batch)))
-            except Stopped:
-                self.run.processes.release(batch)
-                raise
+            images = self._inverted(batch, bar, self.run.checkpoint(_name(batch)))
             self._file(batch).parent.mkdir(exist_ok=True)
             images.save(self._file(batch), overwrite=True)
             self.run.discard(_name(batch))

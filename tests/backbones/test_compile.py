@@ -126,7 +126,7 @@ def test_weights_train_through_the_compiled_model(seed):
 def test_the_loop_is_the_same_compiled(seed, monkeypatch, objective, backend):
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager", fullgraph=True))
-    options = {"stopping": smi_fast.StoppingSchedule({2: 0.3}), "iterations": 4, "progress": False}
+    options = {"stopping": smi_fast.StoppingSchedule({1: 0.8}), "iterations": 3, "progress": False}
     model = {"depth": 1, "backend": backend, "dtype": torch.float32}
     runs = [
         smi_fast.Inverter(accelerated(**model), objective=objective, compile=compile, **options)

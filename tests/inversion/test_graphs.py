@@ -83,7 +83,7 @@ def users_loss(logits, images, targets):
         {"dtype": torch.bfloat16},
         {"stopping": StoppingSchedule({3: Release(3), 9: Release(2)}), "lr_schedule": WarmupCosine(4)},
         {"published": True},
-        {"backend": "triton", "dtype": torch.float32, "stopping": StoppingSchedule({1: 0.3}), "iterations": 10},
+        {"backend": "triton", "dtype": torch.float32, "stopping": StoppingSchedule({1: 0.8}), "iterations": 10},
     ],
     ids=["", "no prior", "user", "views", "mass", "mass, user", "bfloat16", "rebirth", "published", "triton"],
 )
