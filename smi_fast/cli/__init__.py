@@ -19,7 +19,7 @@ from smi_fast.cli.output import resumed, say
 from smi_fast.data.manifest import MANIFEST
 from smi_fast.inversion.inverter import NonFiniteError
 from smi_fast.runs.processes import device_of_process
-from smi_fast.runs.signals import Stopped
+from smi_fast.runs.signals import SIGNALS, Stopped
 
 COMMANDS = (info, invert, report, quantize, distill, reproduce, evaluate)
 # What torch's RuntimeErrors say of memory: its allocators, C++ and NVIDIA's libraries.
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         or warning is one line on the standard error stream.
     """
     args = argparse.Namespace()
-    with warnings.catch_warnings(), _raising(signal.SIGTERM):
+    with warnings.catch_warnings(), _stoppable():
         warnings.showwarning = _show_warning
         try:
             given = resumed(sys.argv[1:] if arguments is None else arguments)
@@ -54,25 +54,35 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"smi-fast: error: {sentence}{advice}", file=sys.stderr)
             return 2
         except (KeyboardInterrupt, Stopped) as error:
+            _ignore_signals()
             say(f"smi-fast: interrupted; {_going_on(args)}", sys.stderr)
             return error.exit_code if isinstance(error, Stopped) else 128 + signal.SIGINT
 
 
 @contextmanager
-def _raising(number: int) -> Iterator[None]:
-    """Let a signal raise `Stopped`, as Ctrl-C raises KeyboardInterrupt."""
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM raise `Stopped`, as Ctrl-C raises KeyboardInterrupt. Afterwards signals do what they did before."""
 
-    def stop(*_: object) -> None:
+    def stop(number: int, _: object) -> None:
         raise Stopped(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(number, stop)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(number, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    """Let no further signal disturb the last words of a command."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _going_on(args: argparse.Namespace) -> str:
