@@ -1,5 +1,6 @@
 """Processes that share a run and die: the others, or those that torchrun starts again, finish it with the same bits."""
 
+import itertools
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from fault_cases import EVERYTHING, INVERT, LIMIT, Process, Whole, check_same, c
 
 from smi_fast.models import MODEL_INSIDE, cifar10_vit
 from smi_fast.models.loading import INSIDE
+from smi_fast.runs.run import Run
 
 OPTIONS = "--classes all --images-per-class 1 --batch-size 2 --iterations 60 --device cpu --quiet"
 every_moment = pytest.mark.skipif(not EVERYTHING, reason="make faults runs it")
@@ -31,22 +33,43 @@ def wait_for(condition, what: str) -> None:
         time.sleep(0.01)
 
 
+class WaitsAfter:
+    """A hook by which a process waits after so many iterations until a file is there, and says that it lives."""
+
+    def __init__(self, iterations: int, file: Path):
+        self.iterations, self.file = iterations, file
+
+    def __call__(self, folder, note) -> None:
+        pause, done = Run.pause, itertools.count(1)
+
+        def pause_and_wait(run, name, save) -> None:
+            pause(run, name, save)
+            if next(done) == self.iterations:
+                while not self.file.exists():
+                    time.sleep(0.01)
+
+        Run.pause = pause_and_wait
+
+
 def test_a_process_takes_over_what_a_killed_one_had_claimed(tmp_path):
-    folder = tmp_path / "run"
-    whole = Whole.make(INVERT.arguments(folder), folder)
-    folder = tmp_path / "run"
+    """The second one is killed in the middle of a batch, for whose beginning the first one has waited."""
+    folder, killed, never = tmp_path / "run", tmp_path / "killed", tmp_path / "never"
     whole = Whole.make(INVERT.arguments(folder), folder)
     store = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "SMI_FAST_RANK_TIMEOUT": "2"}
     ranks = [
-        Process.start(INVERT.arguments(folder), tmp_path / "logs", RANK=str(rank), WORLD_SIZE="2", **store)
-        for rank in range(2)
+        Process.start(
+            INVERT.arguments(folder), tmp_path / "logs", WaitsAfter(*hook), RANK=str(rank), WORLD_SIZE="2", **store
+        )
+        for rank, hook in enumerate(((1, killed), (5, never)))
     ]
     ranks[1].wait_for("iteration", 5)
     ranks[1].process.kill()
-    claimed = {name for event, name, _ in ranks[1].events if event == "iteration"}
+    killed.touch()
     assert ranks[0].wait() == 0, ranks[0].text
     check_same(contents(folder), whole.contents)
-    assert claimed & {name for event, name, _ in ranks[0].events if event in ("began", "went on")}
+    claimed = {name for event, name, _ in ranks[1].events if event == "iteration"}
+    assert len(claimed) == 1
+    assert claimed <= {name for event, name, _ in ranks[0].events if event in ("began", "went on")}
 
 
 def with_weights(folder, note) -> None:
