@@ -13,6 +13,7 @@ from typing import TextIO
 
 from smi_fast.data.manifest import MANIFEST, read_manifest
 from smi_fast.runs.run import EVERY, is_occupied
+from smi_fast.runs.signals import is_first
 
 
 def add_run(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
@@ -27,11 +28,6 @@ def add_run(parser: argparse.ArgumentParser, default: str) -> argparse._Argument
     output.add_argument("--checkpoint-every", type=minutes, default=EVERY, metavar="MINUTES", help=what)
     add_quiet(output)
     return output
-
-
-def is_first() -> bool:
-    """Return whether this is the first of the processes that share a run, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str, file: TextIO | None = None) -> None:

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset, Subset
 from smi_fast.bars import ProgressBar
 from smi_fast.data.manifest import IMAGES
 from smi_fast.data.sparse import InvertedDataset
-from smi_fast.data.tensors import SUFFIX
 from smi_fast.inversion.inverter import Inverter, Step
+from smi_fast.runs.inversion import name_of, shard, silent
 from smi_fast.runs.run import Run
 from smi_fast.seeds import batch_seed
 
@@ -128,13 +128,13 @@ class InvertedImages:
             self.run.signals.check()
 
         for batch in self.run.processes.parts(numbers.stop, is_finished, wait):
-            images = self._inverted(batch, bar, self.run.checkpoint(_name(batch)))
+            images = self._inverted(batch, bar, self.run.checkpoint(name_of(batch)))
             self._file(batch).parent.mkdir(exist_ok=True)
             images.save(self._file(batch), overwrite=True)
-            self.run.discard(_name(batch))
+            self.run.discard(name_of(batch))
         if self.run.processes.is_first:
             for batch in numbers:  # a process may have been killed between its file and this
-                self.run.discard(_name(batch))
+                self.run.discard(name_of(batch))
 
     def _inverted(self, batch: int, bar: ProgressBar, before: dict[str, Any] | None = None) -> InvertedDataset:
         """Invert a batch, from its last checkpoint if there is one."""
@@ -146,16 +146,13 @@ class InvertedImages:
         if before is not None:
             options, started = {"state": before["inversion"]}, started - before["seconds"]
             bar.update(before["inversion"]["iteration"])
-        shown, inverter.progress = inverter.progress, False  # `bar` counts its iterations
-        try:
+        with silent(inverter):  # `bar` counts its iterations
             result = inverter.run(
                 targets % inverter.backbone.num_classes,
                 seed=seed,
-                callback=self._pause(_name(batch), bar, started),
+                callback=self._pause(name_of(batch), bar, started),
                 **options,
             )
-        finally:
-            inverter.progress = shown
         if result.interrupted:
             raise KeyboardInterrupt
         metadata = {
@@ -174,8 +171,4 @@ class InvertedImages:
         return pause
 
     def _file(self, batch: int) -> Path:
-        return self.run.folder / IMAGES / f"{_name(batch)}{SUFFIX}"
-
-
-def _name(batch: int) -> str:
-    return f"{batch:05}"
+        return shard(self.run.folder, batch)

@@ -116,10 +116,6 @@ class InversionRun:
             raise ValueError(f"{folder / IMAGES / min(foreign)} is no file of this run")
         return [number for name, number in shards.items() if name in there and _is_whole(folder / IMAGES / name)]
 
-    def checkpoint(self, number: int) -> str:
-        """Return the name of the checkpoint of a batch."""
-        return f"{number:05}"
-
     def make(
         self,
         number: int,
@@ -134,7 +130,7 @@ class InversionRun:
             Stopped: a signal has asked for an end. The batch has a checkpoint.
             NonFiniteError: see `Inverter.run`.
         """
-        name, inverter, targets = self.checkpoint(number), self.inverter, self.batches[number]
+        name, inverter, targets = name_of(number), self.inverter, self.batches[number]
         meter, before = StageMeter(inverter.backbone.device), run.checkpoint(name) or EMPTY
         meter.load_state_dict(before["meter"])
         snapshots = Snapshots(targets, inverter.stages, before["snapshots"]) if number == 0 else None
@@ -160,7 +156,7 @@ class InversionRun:
             run.pause(name, lambda: save(step))
 
         options = {"seed": batch_seed(self.seed, number), "callback": callback, "state": before["inversion"]}
-        with meter.batch(), _silent(inverter):
+        with meter.batch(), silent(inverter):
             if self.streams:
                 result = inverter.stream(targets, self.batch_size, **options)
             else:
@@ -242,9 +238,14 @@ class Snapshots:
         return {"moments": sorted(self.moments), "images": self.images, "titles": self.titles}
 
 
+def name_of(number: int) -> str:
+    """Return the name of a batch, which its shard and its checkpoint have."""
+    return f"{number:05}"
+
+
 def shard(folder: Path, number: int) -> Path:
     """Return the file of a batch."""
-    return folder / IMAGES / f"{number:05}{SUFFIX}"
+    return folder / IMAGES / f"{name_of(number)}{SUFFIX}"
 
 
 def _is_whole(file: Path) -> bool:
@@ -346,14 +347,14 @@ def invert(
                 work.make(number, run, progress, logger, callback)
         if processes.is_first:
             for number in range(count):  # a process may have been killed between its shard and this
-                run.discard(work.checkpoint(number))
+                run.discard(name_of(number))
         if finish is not None and processes.is_first:
             finish(run)
     return InvertedDataset.load(folder)
 
 
 @contextmanager
-def _silent(inverter: Inverter) -> Iterator[None]:
+def silent(inverter: Inverter) -> Iterator[None]:
     """Let the inverter show no progress, because the run does."""
     shown, inverter.progress = inverter.progress, False
     try:

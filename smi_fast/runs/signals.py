@@ -13,6 +13,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends 
 BURST = 1.0  # seconds in which torchrun passes on a signal that the terminal has sent to its processes already
 
 
+def is_first() -> bool:
+    """Return whether this is the first of the processes that share a run, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Stopped(BaseException):
     """Raised where a job ends because of a signal. What it needs to go on is saved. Like KeyboardInterrupt, it is no
     `Exception`, so that no code takes it for an error of its own.
@@ -59,7 +64,7 @@ class Signals:
             return  # a DataLoader's worker, which its parent ends
         if self.asked is None:
             self.asked, self._when = number, time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
+            if is_first():
                 with suppress(OSError):  # whoever reads may have been ended by the same Ctrl-C
                     os.write(2, b"stopping after this iteration; once more to stop at once\n")
         elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._when > BURST:
