@@ -178,10 +178,7 @@ def _from_checkpoint(name: str, path: Path) -> nn.Module:
         size = _image_size(model, weights, described)
         if size is not None:
             model = _make(name, **options, img_size=size)
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # of timm: an unknown tag of a name, an image that is no multiple of patches
+    except (RuntimeError, AssertionError) as error:  # an unknown tag, or images that are no multiple of the patches
         raise ValueError(f"{name} cannot be made: {first_line(error)}") from error
     mismatch = _load_weights(model, weights)
     if mismatch is not None:
