@@ -18,8 +18,8 @@ GAP = 4
 MIN_SIDE = 96  # pixels; smaller images are enlarged
 MAX_PIXELS = 8 * 2**20  # of all images in a picture; if they have more, they are reduced
 WIDTH = 1200  # of a picture that breaks its lines
-FONT = ImageFont.load_default(14)
-LINE = 18  # pixels from one line of text to the next
+FONT, LARGE_FONT = ImageFont.load_default(14), ImageFont.load_default(18)
+LINE, HEAD = 18, 36  # pixels from one line of text to the next, and of the title of an animation
 INK, GREY_INK = "#404040", "#808080"  # the second one is read on white and on black
 FRAME, LAST_FRAME = 350, 3000  # milliseconds
 QUALITY = 70  # of an animation's images, if they are not enlarged
@@ -111,9 +111,9 @@ def save_animation(
     frames = []
     for tiles, title in zip(_snapshots(snapshots, titles, names), titles, strict=True):
         images = _flow([(name, [tile]) for name, tile in zip(names, tiles, strict=True)], WIDTH, (0, 0, 0, 0), GREY_INK)
-        frame = Image.new("RGBA", (images.width, images.height + LINE))
-        ImageDraw.Draw(frame).text((GAP, GAP), title, GREY_INK, FONT)
-        frame.paste(images, (0, LINE))
+        frame = Image.new("RGBA", (images.width, images.height + HEAD))
+        ImageDraw.Draw(frame).text((GAP, HEAD / 2), title, GREY_INK, LARGE_FONT, anchor="lm")
+        frame.paste(images, (0, HEAD))
         frames.append(frame)
     is_enlarged = min(snapshots[0].shape[2:]) < MIN_SIDE
     with atomic_write(path) as partial:
