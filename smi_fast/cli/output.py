@@ -11,14 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from smi_fast.cli.config import add_config
 from smi_fast.data.manifest import MANIFEST, read_manifest
 from smi_fast.runs.run import EVERY, is_occupied
 from smi_fast.runs.signals import is_first
 
 
 def add_run(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
-    """Add --out, --overwrite, --resume, --checkpoint-every and --quiet, and return their group."""
+    """Add --config, --out, --overwrite, --resume, --checkpoint-every and --quiet, and return their group."""
     output = parser.add_argument_group("output")
+    add_config(parser)
     what = "folder for the results; the same command goes on with what it finds there"
     add_out(output, default, what)
     output.add_argument("--overwrite", action="store_true", help="begin anew in a folder that is not empty")

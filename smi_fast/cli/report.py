@@ -32,7 +32,7 @@ OF_IMAGES = ("predicted", "confidence", "iterations")  # the figures of each ima
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("report", help="draw the pictures of a run again, finished or not")
+    parser = commands.add_parser("report", help="draw the pictures and the page of a run again, finished or not")
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder that smi-fast invert writes to")
 
