@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from smi_fast.cli.arguments import Parser
 from smi_fast.data.files import first_line
 
 NOT_IN_A_FILE = ("--config", "--resume", "--help")
@@ -32,11 +33,11 @@ def with_config(arguments: Sequence[str], commands: Mapping[str, argparse.Argume
         ValueError: the file cannot be read, is no YAML file of options, or names an option that the command does not
             have. The message names it.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--config", type=Path)
     try:
         given, others = parser.parse_known_args(arguments)
-    except SystemExit:  # --config without a file, which the command's own parser refuses
+    except ValueError:  # --config without a file, which the command's own parser refuses
         return list(arguments)
     command = commands.get(others[0]) if others else None
     if given.config is None or command is None or "--config" not in command._option_string_actions:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from smi_fast.cli.arguments import Parser
 from smi_fast.cli.config import add_config
 from smi_fast.data.manifest import MANIFEST, read_manifest
 from smi_fast.runs.run import EVERY, is_occupied
@@ -56,11 +57,11 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     Raises:
         ValueError: the folder holds no run of this command.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--resume", type=Path)
     try:
         given, others = parser.parse_known_args(arguments)
-    except SystemExit:  # --resume without a folder, which the command's own parser refuses
+    except ValueError:  # --resume without a folder, which the command's own parser refuses
         return list(arguments)
     if given.resume is None:
         return list(arguments)
