@@ -10,7 +10,7 @@ from torch import Tensor
 from smi_fast.backbones.base import frozen
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.studies.experiment import BATCH, Experiment, Variant
-from smi_fast.studies.pictures import save_grid
+from smi_fast.studies.pictures import GREY, save_grid
 
 
 def inverted_pool(run: Experiment, variant: Variant) -> InvertedDataset:
@@ -53,7 +53,7 @@ def most_attended(run: Experiment, dataset: InvertedDataset, count: int) -> Inve
 def save_rows(path: Path, sets: dict[str, InvertedDataset]) -> None:
     """Write a PNG with a row of up to ten images for each set, labelled with the set's name."""
     columns = min(10, *map(len, sets.values()))
-    images = torch.cat([dataset.images(range(columns)) for dataset in sets.values()])
+    images = torch.cat([dataset.images(range(columns), stopped=GREY) for dataset in sets.values()])
     save_grid(images, path, columns, list(sets))
 
 

@@ -254,7 +254,9 @@ def test_only_the_command_that_began_a_run_goes_on_with_it(demo, tmp_path, capsy
         (["invert", "--over", "--out", str(out)], "unrecognized arguments: --over"),
     ):
         assert main(arguments) == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_a_run_goes_on_with_its_options_and_those_that_are_given_anew(tmp_path, monkeypatch, capsys):
