@@ -17,7 +17,7 @@ def inverted_pool(run: Experiment, variant: Variant) -> InvertedDataset:
     """Return the inverted images of all rounds of a transfer."""
     for number in range(run.settings.rounds):
         run.inverted(variant, number, run.settings.samples)
-    return InvertedDataset.load(run.out / "inverted" / f"{variant.name}-{run.settings.samples}")
+    return InvertedDataset.load(run.folder(variant, run.settings.samples))
 
 
 def real_images(run: Experiment, count: int, seed: int) -> InvertedDataset:
