@@ -57,6 +57,7 @@ class Settings:
     seeds: int  # for quantisation and transfer
     test_images: int | None  # on which models are evaluated; None means the whole test split
     rounds: int  # of a transfer
+    more_rounds: int  # of another one from sparse images, which take as long as dense ones of `rounds` rounds
     samples: int  # fresh images in a round, inverted as one batch
     steps: int  # of the student's optimiser in a round
     batch_size: int  # of the student

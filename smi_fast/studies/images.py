@@ -13,11 +13,10 @@ from smi_fast.studies.experiment import BATCH, Experiment, Variant
 from smi_fast.studies.pictures import save_grid
 
 
-def inverted_pool(run: Experiment, variant: Variant) -> InvertedDataset:
+def inverted_pool(run: Experiment, variant: Variant, rounds: int) -> InvertedDataset:
     """Return the inverted images of all rounds of a transfer."""
-    for number in range(run.settings.rounds):
-        run.inverted(variant, number, run.settings.samples)
-    return InvertedDataset.load(run.folder(variant, run.settings.samples))
+    batches = [run.inverted(variant, number, run.settings.samples) for number in range(rounds)]
+    return batches[0].join(batches)
 
 
 def real_images(run: Experiment, count: int, seed: int) -> InvertedDataset:

@@ -31,24 +31,24 @@ VIT_S = InversionSettings(deep_inversion(tv_l2=1e-3), iterations=100, lr=0.1)  #
 COSTS = (("resnet18", 32), ("resnet18", 224), ("deit_base_patch16_224", 224))
 PRESETS = {
     "paper": Settings(  # a transfer from 14,080 images, as in Table 5
-        PAPER, dtype=None, images=32, seeds=3, test_images=None, rounds=110, samples=128, steps=100, batch_size=128,
-        lr=0.1, real_images=5000, rebirth=4, competition=0.2, adaptive_seeds=1, quantised_images=None,
+        PAPER, dtype=None, images=32, seeds=3, test_images=None, rounds=110, more_rounds=400, samples=128, steps=100,
+        batch_size=128, lr=0.1, real_images=5000, rebirth=4, competition=0.2, adaptive_seeds=1, quantised_images=None,
         ablation_seeds=3, ablation_steps=200, fractions=(0.1, 0.2, 0.4, 0.5), region_images=32, removal_images=10_000,
         cost_models=COSTS, cost_batch=128, speed_batches=(32, 64, 128), speed_iterations=50,
         speed_models=("deit_tiny_patch16_224", "deit_base_patch16_224"), feature_images=2000, cue_images=50_000,
         cue_blocks=3,
     ),
     "vit-s": Settings(
-        VIT_S, dtype="bfloat16", images=32, seeds=3, test_images=None, rounds=6, samples=32, steps=300, batch_size=32,
-        lr=0.005, real_images=512, rebirth=4, competition=0.2, adaptive_seeds=1, quantised_images=500,
+        VIT_S, dtype="bfloat16", images=32, seeds=3, test_images=None, rounds=4, more_rounds=16, samples=32, steps=300,
+        batch_size=32, lr=0.005, real_images=512, rebirth=4, competition=0.2, adaptive_seeds=1, quantised_images=500,
         ablation_seeds=2, ablation_steps=300, fractions=(0.1, 0.2, 0.4, 0.5), region_images=10, removal_images=500,
         cost_models=COSTS, cost_batch=8, speed_batches=(8, 32), speed_iterations=6,
         speed_models=("deit_tiny_patch16_224", "deit_base_patch16_224"), feature_images=300, cue_images=3200,
         cue_blocks=3,
     ),
     "demo": Settings(
-        DEMO, dtype=None, images=32, seeds=3, test_images=2500, rounds=4, samples=32, steps=200, batch_size=64, lr=0.1,
-        real_images=2000, rebirth=4, competition=10.0, adaptive_seeds=1, quantised_images=2500,
+        DEMO, dtype=None, images=32, seeds=3, test_images=2500, rounds=4, more_rounds=14, samples=32, steps=200,
+        batch_size=64, lr=0.1, real_images=2000, rebirth=4, competition=10.0, adaptive_seeds=1, quantised_images=2500,
         ablation_seeds=2, ablation_steps=200, fractions=(0.15, 0.5), region_images=32, removal_images=2000,
         cost_models=(*COSTS[:2], ("deit_tiny_patch16_224", 224)), cost_batch=8, speed_batches=(8, 32),
         speed_iterations=6, speed_models=("deit_tiny_patch16_224",), feature_images=500, cue_images=10_000,
