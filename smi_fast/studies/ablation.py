@@ -99,7 +99,7 @@ def _measure(run: Experiment, variant: Variant) -> list:
     costs = [[dataset.metadata[key] for dataset in sets] for key in ("iterations_per_second", "confidence")]
     transfer = "no student"
     if run.student is not None:
-        how = {"rounds": 1, "steps": s.ablation_steps, "batch_size": s.batch_size, "lr": s.lr}
+        how = {"rounds": 1, "steps": s.ablation_steps, "batch_size": s.batch_size, "lr": s.student_lr}
         transfer = [
             run.transfer(f"once-{variant.name}", lambda dataset=dataset: dataset, seed, **how)[-1]
             for seed, dataset in enumerate(sets)

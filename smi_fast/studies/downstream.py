@@ -89,7 +89,7 @@ def _verdicts3(rows: dict[str, list]) -> list[str]:
 def table4(run: Experiment) -> Section:
     s, about, few = run.settings, run.about, run.final_count
     count = min(s.rounds * s.samples, s.real_images)
-    how = {"rounds": s.rounds, "steps": s.steps, "batch_size": s.batch_size, "lr": s.lr, "samples": s.samples}
+    how = {"rounds": s.rounds, "steps": s.steps, "batch_size": s.batch_size, "lr": s.student_lr, "samples": s.samples}
     pools = {
         "real images": lambda seed: real_images(run, count, seed),
         f"real images, {few} patches": lambda seed: most_attended(run, real_images(run, count, seed), few),

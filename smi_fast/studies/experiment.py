@@ -61,7 +61,7 @@ class Settings:
     samples: int  # fresh images in a round, inverted as one batch
     steps: int  # of the student's optimiser in a round
     batch_size: int  # of the student
-    lr: float  # of the student
+    student_lr: float
     real_images: int  # in the transfer that shows the ceiling; other transfers from real images use at most as many
     rebirth: int  # disjoint sparse images of each target
     competition: float  # weight of the competition with the student, in the adaptive transfer

@@ -147,7 +147,7 @@ def taught(run: Experiment, model: nn.Module, dataset: InvertedDataset, tests: d
     s = run.settings
     if run.student is None:
         return ["no student"] * 2
-    how = {"rounds": 1, "steps": s.ablation_steps, "batch_size": s.batch_size, "lr": s.lr}
+    how = {"rounds": 1, "steps": s.ablation_steps, "batch_size": s.batch_size, "lr": s.student_lr}
     results = []
     for name in ("plain", "reversed"):
 
