@@ -21,10 +21,10 @@ LABEL_WIDTH = 120  # pixels of a class's name beside a picture
 
 
 def numbers_shown(dataset: InvertedDataset) -> list[int]:
-    """Return the numbers of the images that are shown: the first ones of the first classes, equally many of each."""
+    """Return the numbers of the images that are shown: the first ones of the first classes, class by class."""
     classes = list(dict.fromkeys(dataset.targets.tolist()))[:MAX_CLASSES]
     rows = [(dataset.targets == target).nonzero().flatten()[:MAX_COLUMNS].tolist() for target in classes]
-    return [number for row in rows for number in row[: min(map(len, rows))]]
+    return [number for row in rows for number in row]
 
 
 def draw(folder: Path, dataset: InvertedDataset, first: dict[str, Any], names: dict[int, str]) -> list[str]:
