@@ -20,6 +20,15 @@ COLUMNS = {  # of the table of stages -> what they mean
     "speed-up": "how many times as fast the stage is as the first one",
 }
 
+STOP = (
+    "On the way the least important patches were stopped: they are not computed or changed any more, which makes the "
+    "rest faster."
+)
+LEAVE = (
+    "On the way the most important patches left as a finished image and were stopped, and the others went on to become "
+    "the next one, so that the images of one target have no patch in common."
+)
+
 
 def stage_records(costs: Sequence[StageCost]) -> list[dict]:
     """Return the cost of each stage as report.json holds it. The first stage is the dense one."""
@@ -56,11 +65,13 @@ def stage_rows(records: Sequence[dict]) -> list[list[str]]:
 def what_was_done(report: dict[str, Any], dataset: InvertedDataset) -> list[str]:
     """Return paragraphs on how the images of a run were made, for someone who has not read the papers."""
     images, classes = len(dataset), len(set(dataset.targets.tolist()))
+    iterations = report["images"]["iterations"]
+    up_to = "up to " if min(iterations) < max(iterations) else ""
     text = [
         f"{_plural(images, 'image')} of {_plural(classes, 'class', 'classes')}, made from the weights of "
         f"{report.get('model', 'a model')} alone: each began as noise, and its pixels were changed for "
-        f"{_plural(max(report['images']['iterations']), 'iteration')} so that the model sees the class in it. No real "
-        "image was used."
+        f"{up_to}{_plural(max(iterations), 'iteration')} so that the model sees the class in it. No real image was "
+        "used."
     ]
     all_patches, (height, width) = dataset.grid.num_patches, dataset.patch_size
     kept = len(dataset.positions) / images
@@ -68,9 +79,9 @@ def what_was_done(report: dict[str, Any], dataset: InvertedDataset) -> list[str]
         return text
     text.append(f"The model sees an image as {all_patches} patches of {height}x{width} pixels.")
     if kept < all_patches:
+        how = LEAVE if "release" in report.get("stopping", "") else STOP
         text[-1] += (
-            " The importance of a patch is how much attention the model pays it. On the way the least important "
-            "patches were stopped: they are not computed or changed any more, which makes the rest faster. "
+            f" The importance of a patch is how much attention the model pays it. {how} "
             f"{kept:.4g} of {all_patches} patches of an image are left, a sparsity of {1 - kept / all_patches:.0%}. "
             "Stopped patches are dark grey in the pictures and black in the data."
         )
