@@ -99,7 +99,11 @@ def _going_on(args: argparse.Namespace) -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="smi-fast", description="Fast sparse model inversion of Vision Transformers.")
+    what = (
+        "Sparse model inversion, fast: images out of a trained classifier alone, and what they are for, which is to "
+        "quantise a model or to teach a student without its training data. To begin with: smi-fast invert"
+    )
+    parser = Parser(prog="smi-fast", description=what)
     parser.add_argument("--version", action="version", version=f"smi-fast {smi_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -22,27 +22,34 @@ def hub() -> Iterator[None]:
     Raises:
         ConnectionError: a file is neither in the cache nor can the hub be reached. The message says why.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import LocalEntryNotFoundError, OfflineModeIsEnabled, get_session
+    from huggingface_hub import constants, utils
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # otherwise each retry prints a line
     was_offline, reason = constants.HF_HUB_OFFLINE, "HF_HUB_OFFLINE is set"
     if not was_offline:
         try:
-            get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+            utils.get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
             reason = None
         except Exception as error:  # the client stands on different libraries, whose errors have no common type
             reason = f"{constants.ENDPOINT} cannot be reached ({first_line(error)})"
-    constants.HF_HUB_OFFLINE = reason is not None
     try:
+        _set_offline(reason is not None)
         yield
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (utils.LocalEntryNotFoundError, utils.OfflineModeIsEnabled) as error:
         raise ConnectionError(
             f"{reason or first_line(error)}, and the cache {constants.HF_HUB_CACHE} does not hold them (HF_HOME names "
             "the folder of another cache)"
         ) from error
     finally:
-        constants.HF_HUB_OFFLINE = was_offline
+        _set_offline(was_offline)
+
+
+def _set_offline(offline: bool) -> None:
+    from huggingface_hub import constants, utils
+
+    constants.HF_HUB_OFFLINE = offline
+    reset = getattr(utils, "reset_sessions", None) or utils.close_session  # before version 1, and since
+    reset()  # the session of the client knows what held when it was made
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -82,8 +83,7 @@ def _with_weights(name: str, pretrained: bool, checkpoint: str | Path | None, op
         source = "torchvision's" if name.startswith(TORCHVISION) else "timm's"
         raise ValueError(f"{name} needs weights: {options[0]} downloads {source}, {options[1]} reads a file")
     try:
-        with impatient() if name.startswith(TORCHVISION) else hub():
-            return _as_timms(_make(name, pretrained=True)).eval()
+        return _as_timms(_make(name, pretrained=True)).eval()
     except Exception as error:  # The hub, its client and timm raise a dozen types of errors.
         raise ValueError(
             f"the pretrained weights of {name} cannot be downloaded: {first_line(error)}; without a network, "
@@ -165,8 +165,10 @@ def _make(name: str, *, pretrained: bool = False, **overrides) -> nn.Module:
     if name in OURS:
         return OURS[name](pretrained=pretrained, **overrides)
     if name.startswith(TORCHVISION):
-        return _make_torchvisions(name, pretrained, **overrides)
-    return timm.create_model(name, pretrained=pretrained, **overrides)
+        with impatient():
+            return _make_torchvisions(name, pretrained, **overrides)
+    with hub() if pretrained or name.startswith(HUB) else nullcontext():
+        return timm.create_model(name, pretrained=pretrained, **overrides)
 
 
 def _make_torchvisions(name: str, pretrained: bool, **overrides) -> nn.Module:

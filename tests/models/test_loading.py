@@ -91,6 +91,8 @@ def test_models_of_the_hub_are_read_from_its_cache_where_it_cannot_be_reached(se
     assert torch.equal(own.head.weight, -model.head.weight)
     with pytest.raises(ValueError, match=r"hf-hub:me/other cannot be downloaded: http://127.0.0.1:9 cannot be reached"):
         load_model("hf-hub:me/other")
+    with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9 cannot be reached"):
+        load_model("hf-hub:me/other", checkpoint=tmp_path / "own.safetensors")
 
 
 def test_a_vit_takes_images_of_another_size_with_timms_positions(seed, tmp_path):
