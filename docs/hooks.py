@@ -1,5 +1,5 @@
-"""What mkdocs does not do by itself: the site also holds pages from outside of docs/, among them the notebook. A link such as
-../bench/METHOD.md works on GitHub and on the site."""
+"""The site also holds pages from outside of docs/, among them the notebook. A link such as ../bench/METHOD.md works on
+GitHub and on the site."""
 
 import json
 import posixpath

@@ -76,12 +76,18 @@ def test_the_example_of_the_kernels_selects_packed_tokens(seed):
     assert names["hidden"].shape == (364, 768)
 
 
+def commands(page: str) -> list[str]:
+    """The commands of smi-fast in the code of a page: in its blocks, and in lines that are set in by four blanks."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    code = re.findall(r"^```(?:sh|text)?\n(.*?)^```|((?:^ {4}[^\n]*\n)+)", text, re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block in code for line in "".join(block).splitlines()]
+    return [line for line in lines if re.match(r"smi-fast (?!\[)", line)]
+
+
 def test_commands_are_understood():
-    texts = [(ROOT / page).read_text().replace("\\\n", " ") for page in EVERYWHERE]
-    lines = [line.strip() for text in texts for line in text.splitlines()]
-    commands = [line for line in lines if re.match(r"smi-fast (?!\[)", line)]
-    assert len(commands) >= 8
-    for command in commands:
+    found = [command for page in EVERYWHERE for command in commands(page)]
+    assert len(found) >= 12
+    for command in found:
         words = shlex.split(command, comments=True)
         assert smi_fast.cli._parser().parse_args(words[1:], argparse.Namespace()).run, command
 
