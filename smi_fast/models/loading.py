@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from smi_fast.backbones.huggingface import from_huggingface
 from smi_fast.backbones.torchvision import from_torchvision
 from smi_fast.data.files import first_line
 from smi_fast.models import CNN_INSIDE, MODEL_INSIDE, STUDENT_INSIDE, cifar10_resnet20, cifar10_student, cifar10_vit
-from smi_fast.models.weights import read_weights
+from smi_fast.models.weights import read_description, read_weights
 
 INSIDE = {MODEL_INSIDE: cifar10_vit, STUDENT_INSIDE: cifar10_student, CNN_INSIDE: cifar10_resnet20}
 WITHOUT_WEIGHTS = {f"cifar10_resnet{depth}": partial(cifar10_resnet20, depth=depth) for depth in (8, 14)}
@@ -169,16 +170,60 @@ def _as_timms(model: nn.Module) -> nn.Module:
 
 
 def _from_checkpoint(name: str, path: Path) -> nn.Module:
-    weights = read_weights(path)
+    weights, described = read_weights(path), read_description(path)
     try:
         weight = weights.get(f"{_classifier(name)}.weight")
-        model = _make(name, **({"num_classes": len(weight)} if weight is not None and weight.ndim else {}))
-    except RuntimeError as error:  # timm raises it for a name whose tag it does not know.
+        options = {"num_classes": len(weight)} if weight is not None and weight.ndim else {}
+        model = _make(name, **options)
+        size = _image_size(model, weights, described)
+        if size is not None:
+            model = _make(name, **options, img_size=size)
+    except (RuntimeError, AssertionError) as error:  # an unknown tag, or images that are no multiple of the patches
         raise ValueError(f"{name} cannot be made: {first_line(error)}") from error
     mismatch = _load_weights(model, weights)
     if mismatch is not None:
         raise ValueError(f"the checkpoint {path} does not fit {name}: {mismatch}")
+    if described or size is not None:
+        _describe(
+            model,
+            described | ({} if size is None else {"input_size": (model.patch_embed.proj.in_channels, *size)}),
+            path,
+        )
     return _as_timms(model).eval()
+
+
+def _image_size(model: nn.Module, weights: dict[str, torch.Tensor], described: dict) -> tuple[int, int] | None:
+    """Return the height and the width of the images of a ViT's weights, or None if they are those of the model as its
+    library makes it. Where the file does not say, the positions are taken to form a square."""
+    if not isinstance(model, VisionTransformer):
+        return None
+    position, default = weights.get("pos_embed"), model.pos_embed
+    size = described.get("input_size", (0, 0, 0))[1:]
+    if not all(size):
+        if position is None or default is None or position.ndim != 3 or position.shape[1] == default.shape[1]:
+            return None
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        side = math.isqrt(max(position.shape[1] - prefix, 0))
+        if side == 0 or side**2 + prefix != position.shape[1]:
+            return None
+        size = tuple(side * patch for patch in model.patch_embed.patch_size)
+    return None if size == tuple(model.patch_embed.img_size) else size
+
+
+def _describe(model: nn.Module, described: dict, path: Path) -> None:
+    """Replace parts of the model's configuration by what its checkpoint says.
+
+    Raises:
+        ValueError: the checkpoint names another number of classes or of channels than the model has.
+    """
+    config = resolve_data_config(model=model) | (getattr(model, "pretrained_cfg", None) or {}) | described
+    channels, names = config["input_size"][0], described.get("label_names")
+    if names is not None and len(names) != model.num_classes:
+        raise ValueError(f"the checkpoint {path} names {len(names)} classes, and its weights have {model.num_classes}")
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            raise ValueError(f"the checkpoint {path} has a {key} of {len(config[key])} numbers for {channels} channels")
+    model.pretrained_cfg = config | {"num_classes": model.num_classes}
 
 
 def _classifier(name: str) -> str | None:

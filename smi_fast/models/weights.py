@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import json
+import math
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from timm.models import clean_state_dict
+from torch import nn
 
-from smi_fast.data.files import first_line
+from smi_fast.data.files import atomic_write, first_line
 from smi_fast.data.tensors import SUFFIX
 
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # under which timm, too, looks for a state dict
@@ -43,6 +50,70 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if fault is not None:
         raise ValueError(f"the checkpoint {path} {fault}")
     return weights
+
+
+def save_weights(
+    path: Path,
+    model: nn.Module,
+    *,
+    classes: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: Sequence[int],
+) -> None:
+    """Write a model's state dict to a safetensors file, and beside it what `read_description` returns.
+
+    Args:
+        path: the file, which is replaced if it exists.
+        model: a torch module. Tensors are written in its dtype.
+        classes: the names of the classes, in the order of the logits.
+        mean, std: of the normalisation of its images, a number for each channel.
+        image_size: height and width of its images.
+    """
+    about = {"classes": list(classes), "mean": list(mean), "std": list(std), "image_size": list(image_size)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_write(path) as partial:
+        partial.write_bytes(save(tensors, {key: json.dumps(value) for key, value in about.items()}))
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read what a safetensors file says about the model of its weights, in the words of timm's configurations.
+
+    `label_names`, `mean`, `std` and `input_size` come from the entries `classes`, `mean`, `std` and `image_size` of the
+    header, each a list. An entry that is not there is left out. Other kinds of files have none of them.
+
+    Raises:
+        ValueError: an entry is not what `save_weights` writes. The message names it.
+    """
+    if path.suffix != SUFFIX:
+        return {}
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+    found = {}
+    for key, (ours, fits) in DESCRIPTION.items():
+        if key in header:
+            try:
+                value = tuple(ast.literal_eval(header[key]))
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                value = ()
+            if not value or not all(map(fits, value)):
+                raise ValueError(f"the checkpoint {path} has a header whose {key} is {header[key][:80]!r}")
+            found[ours] = value
+    if "input_size" in found:
+        found["input_size"] = (len(found.get("mean", (0, 0, 0))), *found["input_size"])
+    return found
+
+
+def _is_real(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+DESCRIPTION = {  # entries of a header -> their names in timm's configurations, and what each value must be
+    "classes": ("label_names", lambda value: isinstance(value, str)),
+    "mean": ("mean", _is_real),
+    "std": ("std", lambda value: _is_real(value) and value > 0),
+    "image_size": ("input_size", lambda value: type(value) is int and value > 0),
+}
 
 
 def _unpickle(path: Path) -> object:
