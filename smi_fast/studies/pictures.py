@@ -112,10 +112,10 @@ def save_animation(
     Raises:
         ValueError, FileNotFoundError: as in `save_process`.
     """
-    frames = []
+    frames, widest = [], 2 * GAP + max((int(LARGE_FONT.getlength(title)) for title in titles), default=0)
     for tiles, title in zip(_snapshots(snapshots, titles, names), titles, strict=True):
         images = _flow([(name, [tile]) for name, tile in zip(names, tiles, strict=True)], WIDTH, (0, 0, 0, 0), GREY_INK)
-        frame = Image.new("RGBA", (images.width, images.height + HEAD))
+        frame = Image.new("RGBA", (max(images.width, widest), images.height + HEAD))
         ImageDraw.Draw(frame).text((GAP, HEAD / 2), title, GREY_INK, LARGE_FONT, anchor="lm")
         frame.paste(images, (0, HEAD))
         frames.append(frame)
