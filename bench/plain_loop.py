@@ -96,7 +96,7 @@ class PlainLoop:
 
 
 def forward_flops(tokens: int, width: int, depth: int = 12) -> int:
-    """Of one image: multiplications and additions in matrix products and attention (see NOTES.md). The last block has
+    """Of one image: multiplications and additions in matrix products and attention (see METHOD.md). The last block has
     keys and values for all tokens and the rest for the class token."""
     block = 24 * tokens * width**2 + 4 * tokens**2 * width
     last = 4 * tokens * width**2 + 20 * width**2 + 4 * tokens * width

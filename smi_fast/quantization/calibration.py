@@ -27,7 +27,7 @@ def quantize(
 
     Args:
         model: a plain VisionTransformer with a class token, a learned position embedding, LayerNorm, one linear head,
-            and in its blocks timm's Attention and its Mlp with GELU. It is copied and stays as it is.
+            and in its blocks timm's Attention, its Mlp with GELU and perhaps LayerScale. It is copied and stays as it is.
         calibration: an InvertedDataset, whose kept patches are normalised with the model's mean and std; or a batch, or
             an iterable of batches, that are normalised already. A batch is PackedTokens with values (T, C * ph * pw),
             images (B, C, H, W), or a tuple that begins with one of the two, as a DataLoader yields it.

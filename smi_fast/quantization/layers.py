@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
 from torch import nn
 
 from smi_fast.kernels.linear import linear
@@ -14,12 +15,20 @@ class IntegerLinear(nn.Module):
     """A Linear, or a convolution that embeds patches, with integer weights: symmetric, one scale per output channel.
 
     Until `freeze`, `weight` (out, in) holds float weights and `weight_scale` (out,) is 1. `bias` (out,) stays float.
+
+    Args:
+        layer: timm's layer, which stays as it is.
+        then: the LayerScale behind it, or an Identity. Its factors become a part of the weights. Each output channel
+            has a scale of its own, so this changes no integer weight, apart from its sign.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d):
+    def __init__(self, layer: nn.Linear | nn.Conv2d, then: nn.Module | None = None):
         super().__init__()
         weight = layer.weight.detach().flatten(1).clone()
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
+        if isinstance(then, LayerScale):
+            gamma = then.gamma.detach()
+            weight, bias = weight * gamma[:, None], bias * gamma
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", torch.ones_like(bias))
         self.register_buffer("bias", bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from timm.layers import Attention, Mlp, PatchEmbed
+from timm.layers import Attention, LayerScale, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -67,7 +67,9 @@ def check_supported(model: nn.Module) -> None:
             raise UnsupportedModelError(f"{name}.mlp.act approximates GELU by {block.mlp.act.approximate!r}")
         if block.attn.head_dim > MAX_HEAD_DIM:
             raise UnsupportedModelError(f"{name} has a head_dim of {block.attn.head_dim}, more than {MAX_HEAD_DIM}")
-        for part in ("ls1", "ls2", "attn.q_norm", "attn.k_norm", "attn.norm", "mlp.norm"):
+        for part in ("ls1", "ls2"):
+            require(f"{name}.{part}", block.get_submodule(part), nn.Identity, LayerScale)
+        for part in ("attn.q_norm", "attn.k_norm", "attn.norm", "mlp.norm"):
             require(f"{name}.{part}", block.get_submodule(part), nn.Identity)
         for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
             require(f"{name}.{part}", block.get_submodule(part), nn.Linear)

@@ -38,7 +38,8 @@ CACHED_VALUES = 3 * 2**19  # values of the widest activation at a time on a CPU,
 class QuantizedBlock(nn.Module):
     """timm's Block.
 
-    Modifications: a place of quantisation follows each step, and the output can be that of the class tokens only.
+    Modifications: a place of quantisation follows each step, a LayerScale is a part of the layer before it, and the
+    output can be that of the class tokens only.
     """
 
     def __init__(self, block: Block, bits: int):
@@ -48,10 +49,10 @@ class QuantizedBlock(nn.Module):
         self.norm1, self.norm1_out = copy.deepcopy(block.norm1), Quantizer(bits)
         self.qkv, self.qkv_out = IntegerLinear(attn.qkv), Quantizer(bits)
         self.scores, self.attention = Quantizer(bits), Quantizer(bits)
-        self.proj, self.proj_out, self.sum1 = IntegerLinear(attn.proj), Quantizer(bits), Quantizer(bits)
+        self.proj, self.proj_out, self.sum1 = IntegerLinear(attn.proj, block.ls1), Quantizer(bits), Quantizer(bits)
         self.norm2, self.norm2_out = copy.deepcopy(block.norm2), Quantizer(bits)
         self.fc1, self.gelu = IntegerLinear(mlp.fc1), Quantizer(bits)
-        self.fc2, self.mlp, self.sum2 = IntegerLinear(mlp.fc2), Quantizer(bits), Quantizer(bits)
+        self.fc2, self.mlp, self.sum2 = IntegerLinear(mlp.fc2, block.ls2), Quantizer(bits), Quantizer(bits)
 
     def layers(self) -> list[tuple[IntegerLinear, Quantizer]]:
         """Each layer with integer weights, and the place that its inputs come from."""

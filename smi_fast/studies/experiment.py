@@ -19,13 +19,16 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from smi_fast.backbones.vit import accelerate
 from smi_fast.data.files import read_sealed, sealed, write_json
 from smi_fast.data.labelled import load_data
+from smi_fast.data.manifest import IMAGES
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.states import model_checksum
+from smi_fast.distillation import settings_of
 from smi_fast.distillation.rounds import TRAINING
+from smi_fast.inversion.inverter import Inverter
 from smi_fast.inversion.meter import StageMeter, confidences, iteration_flops
-from smi_fast.inversion.presets import InversionSettings
+from smi_fast.inversion.presets import PSAQ, InversionSettings
 from smi_fast.inversion.result import Step
-from smi_fast.inversion.schedule import StoppingSchedule
+from smi_fast.inversion.schedule import RebirthSchedule, StoppingSchedule
 from smi_fast.quantization import check_supported, quantize
 from smi_fast.runs.evaluation import contents, evaluate
 from smi_fast.runs.machine import made_with
@@ -37,8 +40,8 @@ from smi_fast.studies.student import Student
 
 BATCH = 128  # images that are evaluated at once
 MAX_HELD = 2**30  # bytes of test images that are held in memory
-WEIGHT_BITS = (8, 4)  # activations have 8 bits
-SECTIONS, INVERTED = "sections", "inverted"  # the folders of finished sections and of images
+BITS = ((8, 8), (4, 8), (4, 4))  # of weights and of activations
+SECTIONS, INVERTED, ADAPTIVE = "sections", "inverted", "adaptive"  # the folders of finished sections and of images
 NOTHING = {"inversion": None, "meter": {"times": []}}  # the checkpoint of an inversion that has not begun
 
 Value = TypeVar("Value")
@@ -49,22 +52,34 @@ class Settings:
     """The size of the comparisons."""
 
     inversion: InversionSettings
+    dtype: str | None  # of the matrix products of inversions; None means the default of `Inverter`
     images: int  # in a calibration set, inverted as one batch
     seeds: int  # for quantisation and transfer
     test_images: int | None  # on which models are evaluated; None means the whole test split
     rounds: int  # of a transfer
+    more_rounds: int  # of another one from sparse images, which take as long as dense ones of `rounds` rounds
     samples: int  # fresh images in a round, inverted as one batch
     steps: int  # of the student's optimiser in a round
     batch_size: int  # of the student
+    student_lr: float
     real_images: int  # in the transfer that shows the ceiling; other transfers from real images use at most as many
+    rebirth: int  # disjoint sparse images of each target
+    competition: float  # weight of the competition with the student, in the adaptive transfer
+    adaptive_seeds: int  # of this transfer
+    quantised_images: int | None  # test images on which quantised models are evaluated
     ablation_seeds: int
-    ablation_test_images: int | None  # on which quantised models are evaluated
     ablation_steps: int  # of the student's optimiser on one calibration set
     fractions: tuple[float, ...]  # stopped at each stopping of Fig. 8, besides none and the published 0.3
-    removal_images: int  # of the test split, for Table 2
-    speed_models: tuple[str, ...]  # names of timm models with random weights, measured besides the model
+    region_images: int  # of which only a region is inverted, for Table 2
+    removal_images: int  # of the test split, from which patches are removed
+    cost_models: tuple[tuple[str, int], ...]  # names of timm models and image sizes, for Table 1
+    cost_batch: int  # the number of images there
+    speed_models: tuple[str, ...]  # names of timm models with random weights, measured besides the model in Table 8
     speed_batches: tuple[int, ...]  # batch sizes
     speed_iterations: int  # timed in each stage
+    feature_images: int  # of the test split, in Fig. 9
+    cue_images: int  # of the training split, on which a planted cue is learnt
+    cue_blocks: int  # the last blocks of the model, which learn it
 
     def record(self) -> dict:
         """All settings in one dict of values that JSON knows."""
@@ -80,6 +95,8 @@ class Variant:
     name: str
     stopping: StoppingSchedule
     select: str = "attention"  # which patches go on, as `Inverter` takes it
+    settings: InversionSettings | None = None  # of another method than the comparison's
+    model: nn.Module | None = None  # another one than the comparison's
 
 
 class Experiment:
@@ -112,6 +129,9 @@ class Experiment:
             self.student = Student(student, self.fast, lambda: self.watched(self.test(settings.test_images, student)))
         self.dense = Variant("dense", StoppingSchedule.dense())
         self.sparse = Variant("sparse", settings.inversion.schedule)
+        method = PSAQ.replaced({"iterations": settings.inversion.iterations})
+        self.psaq_dense = Variant("PSAQ-ViT, dense", self.dense.stopping, settings=method)
+        self.psaq_sparse = Variant("PSAQ-ViT, sparse", self.sparse.stopping, settings=method)
         self.about = {
             "model": name_of(model),
             "student": None if student is None else name_of(student),
@@ -138,8 +158,8 @@ class Experiment:
                 ours, theirs = ("{}x{}".format(*grid.patch_size) for grid in (self.grid, self.student.reader.grid))
                 raise ValueError(f"the model has patches of {ours}, the student of {theirs}")
         self.job = Run(
-            self.out, "reproduction", self.about, made_with(self.device, command), folders=(SECTIONS, INVERTED),
-            processes=Processes(), **options,
+            self.out, "reproduction", self.about, made_with(self.device, command),
+            folders=(SECTIONS, INVERTED, ADAPTIVE), processes=Processes(), **options,
         )  # fmt: skip
         return self.job
 
@@ -193,7 +213,7 @@ class Experiment:
 
         Targets are all classes in turn, in random order. The metadata holds what the inversion cost.
         """
-        file = self.out / INVERTED / f"{variant.name}-{count}" / f"{number:05}.safetensors"
+        file = self.folder(variant, count) / f"{number:05}.safetensors"
         if file.is_file():
             try:
                 dataset = InvertedDataset.load(file)
@@ -206,11 +226,29 @@ class Experiment:
         self.job.discard(_batch_name(variant, number, count))
         return InvertedDataset.load(file)
 
+    def folder(self, variant: Variant, count: int) -> Path:
+        """Return the folder of a variant's batches of `count` images."""
+        return self.out / INVERTED / f"{_file_name(variant.name)}-{count}"
+
+    def inverter(self, variant: Variant) -> Inverter:
+        """Return what inverts the model as a variant says."""
+        settings = replace(variant.settings or self.settings.inversion, stopping=variant.stopping)
+        return settings.inverter(
+            variant.model or self.model, select=variant.select, dtype=self.dtype, progress=self.progress
+        )  # fmt: skip
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the matrix products of inversions."""
+        return None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
+
     def _invert(self, variant: Variant, number: int, count: int) -> InvertedDataset:
-        settings = replace(self.settings.inversion, stopping=variant.stopping)
-        inverter = settings.inverter(self.fast, select=variant.select, progress=self.progress)
+        inverter = self.inverter(variant)
         classes = torch.randperm(self.model.num_classes, generator=torch.Generator().manual_seed(number))
-        targets = classes[torch.arange(count) % len(classes)]
+        each = variant.stopping.images_per_target
+        if count % each:
+            raise ValueError(f"{count} images cannot be {each} of each target")
+        targets = classes[torch.arange(count // each) % len(classes)]
         meter, seed = StageMeter(self.device), batch_seed(0, count)  # batches of different sizes share no image
         name = _batch_name(variant, number, count)
         before = self.job.checkpoint(name) or NOTHING
@@ -227,14 +265,16 @@ class Experiment:
         if result.interrupted:
             raise KeyboardInterrupt
         costs = list(meter.costs.values())
-        flops = sum(iteration_flops(inverter, cost.stage, count) * cost.iterations for cost in costs)
+        flops = sum(iteration_flops(inverter, cost.stage, len(targets)) * cost.iterations for cost in costs)
+        seconds = sum(cost.seconds for cost in costs)
         confidence, _ = confidences(
-            self.fast, result.images, result.keep, result.targets, **self.normalisation
+            accelerate(variant.model or self.model), result.images, result.keep, result.targets, **self.normalisation
         )  # fmt: skip
         metadata = self.normalisation | {
             "stopping": str(variant.stopping),
             "select": variant.select,
-            "iterations_per_second": inverter.iterations / sum(cost.seconds for cost in costs),
+            "iterations_per_second": inverter.iterations / seconds,
+            "images_per_hour": 3600 * count / seconds,
             "gflop": flops / inverter.iterations / 1e9,
             "memory": max(cost.peak_memory for cost in costs) / 2**20,
             "last_memory": costs[-1].peak_memory / 2**20,
@@ -260,27 +300,51 @@ class Experiment:
         name = _file_name(f"accuracy-{name}-{count or 'all'}")
         return 100 * evaluate(self.job, name, make, self.test(count), progress=False)["accuracy"]
 
-    def quantised(
-        self, name: str, calibrations: Sequence[InvertedDataset | Tensor], count: int | None
-    ) -> list[list[float]]:
-        """Measure the accuracy at W8/A8 and at W4/A8, in %, after calibration on each of the sets. The name stands for
-        the sets."""
+    def quantised(self, name: str, calibrations: Sequence[InvertedDataset | Tensor]) -> list[list[float]]:
+        """Measure the accuracy in % for each of BITS, after calibration on each of the sets. The name stands for the
+        sets."""
         return [
             [
-                self.accuracy(f"{name}-W{bits}-{seed}", partial(quantize, self.model, images, bits, 8), count)
+                self.accuracy(
+                    f"{name}-W{weights}A{activations}-{seed}",
+                    partial(quantize, self.model, images, weights, activations),
+                    self.settings.quantised_images,
+                )
                 for seed, images in enumerate(calibrations)
             ]
-            for bits in WEIGHT_BITS
+            for weights, activations in BITS
         ]
 
     def transfer(self, name: str, images: Callable[[], InvertedDataset], seed: int, **how) -> list[float]:
         """Return the test accuracy of the student after each round of a transfer, in %. The name stands for the
-        images."""
+        images, and `how` are settings of `distill`."""
         name = _file_name(f"transfer-{name}-{seed}")
         part = self.job.part(name)
-        curve = self.once(name, lambda: self.student.learn(images(), seed, run=part, **how))
+        curve = self.once(name, lambda: self.student.learn(seed, dataset=images(), run=part, **how))
         part.discard(TRAINING)
         return curve
+
+    def adaptive_transfer(self, seed: int, **how) -> list[float]:
+        """Return the test accuracy of the student after each round, in %, where the sparse images of a round compete
+        with the student as it is then. Its images and its training have a folder of their own."""
+        student = self.student.copy()
+        how |= {"inverter": self.inverter(self.sparse), "adaptive": self.settings.competition, "js": "exact"}
+        settings = settings_of(self.student.teacher, student, seed=seed, **how)
+        job = Run(
+            self.out / ADAPTIVE / str(seed), "adaptive transfer", settings, made_with(self.device),
+            folders=(IMAGES,), processes=Processes(), checkpoint_every=self.job.every / 60,
+        )  # fmt: skip
+
+        def learn() -> list[float]:
+            job.folder.parent.mkdir(exist_ok=True)
+            with job:
+                return self.student.learn(seed, student, run=job, **how)
+
+        return self.once(f"transfer-adaptive-{seed}", learn)
+
+    @property
+    def rebirth(self) -> Variant:
+        return Variant("rebirth", RebirthSchedule(self.settings.rebirth).stopping(self.settings.inversion.iterations))
 
     @property
     def final_count(self) -> int:

@@ -10,14 +10,15 @@ from torch import Tensor
 from smi_fast.backbones.base import frozen
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.studies.experiment import BATCH, Experiment, Variant
-from smi_fast.studies.pictures import save_grid
+from smi_fast.studies.pictures import GREY, save_grid
+
+MIN_COLUMNS, MAX_WIDTH = 4, 1200  # of a picture, the width in pixels
 
 
-def inverted_pool(run: Experiment, variant: Variant) -> InvertedDataset:
+def inverted_pool(run: Experiment, variant: Variant, rounds: int) -> InvertedDataset:
     """Return the inverted images of all rounds of a transfer."""
-    for number in range(run.settings.rounds):
-        run.inverted(variant, number, run.settings.samples)
-    return InvertedDataset.load(run.out / "inverted" / f"{variant.name}-{run.settings.samples}")
+    batches = [run.inverted(variant, number, run.settings.samples) for number in range(rounds)]
+    return batches[0].join(batches)
 
 
 def real_images(run: Experiment, count: int, seed: int) -> InvertedDataset:
@@ -51,9 +52,9 @@ def most_attended(run: Experiment, dataset: InvertedDataset, count: int) -> Inve
 
 
 def save_rows(path: Path, sets: dict[str, InvertedDataset]) -> None:
-    """Write a PNG with a row of up to ten images for each set, labelled with the set's name."""
-    columns = min(10, *map(len, sets.values()))
-    images = torch.cat([dataset.images(range(columns)) for dataset in sets.values()])
+    """Write a PNG with a row of images for each set, ten small ones or fewer large ones, labelled with its name."""
+    columns = min(max(MIN_COLUMNS, MAX_WIDTH // next(iter(sets.values())).image_size[1]), 10, *map(len, sets.values()))
+    images = torch.cat([dataset.images(range(columns), stopped=GREY) for dataset in sets.values()])
     save_grid(images, path, columns, list(sets))
 
 

@@ -104,6 +104,24 @@ def save_panels(panels: Sequence[dict], path: str | os.PathLike) -> bool:
     return _save(path, draw, width=5 * len(panels), columns=len(panels))
 
 
+def save_points(sets: dict, path: str | os.PathLike) -> bool:
+    """Plot points of several sets, each with a marker of its own, in the colours of their classes.
+
+    Args:
+        sets: maps the name of a set to its points (N, 2) and their classes (N,).
+    """
+
+    def draw(axes) -> None:
+        for (name, (points, classes)), marker in zip(sets.items(), ".sDo^v*", strict=False):
+            style = {"c": [f"C{label % 10}" for label in classes.tolist()], "marker": marker}
+            edge = {"s": 12, "alpha": 0.35, "linewidths": 0} if marker == "." else {"s": 26, "edgecolors": "black"}
+            axes.scatter(*points.T, **style, **{"linewidths": 0.6} | edge, label=name)
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+
+    return _save(path, draw, width=7, height=5)
+
+
 def _save(
     path: str | os.PathLike, draw: Callable[..., None], *, width: float = 6, height: float = 3.6, columns: int = 1
 ) -> bool:

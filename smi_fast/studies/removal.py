@@ -1,4 +1,4 @@
-"""Table 2: how much a model loses when patches are removed from its images."""
+"""An ablation of ours: how much a model loses when patches are removed from its images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REMOVALS = {  # maps what is removed to a function that takes patches sorted by 
 }
 
 
-def table2(run: Experiment) -> Section:
+def removal(run: Experiment) -> Section:
     s, rows = run.settings, []
     sets = [run.inverted(run.dense, number, s.images) for number in range(s.seeds)]
     inverted = [((dataset.images() - run.mean) / run.std, dataset.targets) for dataset in sets]
@@ -34,7 +34,7 @@ def table2(run: Experiment) -> Section:
         rows.append([source, "nothing", num_patches, *whole])
         rows += [[source, what, n, *part] for (n, what), part in zip(product(counts, REMOVALS), parts, strict=True)]
     return Section(
-        "Table 2: loss after removing background or foreground patches",
+        "An ablation of ours: removing background or foreground patches",
         "Cross-entropy and accuracy on what is left of an image when the patches with the least (background) or the "
         "most (foreground) of the class token's attention, or random ones, are removed. The images are "
         f"{split(s.removal_images)} and {s.seeds * s.images} dense inverted images.",

@@ -12,33 +12,122 @@ from pathlib import Path
 from torch import nn
 
 from smi_fast.bars import ProgressBar
-from smi_fast.inversion.presets import DEMO, PAPER
+from smi_fast.inversion.objectives import deep_inversion
+from smi_fast.inversion.presets import DEMO, PAPER, InversionSettings
 from smi_fast.runs.machine import device_name, versions
 from smi_fast.runs.run import EVERY
-from smi_fast.studies.ablation import figure8, table6, table7
+from smi_fast.studies.ablation import figure8, table7, which_patches
+from smi_fast.studies.costs import table1
 from smi_fast.studies.downstream import table3, table4, table5
 from smi_fast.studies.experiment import Experiment, Settings
+from smi_fast.studies.features import figure9
+from smi_fast.studies.hallucination import hallucination
 from smi_fast.studies.page import Section, write_page
-from smi_fast.studies.removal import table2
+from smi_fast.studies.regions import table2
+from smi_fast.studies.removal import removal
 from smi_fast.studies.speed import table8
 
+VIT_S = InversionSettings(deep_inversion(tv_l2=1e-3), iterations=100, lr=0.1)  # of a ViT-S/14 of 224 pixels, on a CPU
+COSTS = (("resnet18", 32), ("resnet18", 224), ("deit_base_patch16_224", 224))
 PRESETS = {
-    "paper": Settings(  # a transfer from 100,000 images; the dense ones take 60 GB on the disk
-        PAPER, images=32, seeds=3, test_images=None, rounds=1000, samples=100, steps=1,
-        batch_size=32, real_images=5000, ablation_seeds=3, ablation_test_images=None, ablation_steps=200,
-        fractions=(0.1, 0.2, 0.4, 0.5), removal_images=10_000, speed_batches=(32, 64, 128), speed_iterations=50,
+    "paper": Settings(  # a transfer from 14,080 images, as in Table 5
+        PAPER,
+        dtype=None,
+        images=32,
+        seeds=3,
+        test_images=None,
+        rounds=110,
+        more_rounds=400,
+        samples=128,
+        steps=100,
+        batch_size=128,
+        student_lr=0.1,
+        real_images=5000,
+        rebirth=4,
+        competition=0.2,
+        adaptive_seeds=1,
+        quantised_images=None,
+        ablation_seeds=3,
+        ablation_steps=200,
+        fractions=(0.1, 0.2, 0.4, 0.5),
+        region_images=32,
+        removal_images=10_000,
+        cost_models=COSTS,
+        cost_batch=128,
+        speed_batches=(32, 64, 128),
+        speed_iterations=50,
         speed_models=("deit_tiny_patch16_224", "deit_base_patch16_224"),
+        feature_images=2000,
+        cue_images=50_000,
+        cue_blocks=3,
+    ),
+    "vit-s": Settings(
+        VIT_S,
+        dtype="bfloat16",
+        images=32,
+        seeds=3,
+        test_images=None,
+        rounds=4,
+        more_rounds=16,
+        samples=32,
+        steps=300,
+        batch_size=32,
+        student_lr=0.005,
+        real_images=512,
+        rebirth=4,
+        competition=0.2,
+        adaptive_seeds=1,
+        quantised_images=300,
+        ablation_seeds=2,
+        ablation_steps=300,
+        fractions=(0.1, 0.2, 0.4, 0.5),
+        region_images=10,
+        removal_images=500,
+        cost_models=COSTS,
+        cost_batch=8,
+        speed_batches=(8, 32),
+        speed_iterations=6,
+        speed_models=("deit_tiny_patch16_224", "deit_base_patch16_224"),
+        feature_images=300,
+        cue_images=3200,
+        cue_blocks=3,
     ),
     "demo": Settings(
-        DEMO, images=32, seeds=3, test_images=2500, rounds=4, samples=32, steps=200,
-        batch_size=64, real_images=2000, ablation_seeds=2, ablation_test_images=2000, ablation_steps=200,
-        fractions=(0.15, 0.5), removal_images=2000, speed_batches=(8, 32), speed_iterations=6,
+        DEMO,
+        dtype=None,
+        images=32,
+        seeds=3,
+        test_images=2500,
+        rounds=4,
+        more_rounds=14,
+        samples=32,
+        steps=200,
+        batch_size=64,
+        student_lr=0.1,
+        real_images=2000,
+        rebirth=4,
+        competition=10.0,
+        adaptive_seeds=1,
+        quantised_images=2500,
+        ablation_seeds=2,
+        ablation_steps=200,
+        fractions=(0.15, 0.5),
+        region_images=32,
+        removal_images=2000,
+        cost_models=(*COSTS[:2], ("deit_tiny_patch16_224", 224)),
+        cost_batch=8,
+        speed_batches=(8, 32),
+        speed_iterations=6,
         speed_models=("deit_tiny_patch16_224",),
+        feature_images=500,
+        cue_images=10_000,
+        cue_blocks=3,
     ),
-}  # fmt: skip
+}
 SECTIONS: dict[str, Callable[[Experiment], Section]] = {  # in the order of the page
-    "table3": table3, "table4": table4, "table5": table5, "table6": table6, "table7": table7, "figure8": figure8,
-    "table8": table8, "table2": table2,
+    "table1": table1, "table2": table2, "table3": table3, "table4": table4, "table5": table5, "table7": table7,
+    "figure8": figure8, "table8": table8, "figure9": figure9, "hallucination": hallucination,
+    "which_patches": which_patches, "removal": removal,
 }  # fmt: skip
 NEED_STUDENT = ("table4", "table5")
 FILES = ("page.md", *(f"{name}.png" for name in SECTIONS))
@@ -73,7 +162,7 @@ def reproduce(
         student: the model whose copies the transfers teach by linear probing, with the model's classes and patches.
             Without one, transfers are left out.
         student_note: a sentence for the page about what the student has learnt so far.
-        settings: "paper", "demo", or settings of your own.
+        settings: "paper", "vit-s", "demo", or settings of your own.
         sections: names from `SECTIONS`. None means all of them.
         progress: whether to show progress bars.
         checkpoint_every: the minutes between two checkpoints.

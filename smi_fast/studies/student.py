@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from smi_fast.backbones.base import frozen
 from smi_fast.backbones.vit import AcceleratedViT
 from smi_fast.data.labelled import accuracy
-from smi_fast.data.sparse import InvertedDataset
 from smi_fast.distillation import Reader, distill
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -31,10 +30,15 @@ class Student:
     def __init__(self, model: nn.Module, teacher: AcceleratedViT, test: Callable[[], Batches]):
         self.model, self.teacher, self.test = model, teacher, test
 
-    def learn(self, dataset: InvertedDataset, seed: int, **settings) -> list[float]:
-        """Teach a copy with the images, and return its test accuracy after each round, in %."""
-        student, settings = copy.deepcopy(self.model), settings | {"evaluate": self._accuracy, "progress": False}
-        result = distill(self.teacher, student, dataset=dataset, seed=seed, **settings)
+    def copy(self) -> nn.Module:
+        """Return a copy of the model, for a transfer."""
+        return copy.deepcopy(self.model)
+
+    def learn(self, seed: int, student: nn.Module | None = None, **settings) -> list[float]:
+        """Teach a copy, and return its test accuracy after each round, in %. `settings` are those of `distill`, which
+        also say what the images are."""
+        settings |= {"evaluate": self._accuracy, "progress": False}
+        result = distill(self.teacher, student or self.copy(), seed=seed, **settings)
         if result.interrupted:
             raise KeyboardInterrupt
         return [100 * finished.accuracy for finished in result.history]

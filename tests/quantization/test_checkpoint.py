@@ -18,7 +18,7 @@ from smi_fast.quantization import QuantizedViT, quantize
 
 @pytest.mark.parametrize("weight_bits", [8, 4, 3])
 def test_saved_model_comes_back_with_the_same_bits(seed, tmp_path, weight_bits):
-    model = cifar10_vit(depth=2, pretrained=False, num_classes=11, in_chans=1, qkv_bias=False)
+    model = cifar10_vit(depth=2, pretrained=False, num_classes=11, in_chans=1, qkv_bias=False, init_values=0.1)
     images = torch.randn(4, 1, 32, 32)
     quantized = quantize(model, images, weight_bits, 7)
     quantized.save(tmp_path / "model.safetensors")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
 from torch import nn
 
 from smi_fast.quantization.layers import IntegerLinear, add, layer_norm
@@ -34,6 +35,17 @@ def test_weights_are_the_nearest_of_eq_5(seed, bits):
     for row, integers, scale in zip(linear.weight.tolist(), layer.weight.tolist(), layer.weight_scale, strict=True):
         assert scale == (max(map(abs, row)) / largest or 1)
         assert integers == [round(weight / scale.item()) for weight in row]
+
+
+def test_layer_scale_becomes_a_part_of_the_weights_and_changes_no_integer(seed):
+    linear, scale = nn.Linear(24, 5).double(), LayerScale(5).double()
+    scale.gamma.data = torch.tensor([1e-5, -0.3, 2.0, 0.0, 1.0]).double()
+    scaled, plain, x = IntegerLinear(linear, scale), IntegerLinear(linear), torch.randint(0, 256, (7, 24)).double()
+    torch.testing.assert_close(scaled(Scaled(x.clone())).to(1.0).values, scale(linear(x)))
+    scaled.freeze(8)
+    plain.freeze(8)
+    assert torch.equal(scaled.weight, plain.weight * scale.gamma.sign()[:, None])
+    torch.testing.assert_close(scaled(Scaled(x)).to(1.0).values, scale(plain(Scaled(x)).to(1.0).values))
 
 
 def ready(low: float, high: float) -> Quantizer:

@@ -19,7 +19,6 @@ from smi_fast.quantization import check_supported, quantize
         (dict(pre_norm=True), "norm_pre"),
         (dict(no_embed_class=True), "no_embed_class=True"),
         (dict(pos_embed="none"), "pos_embed"),
-        (dict(init_values=1e-5), r"blocks\[0\].ls1 is a LayerScale"),
         (dict(qk_norm=True), r"blocks\[0\].attn.q_norm"),
         (dict(scale_mlp_norm=True), r"blocks\[0\].mlp.norm"),
         (dict(act_layer="relu"), r"blocks\[0\].mlp.act is a ReLU"),

@@ -32,10 +32,36 @@ def vit():
 @pytest.fixture(scope="session")
 def tiny():
     return Settings(
-        InversionSettings(deep_inversion(tv_l2=1e-3), iterations=20, lr=0.1), images=4, seeds=2, test_images=None,
-        rounds=2, samples=4, steps=3, batch_size=4, real_images=6, ablation_seeds=2, ablation_test_images=7,
-        ablation_steps=2, fractions=(0.5,), removal_images=8, speed_models=(), speed_batches=(2,), speed_iterations=2,
-    )  # fmt: skip
+        InversionSettings(deep_inversion(tv_l2=1e-3), iterations=10, lr=0.1),
+        images=4,
+        seeds=2,
+        test_images=None,
+        dtype=None,
+        rounds=2,
+        more_rounds=3,
+        samples=4,
+        steps=3,
+        batch_size=4,
+        student_lr=0.1,
+        real_images=6,
+        rebirth=2,
+        competition=0.2,
+        adaptive_seeds=1,
+        quantised_images=7,
+        ablation_seeds=2,
+        ablation_steps=2,
+        fractions=(0.5,),
+        region_images=3,
+        removal_images=8,
+        cost_models=(("resnet10t", 32), ("vit_tiny_patch16_224", 224)),
+        cost_batch=1,
+        speed_models=(),
+        speed_batches=(2,),
+        speed_iterations=2,
+        feature_images=9,
+        cue_images=8,
+        cue_blocks=1,
+    )
 
 
 @pytest.fixture(scope="session")

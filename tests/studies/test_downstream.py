@@ -10,11 +10,11 @@ from smi_fast.studies.page import Section
 def test_table_5_counts_to_the_dense_best(tiny):
     curves = {
         "dense inversion": [[10.0, 30.0, 20.0], [50.0, 40.0, 45.0]],
-        "sparse inversion": [[30.0, 5.0, 99.0], [1.0] * 3],
+        "sparse inversion, 4 rounds": [[30.0, 5.0, 99.0, 0.0], [1.0] * 4],
     }
     speeds = {"dense": 2.0, "sparse": 8.0}
     run = SimpleNamespace(
-        settings=replace(tiny, rounds=3, samples=10, inversion=replace(tiny.inversion, iterations=40)),
+        settings=replace(tiny, rounds=3, more_rounds=4, samples=10, inversion=replace(tiny.inversion, iterations=40)),
         section=lambda name, make: Section("", "", {}, [], curves=curves),
         inverted=lambda variant, *_: SimpleNamespace(metadata={"iterations_per_second": speeds[variant.name]}),
         dense=SimpleNamespace(name="dense"),
