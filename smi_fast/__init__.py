@@ -22,6 +22,7 @@ def _kernels_of_checkout() -> None:
 _kernels_of_checkout()
 
 from smi_fast.backbones.cnn import CNN  # noqa: E402
+from smi_fast.backbones.ensemble import Ensemble  # noqa: E402
 from smi_fast.backbones.huggingface import from_huggingface  # noqa: E402
 from smi_fast.backbones.pruning import Drop, Mass, Merge  # noqa: E402
 from smi_fast.backbones.published import SMIAdaptor  # noqa: E402
@@ -49,6 +50,7 @@ __all__ = [
     "AcceleratedViT",
     "DistillationResult",
     "Drop",
+    "Ensemble",
     "InversionResult",
     "InvertedDataset",
     "Inverter",

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 import smi_fast
 from smi_fast.cli import distill, evaluate, info, invert, quantize, report, reproduce
-from smi_fast.cli.arguments import Parser
+from smi_fast.cli.arguments import Parser, prepare_data
+from smi_fast.cli.config import with_config
 from smi_fast.cli.output import resumed, say
 from smi_fast.data.manifest import MANIFEST
 from smi_fast.inversion.inverter import NonFiniteError
@@ -37,11 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
     with warnings.catch_warnings(), _stoppable():
         warnings.showwarning = _show_warning
         try:
-            given = resumed(sys.argv[1:] if arguments is None else arguments)
+            parser = _parser()
+            given = resumed(with_config(sys.argv[1:] if arguments is None else arguments, parser.commands))
             args.command = [argument for argument in given if argument != "--overwrite"]
-            _parser().parse_args(given, args)
+            parser.parse_args(given, args)
             if hasattr(args, "device"):
                 args.device = device_of_process(args.device)
+            prepare_data(args)
             return args.run(args)
         except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
             spent = any(text in str(error) for text in OUT_OF_MEMORY) or isinstance(error, MemoryError)
@@ -96,11 +99,16 @@ def _going_on(args: argparse.Namespace) -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="smi-fast", description="Fast sparse model inversion of Vision Transformers.")
+    what = (
+        "Sparse model inversion, fast: images out of a trained classifier alone, and what they are for, which is to "
+        "quantise a model or to teach a student without its training data. To begin with: smi-fast invert"
+    )
+    parser = Parser(prog="smi-fast", description=what)
     parser.add_argument("--version", action="version", version=f"smi-fast {smi_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
+    parser.commands = commands.choices
     return parser
 
 

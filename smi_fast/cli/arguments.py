@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from smi_fast.data.files import first_line
-from smi_fast.data.labelled import accuracy, load_data
+from smi_fast.data.labelled import accuracy, download_data, load_data
 from smi_fast.inversion.presets import DEMO, OBJECTIVES, PAPER, InversionSettings, settings_of
 from smi_fast.inversion.priors import NORMS
 from smi_fast.inversion.schedule import WarmupCosine
@@ -26,6 +26,7 @@ from smi_fast.seeds import check_seed
 
 MAX_COUNT = 2**31 - 1
 OTHERS_WAIT = 30  # seconds
+DATA = Path("data")  # where data sets are downloaded to
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,6 +60,19 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
     return value
+
+
+def jitter(text: str) -> int | float:
+    """Read the largest shift of a view: an integer number of pixels, or a share of the image's side."""
+    return int(text) if text.isdecimal() else finite(text)
+
+
+def size(text: str) -> tuple[int, int]:
+    """Read the size of images, such as 224 or 192x256 (height and width), in pixels."""
+    sides = [count(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"must be such as 224 or 192x256, got {text!r}")
+    return sides[0], sides[-1]
 
 
 def seed(text: str) -> int:
@@ -96,7 +110,8 @@ def add_numbers(group: argparse._ActionsContainer, **options: tuple[Callable, fl
 
 
 MODELS = (
-    f"name of a model in smi-fast ({MODEL_INSIDE}, {CNN_INSIDE}) or timm, torchvision/NAME, or a folder of transformers"
+    f"name of a model: one that comes with smi-fast ({MODEL_INSIDE}, {CNN_INSIDE}), a name of timm, hf-hub:ORG/NAME "
+    "for a timm model on Hugging Face's hub, torchvision/NAME, or a folder that transformers has written"
 )
 
 
@@ -107,12 +122,22 @@ def add_model(
     role: str = "model",
     default: str | None = MODEL_INSIDE,
 ) -> argparse._ArgumentGroup:
-    """Add --model, --pretrained and --checkpoint, or --ROLE, --ROLE-pretrained and --ROLE-checkpoint."""
+    """Add --model, --pretrained, --checkpoint and --image-size, or --ROLE, --ROLE-pretrained and --ROLE-checkpoint."""
     group, prefix = parser.add_argument_group(role), "" if role == "model" else f"{role}-"
-    checkpoint = "read the weights from a safetensors or torch file"
+    checkpoint = (
+        "read the weights from a safetensors or torch file; the header of a safetensors file may also name the "
+        "classes, the normalisation and the image size"
+    )
     group.add_argument(f"--{role}", default=default, metavar="NAME", help=what)
-    group.add_argument(f"--{prefix}pretrained", action="store_true", help="download timm's weights")
+    what = "download the weights of a name of timm or torchvision, or take them from the cache"
+    group.add_argument(f"--{prefix}pretrained", action="store_true", help=what)
     group.add_argument(f"--{prefix}checkpoint", type=Path, metavar="FILE", help=checkpoint)
+    if role == "model":
+        what = (
+            "size of the images in pixels, such as 224 or 192x256 (height and width), for all models of the command; "
+            "the positions of a ViT are interpolated (default: the model's own)"
+        )
+        group.add_argument("--image-size", type=size, metavar="SIZE", help=what)
     return group
 
 
@@ -123,22 +148,30 @@ def model_of(args: argparse.Namespace, role: str = "model") -> nn.Module:
         getattr(args, role),
         pretrained=getattr(args, f"{prefix}pretrained"),
         checkpoint=getattr(args, f"{prefix}checkpoint"),
+        image_size=args.image_size,
         options=tuple(f"--{prefix}{option}".replace("_", "-") for option in ("pretrained", "checkpoint")),
     )
     return model.to(args.device)
 
 
 INVERSION = {  # setting -> the type of its option, and what the help says about it
-    "iterations": (count, "number of iterations of an inversion"),
-    "lr": (finite, "learning rate of the pixels"),
-    "tv_l2": (finite, "weight of the total variation prior, which smooths the images"),
+    "iterations": (count, "number of iterations: steps in which the pixels of an image are changed"),
+    "lr": (finite, "learning rate of the pixels: the larger, the more a step changes them"),
+    "tv_l2": (finite, "weight of total variation, a penalty on differences between neighbours, which smooths images"),
     "tv_l1": (finite, "weight of the total variation of absolute differences, for CNNs"),
-    "l2": (finite, "weight of the l2 prior, which keeps pixels near the mean"),
-    "batch_norm": (finite, "weight of the distance to the statistics of BatchNorm, for CNNs"),
+    "l2": (finite, "weight of a penalty on the pixels' squares, which keeps them near the mean"),
+    "batch_norm": (finite, "weight of the distance to the statistics in the BatchNorm layers of a CNN"),
+    "jitter": (
+        jitter,
+        "largest random shift of the image that the model sees in an iteration: an integer is a number of pixels, a "
+        "decimal fraction a share of the side",
+    ),
+    "flip": (finite, "probability that the image that the model sees in an iteration is mirrored left-right"),
     "until": (finite, "end as soon as the model gives the targets this probability, in several checks in a row"),
     "checks": (count, f"number of these checks in a row (default: {Until.checks})"),
     "every": (count, f"number of iterations between two checks (default: {Until.every})"),
 }
+VIEWS = ("jitter", "flip")  # the settings that draw the views, where the method does not draw them itself
 CHOICES = ("lr_schedule", "norm", "stopping", "published")  # further settings
 OPTIONS = {"every": "check-every"}  # the names of options that are not those of their settings
 LR_SCHEDULES = {"constant": None, "cosine": WarmupCosine()}
@@ -152,7 +185,9 @@ def option_of(setting: str) -> str:
 def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
     """Add the settings of an inversion. `lr` is the name of the option for its learning rate."""
     what = (
-        "what is minimised, which also decides other defaults (default: deep_inversion, or deep_inversion_cnn for CNNs)"
+        "the method, that is, what is minimised, which also decides other defaults: deep_inversion makes images of "
+        "classes, deep_inversion_cnn does so with a CNN's statistics, and psaq makes images to calibrate a quantised "
+        "ViT on, whose patches differ much (default: deep_inversion, or deep_inversion_cnn for CNNs)"
     )
     group.add_argument("--objective", choices=OBJECTIVES, help=what)
     for field, (kind, what) in INVERSION.items():
@@ -163,12 +198,17 @@ def add_inversion(group: argparse._ArgumentGroup, lr: str = "--lr") -> None:
         group.add_argument(option, dest=f"inversion_{field}", type=kind, metavar="N", help=what)
     what = "how the learning rate changes: not at all, or by a warm-up and a cosine"
     group.add_argument("--lr-schedule", dest="inversion_lr_schedule", choices=LR_SCHEDULES, help=what)
-    what = 'norms of the priors run over the "batch" (default), or over each "image", so that none depends on others'
+    what = (
+        'penalties on pixels are those of a whole "batch" (default), or of each "image", so that none depends on others'
+    )
     group.add_argument("--norm", dest="inversion_norm", choices=NORMS, help=what)
     what = (
-        "when patches stop: ITERATION:FRACTION or ITERATION:mass=SHARE, such as 50:0.3,100:mass=0.9; paper for the "
-        "published schedule, scaled to the number of iterations; rebirth=V for V disjoint sparse images of each "
-        "target; or dense to stop none (default: paper for deep_inversion, else dense)"
+        "when patches stop, that is, are left out of all further computing. A ViT sees an image as a grid of patches, "
+        "and the importance of a patch is how much attention the model pays it. ITERATION:FRACTION stops this fraction "
+        "of the patches, the least important ones; ITERATION:mass=SHARE keeps the fewest patches with this share of "
+        "all importance, such as 50:0.3,100:mass=0.9; paper is the published schedule, scaled to the number of "
+        "iterations; rebirth=V makes V sparse images of each target, which have no patch in common; dense stops none "
+        "(default: paper for deep_inversion, else dense)"
     )
     group.add_argument("--stopping", dest="inversion_stopping", metavar="SCHEDULE", help=what)
     what = "treat stopped patches as the published code of Sparse Model Inversion does, against the paper"
@@ -186,6 +226,9 @@ def inversion_settings(args: argparse.Namespace, model: nn.Module) -> InversionS
     if "lr_schedule" in given:
         given["lr_schedule"] = LR_SCHEDULES[given["lr_schedule"]]
     settings = settings_of(args.model, model, args.objective).replaced(given)
+    fixed = [option_of(name) for name in VIEWS if name in given and settings.views is not None]
+    if fixed:
+        raise ValueError(f"{fixed[0]}: the method {args.objective} draws its views itself")
     return replace(settings, stopping=settings.schedule)  # a schedule that cannot be read is refused here
 
 
@@ -198,13 +241,34 @@ def given_inversion(args: argparse.Namespace) -> dict:
 def add_data(
     parser: argparse.ArgumentParser, what: str = "test images", *, required: bool = True, limit: bool = True
 ) -> None:
-    """Add --data and --root, which name labelled images, and --limit, which selects some of the test images."""
+    """Add --data, --root and --download, which name labelled images, and --limit, which selects some test images."""
     data = parser.add_argument_group("data")
-    what += ": a folder that holds a folder for each class, or CIFAR10, CIFAR100 or ImageNet with --root"
+    what += (
+        ": a folder that holds a folder for each class (or train and test with these), or the name of a data set: "
+        "cifar10, cifar100 or imagenet"
+    )
     data.add_argument("--data", metavar="DATA", required=required, help=what)
-    data.add_argument("--root", type=Path, metavar="FOLDER", help="folder where torchvision keeps the data set")
+    what = f"folder where torchvision keeps the data set of that name (with --download, the default is {DATA})"
+    data.add_argument("--root", type=Path, metavar="FOLDER", help=what)
+    what = "download the data set cifar10 or cifar100 first, unless it is there"
+    data.add_argument("--download", action="store_true", help=what)
     if limit:
         add_numbers(data, limit=(count, None, "use N evenly spaced test images instead of all"))
+
+
+def prepare_data(args: argparse.Namespace) -> None:
+    """Download the data set, if the command is to.
+
+    Raises:
+        ValueError: there is no data set to download, the download fails, or several processes would share it.
+    """
+    if not getattr(args, "download", False):
+        return
+    if args.data is None:
+        raise ValueError("--download: --data says which data set to download")
+    check_alone("--download")
+    args.root = args.root or DATA
+    download_data(args.data, args.root)
 
 
 def load_test_images(args: argparse.Namespace, model: nn.Module) -> DataLoader:

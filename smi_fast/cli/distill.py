@@ -29,13 +29,22 @@ from smi_fast.runs.run import Run
 from smi_fast.studies.plots import save_accuracy
 from smi_fast.studies.report import as_text
 
+DESCRIPTION = (
+    "Teach a model, the student, what another one knows, the teacher, without the data that the teacher was trained "
+    "on: in each round images are inverted from the teacher, and the student learns to give the teacher's answers to "
+    "them. Test images serve only to measure the student after each round."
+)
 UNTRAINED_STUDENT = "cifar10_resnet8"  # the student of the CNN inside
 STUDENT, ACCURACY, REPORT = FILES = ("student.safetensors", "accuracy.png", "report.json")
 TRANSFER = {  # argument of `distill` -> type, default, and what the help says about it
     "rounds": (count, 10, "number of rounds; each inverts images, then trains the student"),
     "steps": (count, 200, "number of training steps of the student in a round"),
     "batch_size": (count, 128, "number of images in a step"),
-    "temperature": (finite, 20.0, "temperature of the softmax whose outputs the student learns"),
+    "temperature": (
+        finite,
+        20.0,
+        "temperature of the answers: the higher, the more of them is about unlikely classes",
+    ),
     "lr": (finite, 0.1, "learning rate of the student, which SGD trains"),
     "momentum": (finite, 0.9, "momentum of SGD"),
     "weight_decay": (finite, 1e-4, "weight decay of SGD"),
@@ -44,9 +53,9 @@ TRANSFER = {  # argument of `distill` -> type, default, and what the help says a
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("distill", help="teach a student with inverted images alone")
+    parser = commands.add_parser("distill", help="teach a student with inverted images alone", description=DESCRIPTION)
     parser.set_defaults(run=run)
-    arguments.add_model(parser, "name of the teacher: a timm ViT or DeiT, or the small ViT that comes with smi-fast")
+    arguments.add_model(parser, f"name of the teacher: {arguments.MODELS.removeprefix('name of a model: ')}")
     what = (
         f"name of the student, such as that of a timm model, cifar10_resnet8 or cifar10_resnet14 (default: "
         f"{STUDENT_INSIDE}, the ViT trained without labels that comes with smi-fast; for {CNN_INSIDE} an untrained "

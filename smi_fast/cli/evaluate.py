@@ -16,7 +16,7 @@ from smi_fast.quantization import QuantizedViT
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("evaluate", help="measure the accuracy of a model, quantised or not")
     parser.set_defaults(run=run)
-    arguments.add_model(parser, "name of any timm classifier, or of the small ViT that comes with smi-fast")
+    arguments.add_model(parser)
     what = "evaluate the model that smi-fast quantize wrote to this file"
     parser.add_argument("--quantized", type=Path, metavar="FILE", help=what)
     arguments.add_data(parser)
@@ -37,6 +37,6 @@ def evaluated_model(args: argparse.Namespace) -> nn.Module:
     """Return the quantised model if its file is given, otherwise the model that the other options name."""
     if args.quantized is None:
         return arguments.model_of(args)
-    if args.pretrained or args.checkpoint is not None or args.model != MODEL_INSIDE:
-        raise ValueError("--quantized holds the whole model: leave out --model, --pretrained and --checkpoint")
+    if args.pretrained or args.checkpoint is not None or args.image_size is not None or args.model != MODEL_INSIDE:
+        raise ValueError("--quantized holds the whole model: leave out the options of another model")
     return QuantizedViT.load(args.quantized).to(args.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 
 import torch
@@ -18,15 +19,24 @@ from smi_fast.runs.inversion import invert
 from smi_fast.runs.log import KINDS
 from smi_fast.runs.machine import processor, versions
 
+DESCRIPTION = (
+    "Make images of a classifier's classes out of its weights alone: pixels that begin as noise are changed until the "
+    "model sees the class in them. A Vision Transformer (ViT) cuts an image into patches, small squares. Those that it "
+    "pays the least attention to are stopped on the way: they are not computed any more, which saves most of the time, "
+    "and the images that come out are sparse: only their important patches are left. Writes the images and a page "
+    "that shows them, index.html."
+)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("invert", help="turn a trained classifier into images of its classes")
+    parser = commands.add_parser(
+        "invert", help="turn a trained classifier into images of its classes", description=DESCRIPTION
+    )
     parser.set_defaults(run=run)
     arguments.add_model(parser)
     images = parser.add_argument_group("images")
-    what = "classes by number or by the model's names for them, such as 0,3,7-9 or cat,ship; or all"
+    what = "classes by number or by the model's names for them, such as 0,3,7-9 or church,tench; or all"
     images.add_argument("--classes", default="first ten", metavar="LIST", help=what)
     arguments.add_numbers(
         images,
@@ -35,13 +45,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     loop = parser.add_argument_group("inversion")
     arguments.add_inversion(loop)
-    arguments.add_numbers(loop, seed=(arguments.seed, 0, "seed for the initial noise and the views"))
+    arguments.add_numbers(
+        loop,
+        seed=(arguments.seed, 0, "seed for the initial noise, and for the shifts and mirrors of --jitter and --flip"),
+    )
     what = "another model, which classifies the images now and then; its accuracy is reported"
     arguments.add_model(parser, what, role="verifier", default=None)
     machine = arguments.add_device(parser)
     what = "dtype of the matrix products (default: bfloat16 on a GPU that has it in hardware, otherwise float32)"
     machine.add_argument("--dtype", choices=DTYPES, help=what)
-    what = "kernels in Triton or in plain torch; auto takes Triton on CUDA"
+    what = "what the arithmetic runs in: Triton's kernels or plain torch; auto takes Triton on CUDA"
     machine.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto", help=what)
     output = add_run(parser, "smi-fast-output")
     what = "write loss, confidence, patches and images per second to the folder log"
@@ -104,15 +117,25 @@ def parse_classes(text: str, names: Sequence[str]) -> list[int]:
     if text.strip() in ("all", "first ten"):
         return list(range(len(names)))[: 10 if text.strip() == "first ten" else None]
     classes: list[int] = []
+    by_name = {_plain(name): number for number, name in reversed(list(enumerate(names)))}
     for part in (part.strip() for part in text.split(",")):
         first, dash, last = part.partition("-")
         last = last if dash else first
-        if part in names:
-            classes.append(names.index(part))
+        if _plain(part) in by_name:
+            classes.append(by_name[_plain(part)])
         elif not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise ValueError(f"--classes: {part!r} is neither a class number, a range such as 0-9, nor a class name")
+            near = difflib.get_close_matches(_plain(part), by_name, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"--classes: {part!r} is neither a class number, a range such as 0-9, nor a class name{hint}"
+            )
         elif int(last) >= len(names):
             raise ValueError(f"--classes: {last} is no class of the model, which has {len(names)}")
         else:
             classes += range(int(first), int(last) + 1)
     return list(dict.fromkeys(classes))
+
+
+def _plain(name: str) -> str:
+    """Return the name of a class without what is easily written in another way."""
+    return name.strip().lower().replace("_", " ")

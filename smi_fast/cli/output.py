@@ -11,14 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from smi_fast.cli.arguments import Parser
+from smi_fast.cli.config import add_config
 from smi_fast.data.manifest import MANIFEST, read_manifest
 from smi_fast.runs.run import EVERY, is_occupied
 from smi_fast.runs.signals import is_first
 
 
 def add_run(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
-    """Add --out, --overwrite, --resume, --checkpoint-every and --quiet, and return their group."""
+    """Add --config, --out, --overwrite, --resume, --checkpoint-every and --quiet, and return their group."""
     output = parser.add_argument_group("output")
+    add_config(parser)
     what = "folder for the results; the same command goes on with what it finds there"
     add_out(output, default, what)
     output.add_argument("--overwrite", action="store_true", help="begin anew in a folder that is not empty")
@@ -54,11 +57,11 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     Raises:
         ValueError: the folder holds no run of this command.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--resume", type=Path)
     try:
         given, others = parser.parse_known_args(arguments)
-    except SystemExit:  # --resume without a folder, which the command's own parser refuses
+    except ValueError:  # --resume without a folder, which the command's own parser refuses
         return list(arguments)
     if given.resume is None:
         return list(arguments)

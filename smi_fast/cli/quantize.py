@@ -34,23 +34,30 @@ from smi_fast.studies.experiment import name_of
 from smi_fast.studies.plots import save_ranges
 from smi_fast.studies.report import as_text
 
+DESCRIPTION = (
+    "Quantise a model: round its weights, and its activations (the numbers between its layers), to fewer bits. W4/A8 "
+    "stands for weights of 4 bits and activations of 8. The ranges of the activations are measured on calibration "
+    "images. Inverted images serve where there are no real ones."
+)
 MODEL, PROGRAM = "quantized.safetensors", "quantized.pt2"
 FILES = (MODEL, PROGRAM, "ranges.png", "report.json")
 CALIBRATION = "calibration"  # the checkpoint of what the calibration has observed
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("quantize", help="quantise a model, calibrated on inverted images")
+    parser = commands.add_parser(
+        "quantize", help="quantise a model, calibrated on inverted images", description=DESCRIPTION
+    )
     parser.set_defaults(run=run)
     arguments.add_model(parser)
     calibration = parser.add_argument_group("calibration")
-    what = "calibration images: what smi-fast invert wrote, noise, or real for images of --data's training split"
+    what = "calibration images: the folder of smi-fast invert, noise, or real for images of --data's training split"
     calibration.add_argument("--calibration", default="noise", metavar="SOURCE", help=what)
     arguments.add_numbers(calibration, images=(count, 32, "number of calibration images"))
     arguments.add_numbers(calibration, seed=(seed, 0, "seed for the noise, or for the choice of real images"))
     bits = parser.add_argument_group("bits")
-    arguments.add_numbers(bits, weight_bits=(int, 8, "bits of a weight, from 2 to 8"))
-    arguments.add_numbers(bits, activation_bits=(int, 8, "bits of an activation, from 2 to 8"))
+    arguments.add_numbers(bits, weight_bits=(int, 8, "bits of a weight, from 2 to 8: the number after the W of W4/A8"))
+    arguments.add_numbers(bits, activation_bits=(int, 8, "bits of an activation, from 2 to 8: the number after the A"))
     bits.add_argument("--export", action="store_true", help="also write quantized.pt2, an int8 program to deploy")
     arguments.add_data(parser, required=False)
     arguments.add_numbers(parser, batch_size=(count, 128, "number of test images at a time"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,26 @@ import torch
 from smi_fast.data.files import write_json
 from smi_fast.data.manifest import MANIFEST, read_manifest
 from smi_fast.data.sparse import InvertedDataset
-from smi_fast.data.states import load_state
 from smi_fast.inversion.meter import StageCost
-from smi_fast.runs.inversion import KIND, SNAPSHOTS, records
-from smi_fast.studies.pictures import save_grid, save_process
-from smi_fast.studies.plots import save_curve
-from smi_fast.studies.report import stage_records, stage_table
+from smi_fast.runs.inversion import KIND, records
+from smi_fast.studies.report import COLUMNS, stage_records, stage_table, what_was_done
+from smi_fast.studies.run_page import save_page
+from smi_fast.studies.run_pictures import draw
 
-FILES = ("grid.png", "process.png", "curve.png", "report.json")
-MAX_ROWS, MAX_COLUMNS = 50, 10  # of images in a picture
+WIDTH = 100  # characters of a line
+FILES = {  # what is written -> what it shows
+    "index.html": "the run as a page, to be opened in a browser: images, process, curves, table, settings",
+    "grid.png": "the images, with the names of their classes",
+    "process.png": "how the first of them came about, from the left to the right",
+    "process.webp": "the same as an animation",
+    "curve.png": "the loss, which is minimised, and the tokens of an image",
+    "report.json": "all figures",
+}
 OF_IMAGES = ("predicted", "confidence", "iterations")  # the figures of each image
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("report", help="draw the pictures of a run again, finished or not")
+    parser = commands.add_parser("report", help="draw the pictures and the page of a run again, finished or not")
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder that smi-fast invert writes to")
 
@@ -54,12 +61,29 @@ def write_report(folder: Path) -> str:
         "loss": first["loss"],  # of the first batch
         "stages": stage_records(costs),
     }
-    drawn = draw(folder, dataset, first)
+    names = class_names_of(dataset)
+    drawn = draw(folder, dataset, first, names)
+    save_page(folder / "index.html", report, dataset, names, first["tokens"], drawn)
     write_json(folder / "report.json", report)
-    lines = [stage_table(costs), summary(report), f"wrote {', '.join(['images', *drawn, 'report.json'])} to {folder}"]
-    if "curve.png" not in drawn:
-        lines.append("curve.png needs matplotlib: pip install smi-fast[viz]")
-    return "\n".join(lines)
+    return "\n".join((*sentences(report, dataset, costs), *files(folder, ["index.html", *drawn, "report.json"])))
+
+
+def sentences(report: dict[str, Any], dataset: InvertedDataset, costs: list[StageCost]) -> Iterator[str]:
+    """Yield the lines of the text about a run, up to its files."""
+    for paragraph in what_was_done(report, dataset):
+        yield from (*textwrap.wrap(paragraph, WIDTH), "")
+    yield from (stage_table(costs), "")
+    yield from (f"  {column:<13}{what}" for column, what in COLUMNS.items())
+    yield from ("", *textwrap.wrap(summary(report), WIDTH), "")
+
+
+def files(folder: Path, written: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each file that was written into the folder."""
+    yield f"wrote to {folder}:"
+    yield "  images       the sparse images, which smi_fast.InvertedDataset.load reads"
+    yield from (f"  {name:<13}{FILES[name]}" for name in written)
+    if "curve.png" not in written:
+        yield "curve.png needs matplotlib: pip install smi-fast[viz]"
 
 
 def measured(dataset: InvertedDataset) -> tuple[dict[str, Any], list[StageCost], dict[str, Any]]:
@@ -92,34 +116,12 @@ def verified_at_end(verified: Sequence[tuple[list, int]]) -> float | None:
     return sum(share * count for share, count in checked) / sum(count for _, count in checked) if checked else None
 
 
-def draw(folder: Path, dataset: InvertedDataset, first: dict[str, Any]) -> list[str]:
-    """Draw the pictures, and return the names of those that could be drawn."""
-    drawn = ["grid.png"]
-    classes = list(dict.fromkeys(dataset.targets.tolist()))[:MAX_ROWS]
-    rows = [(dataset.targets == target).nonzero().flatten()[:MAX_COLUMNS].tolist() for target in classes]
-    columns, names = min(map(len, rows)), class_names_of(dataset, classes)
-    shown = dataset.images([number for row in rows for number in row[:columns]])
-    save_grid(shown, folder / "grid.png", columns, names)
-    if (folder / SNAPSHOTS).exists():
-        snapshots = load_state(folder / SNAPSHOTS)
-        if snapshots["images"]:
-            save_process(snapshots["images"], folder / "process.png", snapshots["titles"])
-            drawn.append("process.png")
-    tokens = [count for start, end, count in first["tokens"] for _ in range(start, end)][: len(first["loss"])]
-    tokens += tokens[-1:] * (len(first["loss"]) - len(tokens))
-    if tokens and save_curve(first["loss"], tokens, folder / "curve.png") is not False:
-        drawn.append("curve.png")
-    return drawn
-
-
-def class_names_of(dataset: InvertedDataset, classes: Sequence[int]) -> list[str]:
-    """Return the names of classes, which the shards of their images hold."""
-    names: dict[str, str] = {}
+def class_names_of(dataset: InvertedDataset) -> dict[int, str]:
+    """Return the names of the classes of the images, which the shards of the images hold."""
+    names: dict[int, str] = {}
     for batch in records(dataset.files):
-        names |= batch["classes"]
-        if all(str(target) in names for target in classes):
-            break
-    return [names[str(target)] for target in classes]
+        names |= {int(target): name for target, name in batch["classes"].items()}
+    return names
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -14,9 +14,16 @@ from smi_fast.cli.output import add_run, check_out
 from smi_fast.models import STUDENT_INSIDE
 from smi_fast.studies.reproduce import FILES, PRESETS, SECTIONS, reproduce
 
+DESCRIPTION = (
+    "Repeat the comparisons of the paper on Sparse Model Inversion with a model and data of yours, and write them as "
+    "one page: how fast sparse images (of which only the important patches are made) are beside dense ones, how well "
+    "they quantise a model and teach a student, and which patches to stop."
+)
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("reproduce", help="repeat the paper's comparisons and write them as one page")
+    what = "repeat the paper's comparisons and write them as one page"
+    parser = commands.add_parser("reproduce", help=what, description=DESCRIPTION)
     parser.set_defaults(run=run)
     arguments.add_model(parser)
     what = "name of the student: a timm ViT or DeiT, the ViT trained without labels that comes with smi-fast, or none"

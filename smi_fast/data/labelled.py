@@ -16,8 +16,10 @@ from torchvision import datasets
 from smi_fast.backbones.base import class_names, frozen
 from smi_fast.bars import ProgressBar
 from smi_fast.data.files import first_line, read_image
+from smi_fast.data.network import impatient
 
 NAMES = ("CIFAR10", "CIFAR100", "ImageNet")
+DOWNLOADED = ("CIFAR10", "CIFAR100")  # by torchvision
 FOLDERS = {"train": ("train",), "test": ("test", "val")}  # the names that the folder of a split may have
 
 
@@ -32,7 +34,8 @@ def load_data(
             each split. If they lie in the folder itself, both splits hold all of its images. If the class folders have
             the names of the model's classes, labels follow the names and classes may be missing. Otherwise labels
             follow the alphabetical order.
-        root: the folder in which torchvision keeps the data set of that name. Nothing is downloaded.
+        root: the folder in which torchvision keeps the data set of that name. Nothing is downloaded, see
+            `download_data`.
         split: "train" or "test". For ImageNet, "test" is the validation split.
         model: a timm model or an `AcceleratedViT`. Its data config says how images are scaled, cropped and normalised,
             and the labels are its classes.
@@ -47,7 +50,7 @@ def load_data(
     if split not in FOLDERS:
         raise ValueError(f"split must be train or test, got {split!r}")
     transform = _evaluation_transform(model)
-    name = {known.lower(): known for known in NAMES}.get(str(name_or_folder).lower())
+    name = _known(name_or_folder)
     if root is not None:
         if name is None:
             raise ValueError(f"{name_or_folder!s} is no data set known by name, such as {', '.join(NAMES)}")
@@ -58,6 +61,34 @@ def load_data(
     if name is not None:
         raise ValueError(f"{name} needs its root, the folder that torchvision keeps it in")
     raise ValueError(f"{name_or_folder!s} is neither a folder nor one of {', '.join(NAMES)}")
+
+
+def download_data(name: str, root: str | Path) -> None:
+    """Download a data set into the folder in which torchvision keeps it, unless it is there.
+
+    Args:
+        name: CIFAR10 or CIFAR100, in capitals or not.
+        root: the folder. It is made if it does not exist.
+
+    Raises:
+        ValueError: torchvision does not download a data set of this name, or the download fails. The message says why.
+    """
+    known = _known(name)
+    if known not in DOWNLOADED:
+        raise ValueError(f"{known or name} cannot be downloaded, only {' and '.join(DOWNLOADED)} can")
+    try:
+        with impatient():
+            getattr(datasets, known)(str(root), download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{known} cannot be downloaded: {first_line(error)}; without a network, copy torchvision's files of it to "
+            f"{root}, or give a folder of images"
+        ) from error
+
+
+def _known(name: str | Path) -> str | None:
+    """Return a data set's name as torchvision writes it, or None."""
+    return {known.lower(): known for known in NAMES}.get(str(name).lower().replace("-", ""))
 
 
 def _evaluation_transform(model: nn.Module) -> Callable:

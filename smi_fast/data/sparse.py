@@ -213,17 +213,21 @@ class InvertedDataset(torch.utils.data.Dataset):
         patches = self._shards[number].read(index - first, slice(start - offset, end - offset))
         return patches, self.positions[start:end].clone(), int(self.targets[index])
 
-    def images(self, indices: Iterable[int] | None = None) -> Tensor:
-        """Return whole images (n, C, H, W) float32, whose stopped patches are black (0).
+    def images(self, indices: Iterable[int] | None = None, stopped: float = 0.0) -> Tensor:
+        """Return whole images (n, C, H, W) float32.
 
         Args:
             indices: the indices of the images, in the order in which they are returned. None: all images.
+            stopped: the value of the pixels of stopped patches, which are black (0) unless another is given.
 
         Raises:
             IndexError: an index is out of range.
         """
         samples = [self._sample(i) for i in (range(len(self)) if indices is None else indices)]
-        return self.collate_images(samples)[0] if samples else torch.zeros(0, *self.image_size)
+        if not samples:
+            return torch.zeros(0, *self.image_size)
+        tokens, _ = self.collate(samples)
+        return self.grid.scatter(tokens.values, tokens, torch.full((len(samples), *self.image_size), stopped))
 
     @staticmethod
     def collate(samples: list[Sample]) -> tuple[PackedTokens, Tensor]:

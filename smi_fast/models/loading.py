@@ -4,8 +4,8 @@ that transformers has written; untrained_model() with random weights."""
 from __future__ import annotations
 
 import difflib
-import logging
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +22,15 @@ from smi_fast.backbones.conversion import as_backbone
 from smi_fast.backbones.huggingface import from_huggingface
 from smi_fast.backbones.torchvision import from_torchvision
 from smi_fast.data.files import first_line
+from smi_fast.data.network import hub, impatient
+from smi_fast.grid import PatchGrid
 from smi_fast.models import CNN_INSIDE, MODEL_INSIDE, STUDENT_INSIDE, cifar10_resnet20, cifar10_student, cifar10_vit
 from smi_fast.models.weights import read_description, read_weights
 
 INSIDE = {MODEL_INSIDE: cifar10_vit, STUDENT_INSIDE: cifar10_student, CNN_INSIDE: cifar10_resnet20}
 WITHOUT_WEIGHTS = {f"cifar10_resnet{depth}": partial(cifar10_resnet20, depth=depth) for depth in (8, 14)}
 OURS = INSIDE | WITHOUT_WEIGHTS
-TORCHVISION = "torchvision/"  # what the names of torchvision's models begin with
+TORCHVISION, HUB = "torchvision/", "hf-hub:"  # what names begin with whose models are not of timm's list
 SHOWN = 3  # A message lists this many names of weights and counts the rest.
 
 
@@ -37,43 +39,66 @@ def load_model(
     *,
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
+    image_size: tuple[int, int] | None = None,
     options: tuple[str, str] = ("pretrained=True", "checkpoint"),
 ) -> nn.Module:
     """Load a model with its weights, in evaluation mode, on the CPU.
 
     Args:
         name: `cifar10_vit`, `cifar10_student` or `cifar10_resnet20`, which come with the package, a name that timm
-            knows, one such as `torchvision/resnet18`, or a folder that `from_huggingface` takes. Write ./NAME for a
-            folder that is called like a model.
-        pretrained: whether to download timm's or torchvision's weights for the model.
+            knows, `hf-hub:ORG/NAME` for a timm model on Hugging Face's hub, one such as `torchvision/resnet18`, or a
+            folder that `from_huggingface` takes. Write ./NAME for a folder that is called like a model.
+        pretrained: whether to download timm's or torchvision's weights for the model. Without a checkpoint, those of
+            `hf-hub:ORG/NAME` always are. If the hub cannot be reached, they are read from its cache.
         checkpoint: a safetensors file or a torch file with the weights, see `read_weights`. The model gets as many
             classes as the weights have.
+        image_size: (height, width) in pixels of the images that the model is to take. A ViT's position embedding is
+            resampled for them, as timm does it. None: the model's own.
         options: the names of the arguments `pretrained` and `checkpoint` in error messages, such as the options of a
             command.
 
     Raises:
         ValueError: the name is unknown, weights are given twice or not at all, the file is missing, damaged or belongs
-            to another model, or the download fails. The message says which.
+            to another model, the download fails, or the patches of a ViT do not divide the images. The message says
+            which.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(f"give either {options[0]} or {options[1]}, not both")
     if Path(name).is_dir() and not _is_known(name):
-        return _from_folder(name, given=options[0] if pretrained else options[1] if checkpoint is not None else None)
-    _check_name(name)
+        model = _from_folder(name, given=options[0] if pretrained else options[1] if checkpoint is not None else None)
+    else:
+        _check_name(name)
+        model = _with_weights(name, pretrained, checkpoint, options)
+    return model if image_size is None else _resized(model, image_size)
+
+
+def _with_weights(name: str, pretrained: bool, checkpoint: str | Path | None, options: tuple[str, str]) -> nn.Module:
     if checkpoint is not None:
         return _from_checkpoint(name, Path(checkpoint))
     if name in INSIDE:
         return INSIDE[name]()
     if name in WITHOUT_WEIGHTS:
         raise ValueError(f"{name} comes without weights: {options[1]} reads a file")
-    if not pretrained:
+    if not (pretrained or name.startswith(HUB)):
         source = "torchvision's" if name.startswith(TORCHVISION) else "timm's"
         raise ValueError(f"{name} needs weights: {options[0]} downloads {source}, {options[1]} reads a file")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # otherwise each retry prints a line
     try:
         return _as_timms(_make(name, pretrained=True)).eval()
     except Exception as error:  # The hub, its client and timm raise a dozen types of errors.
-        raise ValueError(f"the pretrained weights of {name} cannot be downloaded: {first_line(error)}") from error
+        raise ValueError(
+            f"the pretrained weights of {name} cannot be downloaded: {first_line(error)}; without a network, "
+            f"{options[1]} reads weights from a file"
+        ) from error
+
+
+def _resized(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
+    """Let a model take images of another size."""
+    if isinstance(model, VisionTransformer):
+        PatchGrid.of(image_size, model.patch_embed.patch_size)  # raises an error that names both sizes
+        model.set_input_size(img_size=image_size)
+    config = resolve_data_config(model=model) | (getattr(model, "pretrained_cfg", None) or {})
+    model.pretrained_cfg = config | {"input_size": (config["input_size"][0], *image_size)}
+    return model
 
 
 def untrained_model(name: str, teacher: nn.Module, seed: int = 0) -> nn.Module:
@@ -120,7 +145,7 @@ def _from_folder(folder: str, given: str | None) -> nn.Module:
 def _is_known(name: str) -> bool:
     if name.startswith(TORCHVISION):
         return name.removeprefix(TORCHVISION) in torchvisions.list_models(torchvisions)
-    return name in OURS or timm.is_model(name)
+    return name in OURS or name.startswith(HUB) or timm.is_model(name)
 
 
 def _check_name(name: str) -> None:
@@ -140,8 +165,10 @@ def _make(name: str, *, pretrained: bool = False, **overrides) -> nn.Module:
     if name in OURS:
         return OURS[name](pretrained=pretrained, **overrides)
     if name.startswith(TORCHVISION):
-        return _make_torchvisions(name, pretrained, **overrides)
-    return timm.create_model(name, pretrained=pretrained, **overrides)
+        with impatient():
+            return _make_torchvisions(name, pretrained, **overrides)
+    with hub() if pretrained or name.startswith(HUB) else nullcontext():
+        return timm.create_model(name, pretrained=pretrained, **overrides)
 
 
 def _make_torchvisions(name: str, pretrained: bool, **overrides) -> nn.Module:
@@ -228,7 +255,7 @@ def _describe(model: nn.Module, described: dict, path: Path) -> None:
 
 def _classifier(name: str) -> str | None:
     """Return the name of the layer whose rows are the classes, the first one if the model has two."""
-    config = None if name in OURS or name.startswith(TORCHVISION) else timm.get_pretrained_cfg(name)
+    config = None if name in OURS or name.startswith((TORCHVISION, HUB)) else timm.get_pretrained_cfg(name)
     if config is not None:
         found = config.classifier
         return found if isinstance(found, str) else next(iter(found or ()), None)

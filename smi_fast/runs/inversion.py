@@ -19,6 +19,7 @@ from smi_fast.data.shards import open_shard
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.data.states import model_checksum, save_state
 from smi_fast.data.tensors import SUFFIX
+from smi_fast.grid import PatchGrid
 from smi_fast.inversion.checks import check_targets, check_weights
 from smi_fast.inversion.inverter import Inverter
 from smi_fast.inversion.loop import settings_record
@@ -27,6 +28,7 @@ from smi_fast.inversion.result import InversionResult, Step
 from smi_fast.inversion.schedule import Release
 from smi_fast.inversion.state import Stage
 from smi_fast.inversion.stream import check_streams, has_independent_images
+from smi_fast.packed import pack_keep
 from smi_fast.runs.log import Logger, check_log, open_log
 from smi_fast.runs.machine import made_with
 from smi_fast.runs.progress import Progress
@@ -34,9 +36,10 @@ from smi_fast.runs.run import EVERY, Run
 from smi_fast.seeds import batch_seed, check_seed
 
 KIND = "inversion"
-SNAPSHOTS = "process.state"  # the file of the first batch's images at several moments
+SNAPSHOTS = "process.state"  # the file of the first images of the first batch at several moments
 STREAMED = 8  # batches' worth of images that go through the places of one batch, and into one shard
 MAX_SNAPSHOTS = 10  # images in a snapshot
+BETWEEN, AT_LAST = 4, 12  # parts of a stage, and of the last one, whose ends the animation shows
 EMPTY = {"inversion": None, "meter": {"times": []}, "seconds": 0.0, "iterations": 0, "snapshots": None}
 
 
@@ -133,7 +136,7 @@ class InversionRun:
         name, inverter, targets = name_of(number), self.inverter, self.batches[number]
         meter, before = StageMeter(inverter.backbone.device), run.checkpoint(name) or EMPTY
         meter.load_state_dict(before["meter"])
-        snapshots = Snapshots(targets, inverter.stages, before["snapshots"]) if number == 0 else None
+        snapshots = Snapshots(targets, inverter.stages, inverter.grid, before["snapshots"]) if number == 0 else None
         started = time.perf_counter() - before["seconds"]
         progress.begin(before["iterations"])
         logger.begin(number, before["iterations"])
@@ -205,37 +208,52 @@ class InversionRun:
 
 
 class Snapshots:
-    """A callback that keeps the first image of each class, for up to ten classes, at the end of each stage. If no patch
-    stops, it does so at four moments of the run.
+    """A callback that keeps the first image of each class, for up to ten classes, at moments of the run: at the end of
+    each stage, which the picture of the process shows, and between the ends for the animation. If no patch stops, the
+    picture shows four moments.
+
+    A snapshot holds only the kept patches, with 8 bits a pixel, so that checkpoints stay small.
 
     Args:
         targets: (B,) of the batch.
         stages: the stages of the run.
+        grid: the grid of the images.
         state: what `state_dict` returned, to go on from there.
     """
 
-    def __init__(self, targets: Tensor, stages: Sequence[Stage], state: dict[str, Any] | None = None):
+    def __init__(self, targets: Tensor, stages: Sequence[Stage], grid: PatchGrid, state: dict[str, Any] | None = None):
         end = stages[-1].end
-        self.moments = {stage.end for stage in stages} | ({end // 20, end // 4, end // 2} if len(stages) < 3 else set())
-        self.is_sparse = stages[0].patches != 1
+        self.ends = {stage.end for stage in stages} | ({end // 20, end // 4, end // 2} if len(stages) < 3 else set())
+        self.moments = {1, *self.ends} | {
+            stage.start + (stage.end - stage.start) * part // parts
+            for stage, parts in zip(stages, [*[BETWEEN] * (len(stages) - 1), AT_LAST], strict=True)
+            for part in range(1, parts)
+        }
+        self.grid = grid
         first_of_class = {int(target): number for number, target in reversed(list(enumerate(targets)))}
         self.numbers = sorted(first_of_class.values())[:MAX_SNAPSHOTS]
-        self.images: list[Tensor] = []
-        self.titles: list[str] = []
+        self.frames: list[dict[str, Any]] = []
         if state is not None:
-            self.moments, self.images, self.titles = set(state["moments"]), state["images"], state["titles"]
+            self.moments, self.frames = set(state["moments"]), state.get("frames", [])  # older checkpoints have none
 
     def __call__(self, step: Step) -> None:
         done, numbers = step.iteration + 1, step.numbers
-        if done in self.moments and set(self.numbers) <= set(numbers):  # images of a stream leave one by one
-            self.moments.remove(done)
-            going_on = step.images()[-len(numbers) :]  # without those that were released before
-            self.images.append(going_on[[numbers.index(number) for number in self.numbers]].cpu())
-            self.titles.append(f"iteration {done}" + f" · {step.stage.patches:.4g} patches" * self.is_sparse)
+        if done not in self.moments or not set(self.numbers) <= set(numbers):  # images of a stream leave one by one
+            return
+        self.moments.remove(done)
+        first = len(step.keep) - len(numbers)  # after the images that were released before
+        rows = [first + numbers.index(number) for number in self.numbers]
+        pixels = step.images()[rows].mul(255).round().to(torch.uint8)
+        keep = pack_keep([step.keep[row] for row in rows], len(rows), self.grid.num_patches, pixels.device)
+        kept = {"values": self.grid.gather(pixels, keep), "positions": keep.positions, "cu_seqlens": keep.cu_seqlens}
+        self.frames.append(
+            {"iteration": done, "patches": step.stage.patches, "is_end": done in self.ends}
+            | {name: tensor.cpu() for name, tensor in kept.items()}
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the images and their titles, and the moments that are yet to come."""
-        return {"moments": sorted(self.moments), "images": self.images, "titles": self.titles}
+        """Return the snapshots, the numbers of their images, and the moments that are yet to come."""
+        return {"moments": sorted(self.moments), "numbers": self.numbers, "frames": self.frames}
 
 
 def name_of(number: int) -> str:

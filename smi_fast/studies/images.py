@@ -10,7 +10,7 @@ from torch import Tensor
 from smi_fast.backbones.base import frozen
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.studies.experiment import BATCH, Experiment, Variant
-from smi_fast.studies.pictures import save_grid
+from smi_fast.studies.pictures import GREY, save_grid
 
 MIN_COLUMNS, MAX_WIDTH = 4, 1200  # of a picture, the width in pixels
 
@@ -54,7 +54,7 @@ def most_attended(run: Experiment, dataset: InvertedDataset, count: int) -> Inve
 def save_rows(path: Path, sets: dict[str, InvertedDataset]) -> None:
     """Write a PNG with a row of images for each set, ten small ones or fewer large ones, labelled with its name."""
     columns = min(max(MIN_COLUMNS, MAX_WIDTH // next(iter(sets.values())).image_size[1]), 10, *map(len, sets.values()))
-    images = torch.cat([dataset.images(range(columns)) for dataset in sets.values()])
+    images = torch.cat([dataset.images(range(columns), stopped=GREY) for dataset in sets.values()])
     save_grid(images, path, columns, list(sets))
 
 

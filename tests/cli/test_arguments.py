@@ -1,10 +1,12 @@
 """Options become the same settings in every command that inverts."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 
+from smi_fast import InvertedDataset
 from smi_fast.cli import main
 from smi_fast.inversion.objectives import deep_inversion, deep_inversion_cnn
 from smi_fast.inversion.presets import CIFAR10_CNN, DEMO, IMAGENET_CNN, PSAQ
@@ -63,11 +65,13 @@ def test_settings_are_the_models_or_those_given(command, arguments, expected, mo
         (cifar10_vit, ["--norm", "image", "--until", "0.8", "--checks", "2", "--check-every", "7"], EARLY),
         (cifar10_vit, ["--stopping", "rebirth=4", "--lr-schedule", "cosine"], REBIRTH),
         (cifar10_vit, ["--published"], replace(DEMO, published=True)),
+        (cifar10_vit, ["--jitter", "3", "--flip", "0.25"], replace(DEMO, jitter=3, flip=0.25)),
+        (cifar10_vit, ["--jitter", "1.0", "--flip", "0"], replace(DEMO, jitter=1.0, flip=0.0)),
         (cifar10_resnet20, [], CIFAR10_CNN),
         (cifar10_resnet20, ["--batch-norm", "3", "--tv-l1", "0.5"], WEIGHTED),
         (timm_resnet, ["--iterations", "30"], SHORT),
     ],
-    ids=["psaq", "until", "rebirth", "published", "small CNN", "weights", "CNN"],
+    ids=["psaq", "until", "rebirth", "published", "pixels", "share", "small CNN", "weights", "CNN"],
 )
 def test_a_method_has_its_own_settings(model, arguments, expected, monkeypatch, tmp_path):
     made = []
@@ -80,6 +84,7 @@ def test_a_method_has_its_own_settings(model, arguments, expected, monkeypatch, 
     monkeypatch.setattr("smi_fast.cli.arguments.model_of", lambda *args: model(pretrained=False))
     assert main(["invert", *arguments, "--out", str(tmp_path / "out")]) == 130
     assert made == [replace(expected, stopping=expected.schedule)]
+    assert type(made[0].jitter) is type(expected.jitter)  # an integer is a number of pixels
 
 
 @pytest.mark.parametrize(
@@ -87,6 +92,12 @@ def test_a_method_has_its_own_settings(model, arguments, expected, monkeypatch, 
     [
         (["--objective", "psaq", "--l2", "1"], "the objective psaq has no setting l2"),
         (["--check-every", "3"], "--check-every is a setting of the end that --until asks for"),
+        (["--objective", "psaq", "--jitter", "3"], "--jitter: the method psaq draws its views itself"),
+        (["--jitter", "33"], "jitter must lie in 0 to 32 pixels, got 33"),
+        (["--flip", "1.5"], "flip must lie in [0, 1], got 1.5"),
+        (["--image-size", "30"], "images of 30x30 pixels are not divided by patches of 4x4"),
+        (["--image-size", "32x32x3"], "--image-size: must be such as 224 or 192x256, got '32x32x3'"),
+        (["--image-size", "0"], "--image-size: must be at least 1, got 0"),
         (["--until", "1.5"], "must lie in (0, 1), got 1.5"),
         (["--stopping", "rebirth=65"], "64 patches cannot be released in 65 parts"),
         (["--stopping", "rebirth=1"], "at least 2 parts"),
@@ -99,6 +110,26 @@ def test_bad_settings_are_refused_in_one_sentence(arguments, message, capsys, tm
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["cifar10_vit", "cifar10_resnet20"])
+def test_images_have_the_size_that_is_asked_for(model, tmp_path):
+    size = ["--image-size", "16x40", "--model", model, "--verifier", "cifar10_vit"]
+    short = ["--iterations", "1", "--stopping", "dense", "--classes", "0", "--images-per-class", "1", "--quiet"]
+    assert main(["invert", *size, *short, "--out", str(tmp_path / "o")]) == 0
+    assert InvertedDataset.load(tmp_path / "o").image_size == (3, 16, 40)
+
+
+def test_a_data_set_is_downloaded_before_the_work(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("smi_fast.cli.arguments.download_data", lambda *given: asked.append(given))
+    monkeypatch.chdir(tmp_path)
+    for root, data in (([], "cifar10"), (["--root", "there"], "CIFAR-100")):
+        assert main(["evaluate", "--data", data, "--download", *root]) == 2
+        assert "cannot be read from" in capsys.readouterr().err
+    assert asked == [("cifar10", Path("data")), ("CIFAR-100", Path("there"))]
+    assert main(["quantize", "--download"]) == 2
+    assert "--download: --data says which data set to download" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["quantize", "reproduce"])

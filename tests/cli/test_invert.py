@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,14 +20,16 @@ from safetensors import safe_open
 import smi_fast
 from smi_fast import deep_inversion
 from smi_fast.cli import main
-from smi_fast.cli import report as report_command
 from smi_fast.cli.invert import parse_classes
 from smi_fast.data.states import load_state
 from smi_fast.inversion.until import Until
 from smi_fast.models import CIFAR10_CLASSES, cifar10_vit
 from smi_fast.runs.inversion import invert, records, shard
+from smi_fast.studies import run_pictures
+from smi_fast.studies.report import COLUMNS
 
-FILES = [".lock", "curve.png", "grid.png", "images", "process.png", "process.state", "report.json", "run.json"]
+WRITTEN = ["curve.png", "grid.png", "index.html", "process.png", "process.webp", "report.json"]
+FILES = sorted([".lock", "images", "process.state", "run.json", *WRITTEN])
 SHORT = ["--iterations", "30", "--images-per-class", "1", "--quiet"]
 
 
@@ -97,19 +100,42 @@ def test_the_demos_table_counts_tokens_and_operations(demo):
     assert stages[-1]["speedup_over_dense"] > 1.5
 
 
-def test_stopped_patches_are_black_in_the_pictures(demo):
+def test_stopped_patches_are_dark_grey_in_the_pictures_and_black_in_the_data(demo):
     _, out = demo
-    images = smi_fast.InvertedDataset.load(out).images()
-    for name in FILES:
-        if name.endswith(".png"):
-            with Image.open(out / name) as picture:
-                picture.load()
+    dataset = smi_fast.InvertedDataset.load(out)
+    for image, grey in zip(dataset.images(), dataset.images(stopped=0.25), strict=True):
+        stopped = (image == 0).view(3, 8, 4, 8, 4).all(4).all(2).all(0)
+        assert stopped.sum() == 64 - 14
+        assert (grey.view(3, 8, 4, 8, 4).permute(1, 3, 0, 2, 4)[stopped] == 0.25).all()
+    kept = (
+        (image * 255).round().int().view(3, 8, 4, 8, 4).permute(1, 3, 0, 2, 4)[~stopped][0]
+    )  # a patch of the last image
+    for name in ("grid.png", "process.png"):
+        with Image.open(out / name) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        assert (pixels == 64).all(2).mean() > 0.2
+        assert (pixels == 0).all(2).mean() < 0.01
     with Image.open(out / "grid.png") as picture:
-        assert picture.height > 10 * 96
-        colours = set(map(tuple, np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist()))
-    first = tuple((images[0, :, 31, 31] * 255).round().int().tolist())
-    assert (0, 0, 0) in colours
-    assert first in colours
+        colours = set(map(tuple, np.asarray(picture).reshape(-1, 3).tolist()))
+    assert set(map(tuple, kept.flatten(1).T.tolist())) <= colours
+
+
+def test_the_demo_says_what_it_did_and_what_its_columns_mean(demo):
+    process, out = demo
+    text = " ".join(process.stdout.split())
+    assert "20 images of 10 classes, made from the weights of cifar10_vit alone" in text
+    assert "14 of 64 patches of an image are left, a sparsity of 78%" in text
+    for column, meaning in COLUMNS.items():
+        assert f"{column} {meaning}" in text
+    for name in WRITTEN:
+        assert f" {name} " in text
+    page = (out / "index.html").read_text()
+    report = json.loads((out / "report.json").read_text())
+    links = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert {link for link in links if not link.startswith("data:")} == set(WRITTEN) - {"index.html"}
+    assert len([link for link in links if link.startswith("data:")]) == 20
+    for confidence in report["images"]["confidence"]:
+        assert f"{confidence:.3f}" in page
 
 
 def test_the_dataset_says_how_it_was_made(demo):
@@ -203,8 +229,8 @@ def test_a_report_is_made_again_from_the_images(demo, tmp_path, capsys):
     _, out = demo
     folder = tmp_path / "copy"
     shutil.copytree(out, folder)
-    drawn = ("grid.png", "process.png", "report.json")
-    for name in (*drawn, "curve.png"):
+    drawn = set(WRITTEN) - {"curve.png"}
+    for name in WRITTEN:
         (folder / name).unlink()
     assert main(["report", str(folder)]) == 0
     assert all((folder / name).read_bytes() == (out / name).read_bytes() for name in drawn)
@@ -228,7 +254,9 @@ def test_only_the_command_that_began_a_run_goes_on_with_it(demo, tmp_path, capsy
         (["invert", "--over", "--out", str(out)], "unrecognized arguments: --over"),
     ):
         assert main(arguments) == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_a_run_goes_on_with_its_options_and_those_that_are_given_anew(tmp_path, monkeypatch, capsys):
@@ -291,14 +319,20 @@ def test_triton_without_a_gpu_is_refused_with_the_reason(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_no_network_is_one_sentence(tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    arguments = ["--model", "deit_tiny_patch16_224", "--pretrained", "--out", tmp_path / "o"]
-    process = run("invert", *arguments, env=environment)
-    assert process.returncode == 2
-    assert "smi-fast: error: the pretrained weights of deit_tiny_patch16_224 cannot be downloaded" in process.stderr
-    assert process.stderr.count("\n") == 1
+def test_no_network_is_one_sentence_within_seconds(tmp_path, capsys, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # a port that refuses every connection
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    started = time.monotonic()
+    assert main(["invert", "--model", "test_vit", "--pretrained", "--out", str(tmp_path / "o")]) == 2
+    assert time.monotonic() - started < 10  # the client's own attempts take 23 s a file
+    error = capsys.readouterr().err
+    assert "smi-fast: error: the pretrained weights of test_vit cannot be downloaded: http://127.0.0.1:9" in error
+    assert "--checkpoint reads weights from a file" in error
+    assert "HF_HOME" in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "o").exists()
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_weights_that_are_nan_are_refused(tmp_path, capsys):
@@ -350,7 +384,7 @@ def test_ctrl_c_while_pictures_are_drawn_loses_no_image(tmp_path, capsys, monkey
 
     arguments = ["invert", *SHORT, "--iterations", "2", "--classes", "0", "--out", str(tmp_path / "o")]
     with monkeypatch.context() as patch:
-        patch.setattr("smi_fast.cli.report.save_curve", interrupt)
+        patch.setattr("smi_fast.studies.run_pictures.save_curve", interrupt)
         assert main(arguments) == 130
     assert f"to go on: smi-fast invert --resume {tmp_path / 'o'}" in capsys.readouterr().err
     monkeypatch.setattr(smi_fast.Inverter, "run", interrupt)  # which is not needed any more
@@ -364,6 +398,13 @@ def test_classes_are_read_as_numbers_ranges_and_names():
     assert parse_classes("all", names * 2) == list(range(20))
     assert parse_classes("first ten", names * 2) == list(range(10))
     assert parse_classes("first ten", names[:4]) == list(range(4))
+    assert parse_classes("English Springer,GARBAGE_TRUCK,0", ["tench", "english_springer", "garbage truck"]) == [
+        1,
+        2,
+        0,
+    ]
+    with pytest.raises(ValueError, match="did you mean automobile"):
+        parse_classes("automobil", names)
     for text in ("", "5-3", "-1", "1.5", "0-10"):
         with pytest.raises(ValueError, match="--classes"):
             parse_classes(text, names)
@@ -372,11 +413,11 @@ def test_classes_are_read_as_numbers_ranges_and_names():
 def test_released_images_are_shown_and_verified_as_images_of_their_classes(tmp_path, monkeypatch):
     """A row of the picture for each class, and an accuracy over images, of which the second batch has fewer."""
     labels = []
-    monkeypatch.setattr(report_command, "save_grid", lambda grid, path, columns, names: labels.extend(names))
+    monkeypatch.setattr(run_pictures, "save_classes", lambda images, names, path: labels.extend(names))
     short = ["--iterations", "4", "--images-per-class", "1", "--batch-size", "2", "--stopping", "rebirth=2", "--quiet"]
     given = ["--classes", "0-2", "--verifier", "cifar10_vit", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["invert", *short, *given]) == 0
-    assert labels == list(CIFAR10_CLASSES[:3])
+    assert labels == [name for name in CIFAR10_CLASSES[:3] for _ in range(2)]
     dataset, model = smi_fast.InvertedDataset.load(tmp_path), cifar10_vit()
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
@@ -395,5 +436,5 @@ def test_pictures_of_a_stream_show_the_same_images_as_long_as_all_of_them_are_th
     invert(inverter, [1, 0, 2], tmp_path, batch_size=3, seed=seed)
     (batch,), snapshots = records([shard(tmp_path, 0)]), load_state(tmp_path / "process.state")
     assert batch["iterations"] == [40, 8, 40]
-    assert [len(images) for images in snapshots["images"]] == [3]
-    assert snapshots["titles"] == ["iteration 2 · 64 patches"]
+    assert [len(frame["cu_seqlens"]) - 1 for frame in snapshots["frames"]] == [3] * len(snapshots["frames"])
+    assert [frame["iteration"] for frame in snapshots["frames"] if frame["is_end"]] == [2]

@@ -1,5 +1,8 @@
 """Labelled images: pixels and labels as the model needs them, in every layout of folders; and accuracy."""
 
+import socket
+import urllib.error
+
 import numpy as np
 import pytest
 import timm
@@ -10,7 +13,7 @@ from torchvision import datasets
 
 import smi_fast
 from smi_fast.data.files import read_image
-from smi_fast.data.labelled import accuracy, load_data
+from smi_fast.data.labelled import accuracy, download_data, load_data
 from smi_fast.models import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, cifar10_vit
 
 PLAIN_NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay")
@@ -98,6 +101,27 @@ def test_a_named_data_set_has_torchvisions_split(model, tmp_path, monkeypatch):
     which = [{"train": True}, {"train": False}]
     which += [{"split": split, "loader": read_image} for split in ("train", "val")]  # refuses pictures of unusual size
     assert asked == [(str(tmp_path), of) for of in which]
+
+
+def test_a_data_set_is_downloaded_by_torchvision_or_says_what_to_do_without_a_network(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(root, download):
+        asked.append((root, download, socket.getdefaulttimeout()))
+        if len(asked) > 1:
+            raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(datasets, "CIFAR10", fake)
+    before = socket.getdefaulttimeout()
+    download_data("cifar-10", tmp_path)
+    with pytest.raises(ValueError, match=r"CIFAR10 cannot be downloaded: .*no route.*; without a network, copy"):
+        download_data("CIFAR10", tmp_path)
+    assert [given[:2] for given in asked] == [(str(tmp_path), True)] * 2
+    assert all(0 < given[2] < 60 for given in asked)
+    assert socket.getdefaulttimeout() == before
+    for name in ("ImageNet", "pictures"):
+        with pytest.raises(ValueError, match=f"{name} cannot be downloaded, only CIFAR10 and CIFAR100 can"):
+            download_data(name, tmp_path)
 
 
 def test_what_cannot_be_data_is_named(model, tmp_path):

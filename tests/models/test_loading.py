@@ -11,6 +11,8 @@ import torchvision
 from cnn_cases import at_random
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import save_for_hf
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from smi_fast import accelerate
 from smi_fast.backbones.base import class_names
@@ -70,6 +72,40 @@ def test_a_checkpoint_of_another_model_is_refused(test_vit, tmp_path):
     torch.save(test_vit.state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"does not fit test_vit2"):
         load_model("test_vit2", checkpoint=tmp_path / "weights.pth")
+
+
+def test_models_of_the_hub_are_read_from_its_cache_where_it_cannot_be_reached(seed, tmp_path, monkeypatch):
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    folder = tmp_path / "models--me--mine"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    save_for_hf(model, snapshot, model_config={"label_names": ["church", "horn", "tench"]})
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded, images = load_model("hf-hub:me/mine"), torch.randn(1, 3, 160, 160)
+    assert torch.equal(loaded(images), model(images))
+    assert class_names(loaded) == ["church", "horn", "tench"]
+    save_file({name: -value for name, value in model.state_dict().items()}, tmp_path / "own.safetensors")
+    own = load_model("hf-hub:me/mine", checkpoint=tmp_path / "own.safetensors")
+    assert torch.equal(own.head.weight, -model.head.weight)
+    with pytest.raises(ValueError, match=r"hf-hub:me/other cannot be downloaded: http://127.0.0.1:9 cannot be reached"):
+        load_model("hf-hub:me/other")
+    with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9 cannot be reached"):
+        load_model("hf-hub:me/other", checkpoint=tmp_path / "own.safetensors")
+
+
+def test_a_vit_takes_images_of_another_size_with_timms_positions(seed, tmp_path):
+    model = timm.create_model("test_vit", num_classes=4).eval()
+    torch.nn.init.normal_(model.pos_embed)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    loaded = load_model("test_vit", checkpoint=tmp_path / "w.safetensors", image_size=(96, 192))
+    resampled = timm.create_model("test_vit", num_classes=4, img_size=(96, 192)).eval()
+    resampled.load_state_dict(checkpoint_filter_fn(model.state_dict(), resampled))
+    images = torch.randn(2, 3, 96, 192)
+    torch.testing.assert_close(loaded(images), resampled(images))
+    assert accelerate(loaded).image_size == (96, 192)
+    assert loaded.pretrained_cfg["input_size"] == (3, 96, 192)
 
 
 def test_unknown_names_and_missing_files_are_refused(tmp_path):

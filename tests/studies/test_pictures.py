@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from smi_fast.studies.pictures import GAP, save_grid, save_process
+from smi_fast.studies import pictures
+from smi_fast.studies.pictures import FONT, GAP, fitted, save_animation, save_classes, save_grid, save_process
 
 
 def random_images(seed, *shape):
@@ -96,13 +97,84 @@ def test_a_long_title_widens_its_columns_instead_of_being_cut(seed, tmp_path):
     assert (picture[:, -GAP:] == 255).all()
 
 
+def places(picture, image):
+    """Where an image (3, H, W) stands in a picture: the (y, x) of its upper left corner."""
+    pixels, (height, width) = as_bytes(image), image.shape[1:]
+    likely = np.argwhere((np.abs(picture[: 1 - height, : 1 - width] - pixels[0, 0]) <= 1).all(2))
+    return [(y, x) for y, x in likely if np.abs(picture[y : y + height, x : x + width] - pixels).max() <= 1]
+
+
+def test_images_of_a_class_stand_side_by_side_under_its_name(seed, tmp_path):
+    images = random_images(seed, 6, 3, 96, 96)
+    save_classes(images, ["church"] * 2 + ["tench"] * 2 + [""] * 2, tmp_path / "classes.png")
+    picture = read(tmp_path / "classes.png")
+    found = [place for image in images for place in places(picture, image)]
+    assert len(found) == 6
+    y = found[0][0]
+    assert [place[0] for place in found] == [y] * 6
+    assert [second[1] - first[1] for first, second in zip(found[::2], found[1::2], strict=True)] == [96 + GAP] * 3
+    for number, (_, left) in enumerate(found[::2]):
+        title = picture[:y, left : left + 192]
+        assert (title.min() < 128) == (number < 2)
+
+
+def test_many_classes_break_into_lines(seed, tmp_path):
+    images = random_images(seed, 10, 3, 224, 224)
+    save_classes(images, [f"name {number}" for number in range(10)], tmp_path / "classes.png")
+    picture = read(tmp_path / "classes.png")
+    assert picture.shape[1] <= pictures.WIDTH
+    (first,), (last,) = places(picture[:260], images[0]), places(picture[260:], images[9])
+    assert last[1] - first[1] == 4 * (224 + 3 * GAP)
+
+
+def test_very_many_images_are_reduced(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 4 * 96 * 96)
+    images = torch.rand(12, 3, 96, 96)
+    save_grid(images, tmp_path / "grid.png", 4)
+    picture = read(tmp_path / "grid.png")
+    assert picture.shape == (GAP + 3 * (48 + GAP), GAP + 4 * (48 + GAP), 3)
+    means = np.stack([as_bytes(image) for image in images[:1]])[0].reshape(48, 2, 48, 2, 3).mean((1, 3))
+    assert np.abs(picture[GAP : GAP + 48, GAP : GAP + 48] - means).max() <= 1
+
+
+@pytest.mark.parametrize("width", [60, 100, 300])
+def test_a_long_name_is_broken_or_cut_to_its_width(width):
+    name = "black-and-tan coonhound_with a very long name indeed"
+    lines = fitted(name, width).split("\n")
+    assert len(lines) <= 2
+    assert all(FONT.getlength(line) <= width for line in lines)
+    whole = " ".join(lines)
+    assert whole == name.replace("_", " ") if width == 300 else whole.endswith("…")
+    assert fitted("tench", width) == "tench"
+
+
+def test_an_animation_shows_each_snapshot_as_it_is(seed, tmp_path):
+    snapshots = [random_images(seed + s, 2, 3, 32, 32) for s in range(3)]
+    save_animation(snapshots, tmp_path / "process.webp", ["start", "middle", "end"], ["cat", "ship"])
+    with Image.open(tmp_path / "process.webp") as film:
+        assert (film.format, film.n_frames, film.info["loop"]) == ("WEBP", 3, 0)
+        for number, snapshot in enumerate(snapshots):
+            film.seek(number)
+            frame = np.asarray(film.convert("RGBA")).astype(int)
+            opaque = frame[..., 3] == 255
+            rows, columns = np.nonzero(opaque[-100:].all(1)), np.nonzero(opaque[-60])
+            assert rows[0].size == 0  # between the images the ground is seen through
+            size = 96
+            left = columns[0].min()
+            bottom = np.nonzero(opaque[:, left + 50])[0].max() + 1
+            tile = frame[bottom - size : bottom, left : left + size, :3]
+            assert np.abs(tile - np.kron(as_bytes(snapshot[0]), np.ones((3, 3, 1), int))).max() <= 1
+
+
 @pytest.mark.parametrize(
     "save",
     [
         lambda path: save_grid(torch.zeros(1, 3, 8, 8), path, 1),
+        lambda path: save_classes(torch.zeros(1, 3, 8, 8), ["cat"], path),
         lambda path: save_process([torch.zeros(1, 3, 8, 8)], path, ["start"]),
+        lambda path: save_animation([torch.zeros(1, 3, 8, 8)], path, ["start"], ["cat"]),
     ],
-    ids=["grid", "process"],
+    ids=["grid", "classes", "process", "animation"],
 )
 def test_pictures_are_written_completely_or_not_at_all(tmp_path, monkeypatch, save):
     path = tmp_path / "picture.png"
@@ -135,6 +207,9 @@ IMAGES = torch.zeros(3, 3, 8, 8)
         (lambda path: save_grid(IMAGES[:, :1], path, 1), r"not \(3, 1, 8, 8\)"),
         (lambda path: save_grid(IMAGES, path, 0), "columns must be at least 1, not 0"),
         (lambda path: save_grid(IMAGES, path, 2, labels=["a"]), "1 labels for 2 rows"),
+        (lambda path: save_classes(IMAGES, ["a"], path), "1 names for 3 images"),
+        (lambda path: save_process([IMAGES], path, ["a"], ["b"]), "1 names for 3 images"),
+        (lambda path: save_animation([IMAGES], path, [], []), "0 titles for 1 snapshots"),
         (lambda path: save_process([], path, []), "0 titles for 0 snapshots"),
         (lambda path: save_process([IMAGES], path, ["a", "b"]), "2 titles for 1 snapshots"),
         (lambda path: save_process([IMAGES, IMAGES[:1]], path, ["a", "b"]), "snapshots differ in shape"),

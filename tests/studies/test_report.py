@@ -1,10 +1,12 @@
 """Tables of stages: their numbers, and how they are written."""
 
 import pytest
+import torch
 
+from smi_fast import InvertedDataset
 from smi_fast.inversion.inverter import Stage
 from smi_fast.inversion.meter import StageCost
-from smi_fast.studies.report import as_text, stage_records, stage_table
+from smi_fast.studies.report import as_text, stage_records, stage_table, what_was_done
 
 COSTS = [
     StageCost(Stage(0, 8, 64, 65), 8, 1.6, 5.0, peak_memory=3 * 2**20, flops=4 * 10**9, flops_paper=7 * 10**9),
@@ -30,3 +32,24 @@ def test_a_table_has_a_line_for_each_stage():
 
 def test_cells_are_aligned_to_the_right():
     assert as_text([("a", "bb"), ("ccc", "d")]) == "  a  bb\nccc   d"
+
+
+@pytest.mark.parametrize(
+    ("keep", "patch", "report", "there", "not_there"),
+    [
+        ([[0], [3]], 4, {"iterations": [9, 9]}, ["9 iterations", "least important", "1 of 4", "75%"], ["up to"]),
+        ([[0], [3]], 4, {"iterations": [5, 9]}, ["up to 9 iterations"], []),
+        ([[0, 1], [2, 3]], 4, {"stopping": "5:release=2"}, ["most important patches left", "50%"], ["least"]),
+        (None, 4, {}, ["4 patches of 4x4 pixels"], ["important", "sparsity"]),
+        (None, 8, {}, ["1 iteration so"], ["patch"]),
+    ],
+    ids=["sparse", "until", "rebirth", "dense", "CNN"],
+)
+def test_a_text_says_what_was_done(keep, patch, report, there, not_there):
+    keep = None if keep is None else torch.tensor(keep)
+    dataset = InvertedDataset.from_images(torch.rand(2, 3, 8, 8), keep, torch.tensor([0, 7]), (patch, patch))
+    images = {"iterations": report.get("iterations", [1, 1])}
+    text = " ".join(what_was_done({"model": "mine"} | report | {"images": images}, dataset))
+    assert "2 images of 2 classes, made from the weights of mine alone" in text
+    assert [part for part in there if part not in text] == []
+    assert [part for part in not_there if part in text] == []
