@@ -44,7 +44,7 @@ lint: $(call SET_UP,test)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 # Into build/site, strictly: a link that leads nowhere is an error. Set up beforehand, it needs no network.
-docs: $(call SET_UP,docs)
+docs: $(call SET_UP,test)
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m mkdocs build --strict
 
 bench: $(call SET_UP,bench)
@@ -57,9 +57,8 @@ gpu-check: $(call SET_UP,bench)
 	$(BIN)/python bench/gpu_check.py --out "$(OUT)" $(ARGS)
 
 # One stamp for each set of extras, older than its sources when those change; nothing up to date is installed again.
-$(VENV)/.installed-test: EXTRAS := test,viz
+$(VENV)/.installed-test: EXTRAS := test,viz,docs
 $(VENV)/.installed-viz: EXTRAS := viz
-$(VENV)/.installed-docs: EXTRAS := docs
 $(VENV)/.installed-bench: EXTRAS := test,viz,bench
 $(VENV)/.installed-%: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
