@@ -33,6 +33,7 @@ from workbench import (
     clocks,
     cross_entropy,
     fine_tune,
+    in_bfloat16,
     invert,
     load,
     right,
@@ -47,7 +48,7 @@ Replayed = tuple[Tensor, Tensor, Tensor]  # normalised images, their kept patche
 
 def remembering(old: nn.Module, args, seed: int, replayed: Replayed | None = None) -> Loss:
     """Return a loss that also asks for the old model's answers and, of replayed images, for their labels."""
-    teacher, generator = accelerate(old, dtype=torch.bfloat16), torch.Generator().manual_seed(seed)
+    teacher, generator = in_bfloat16(old), torch.Generator().manual_seed(seed)
 
     def answers(logits: Tensor, images: Tensor, keep: Tensor) -> Tensor:
         with torch.no_grad():
@@ -86,7 +87,8 @@ def main() -> None:
     table = Table("continual", ("old classes, %", "new classes, %", "all, %", "inversion, CPU s"))
 
     def measure(way: str, model: nn.Module, seconds: float = 0) -> None:
-        table.add(way, *(right(model, test.of(classes)) for classes in (OLD, NEW)), right(model, test), seconds)
+        old, new = (right(model, test.of(classes)) for classes in (OLD, NEW))
+        table.add(way, old, new, (old + new) / 2, seconds)
 
     for seed in args.seeds:
         old = fine_tune(cifar10_student(), train.of(OLD), args, seed)

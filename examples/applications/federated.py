@@ -23,9 +23,9 @@ import copy
 import numpy as np
 import torch
 from torch import nn
-from workbench import DENSE, SPARSE, Data, Table, arguments, clocks, fine_tune, invert, load, right
+from workbench import DENSE, SPARSE, Data, Table, arguments, clocks, fine_tune, in_bfloat16, invert, load, right
 
-from smi_fast import Ensemble, InvertedDataset, accelerate, distill
+from smi_fast import Ensemble, InvertedDataset, distill
 from smi_fast.models import cifar10_student
 from smi_fast.seeds import batch_seed
 
@@ -68,6 +68,8 @@ def main() -> None:
     table = Table("federated", ("accuracy, %", "inversion, CPU s"))
     for seed in args.seeds:
         parts = divide(train, args.clients, args.alpha, seed)
+        if not all(len(part.labels) for part in parts):
+            raise SystemExit(f"--alpha: {args.alpha} leaves a client without images for seed {seed}")
         models = [fine_tune(cifar10_student(), part, args, batch_seed(seed, i)) for i, part in enumerate(parts)]
         table.add("best client", max(right(model, test) for model in models), 0)
         fedavg, ensemble = averaged(models, [len(part.labels) for part in parts]), Ensemble(models, torch.bfloat16)
@@ -82,7 +84,7 @@ def main() -> None:
             seconds = clocks()[1] - before[1]
             server = copy.deepcopy(fedavg)
             distill(
-                ensemble, accelerate(server, dtype=torch.bfloat16), dataset=images, rounds=1, steps=args.steps,
+                ensemble, in_bfloat16(server), dataset=images, rounds=1, steps=args.steps,
                 batch_size=64, linear_probing=False, temperature=args.temperature, lr=args.server_lr, seed=seed,
                 progress=False,
             )  # fmt: skip

@@ -25,9 +25,9 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
-from workbench import DENSE, SPARSE, Data, Table, arguments, clocks, invert, load, right
+from workbench import DENSE, SPARSE, Data, Table, arguments, clocks, in_bfloat16, invert, load, right
 
-from smi_fast import InvertedDataset, accelerate, distill
+from smi_fast import InvertedDataset, distill
 from smi_fast.models import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, cifar10_student, cifar10_vit
 
 NEVER = -1e4  # a logit whose probability is 0
@@ -50,15 +50,23 @@ def as_dataset(data: Data) -> InvertedDataset:
 def taught(teacher: nn.Module, images: InvertedDataset, args: argparse.Namespace, seed: int) -> nn.Module:
     """Return a student whose head has learnt the teacher's answers to the images."""
     student = cifar10_student()
-    fast = [accelerate(model, dtype=torch.bfloat16) for model in (teacher, student)]
-    distill(*fast, dataset=images, rounds=1, steps=args.steps, batch_size=64, seed=seed, progress=False)
+    distill(
+        in_bfloat16(teacher),
+        in_bfloat16(student),
+        dataset=images,
+        rounds=1,
+        steps=args.steps,
+        batch_size=64,
+        seed=seed,
+        progress=False,
+    )
     return student
 
 
 def retrained(data: Data, seed: int) -> nn.Module:
     """Return a student whose head has learnt the labels of the images, by logistic regression."""
     student = cifar10_student()
-    fast = accelerate(student, dtype=torch.bfloat16)
+    fast = in_bfloat16(student)
     with torch.no_grad():
         tokens = (fast.forward_features(images) for images in data.images.split(500))
         features = torch.cat([fast.forward_head(x, pre_logits=True) for x in tokens]).float()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from smi_fast import InvertedDataset, Inverter, accelerate, accuracy, load_data
+from smi_fast import Ensemble, InvertedDataset, accelerate, accuracy, load_data
 from smi_fast.data.files import write_json
 from smi_fast.inversion.presets import DEMO
 from smi_fast.models import cifar10_student
@@ -79,7 +79,7 @@ def fine_tune(
     model: nn.Module, data: Data, args: argparse.Namespace, seed: int, loss: Loss = cross_entropy, batch_size: int = 64
 ) -> nn.Module:
     """Train all weights of a ViT on mirrored images and a random half of their patches, and return the ViT."""
-    fast, generator = accelerate(model, dtype=torch.bfloat16), torch.Generator().manual_seed(seed)
+    fast, generator = in_bfloat16(model), torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(data.labels))
     steps = args.epochs * (len(data.labels) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
@@ -98,17 +98,23 @@ def fine_tune(
     return model.eval()
 
 
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """Return a ViT that computes in bfloat16, and an `Ensemble` as it is."""
+    return model if isinstance(model, Ensemble) else accelerate(model, dtype=torch.bfloat16)
+
+
 def right(model: nn.Module, data: Data) -> float:
     """Return the accuracy on whole images, in %."""
-    fast = accelerate(model, dtype=torch.bfloat16) if hasattr(model, "blocks") else model
-    return 100 * accuracy(fast, zip(data.images.split(500), data.labels.split(500), strict=True), progress=False)
+    return 100 * accuracy(
+        in_bfloat16(model), zip(data.images.split(500), data.labels.split(500), strict=True), progress=False
+    )
 
 
 def invert(model: nn.Module, classes: Sequence[int], how: str, args: argparse.Namespace, seed: int) -> InvertedDataset:
     """Invert a model into `args.inverted` images of the classes in turn, sparse or dense."""
     targets = torch.tensor(classes).repeat(math.ceil(args.inverted / len(classes)))[: args.inverted]
     options = {"stopping": STOPPING[how], "iterations": args.iterations}
-    inverter: Inverter = DEMO.replaced(options).inverter(model, progress=False)
+    inverter = DEMO.replaced(options).inverter(in_bfloat16(model), progress=False)
     parts = [inverter.run(batch, batch_seed(seed, number)) for number, batch in enumerate(targets.split(64))]
     images, keep = (torch.cat([getattr(part, name) for part in parts]) for name in ("images", "keep"))
     metadata = {"mean": inverter.mean, "std": inverter.std}

@@ -77,7 +77,7 @@ def test_a_model_that_answers_as_before_pays_nothing_for_its_memory(application,
     old, args = models.cifar10_vit(), argparse.Namespace(temperature=2.0, memory=1.0)
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
     keep = torch.rand(6, 64).argsort(1)[:, :8]
-    fast = continual.accelerate(old, dtype=torch.bfloat16)
+    fast = continual.in_bfloat16(old)
     plain = continual.cross_entropy(fast, images, keep, labels)
     torch.testing.assert_close(continual.remembering(old, args, 0)(fast, images, keep, labels), plain)
     once = (images[:1], keep[:1], labels[:1])  # of which every replayed batch consists
