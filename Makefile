@@ -1,5 +1,5 @@
-# make demo | make test | make test-oldest-timm | make test-cuda | make faults | make lint | make docs: each sets up what it
-# needs in .venv, once, and runs.
+# make demo | make test | make test-oldest-timm | make test-cuda | make faults | make lint | make types | make docs: each sets
+# up what it needs in .venv, once, and runs.
 # With BIN=/usr/bin, say, all of them take the python there as it is and install nothing, as without a network.
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +17,7 @@ TIMM_TESTS := $(addprefix tests/backbones/test_,coverage.py support.py timms_too
 
 SET_UP = $(if $(filter file,$(origin BIN)),$(VENV)/.installed-$(1))
 
-.PHONY: demo test test-oldest-timm test-cuda faults lint docs bench gpu-check clean
+.PHONY: demo test test-oldest-timm test-cuda faults lint types docs bench gpu-check clean
 
 demo: $(call SET_UP,viz)
 	$(BIN)/smi-fast invert --out "$(OUT)" --overwrite $(ARGS)
@@ -42,6 +42,12 @@ faults: $(call SET_UP,test)
 
 lint: $(call SET_UP,test)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# A program with types against the annotations of the package, laid out as it is installed, and not as in a checkout.
+types: $(call SET_UP,test)
+	rm -rf build/types && mkdir -p build/types
+	cp -r smi_fast build/types/ && cp -r kernels build/types/smi_fast/
+	MYPYPATH=build/types $(BIN)/python -m mypy
 
 # Into build/site, strictly: a link that leads nowhere is an error. Set up beforehand, it needs no network.
 docs: $(call SET_UP,test)

@@ -93,6 +93,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(source, unpacked):
     assert {"smi_fast/kernels/__init__.py"} <= kernels
     assert {"smi_fast/__init__.py", "smi_fast/models/__init__.py"} <= modules
     assert files(unpacked, "*.py") == modules | kernels
+    assert (unpacked / "smi_fast" / "py.typed").is_file()
     assert {path.name for path in unpacked.iterdir()} == {"smi_fast", dist_info(unpacked).name}
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from smi_fast.data.sparse import InvertedDataset, normalize_patches
 from smi_fast.packed import PackedTokens
@@ -16,7 +15,7 @@ CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
 
 
 def quantize(
-    model: VisionTransformer,
+    model: nn.Module,
     calibration: InvertedDataset | Tensor | PackedTokens | Iterable,
     weight_bits: int = 8,
     activation_bits: int = 8,

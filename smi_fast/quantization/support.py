@@ -70,6 +70,8 @@ def check_supported(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: the scheme does not cover some part of the model. The message names it.
     """
+    if type(model) not in MODELS:
+        raise UnsupportedModelError(f"the model is a {type(model).__name__}, which cannot be quantised")
     check_bypassed(model)
     reason = changed_method(model, *MODEL_METHODS)
     if reason is not None:

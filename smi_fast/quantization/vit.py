@@ -20,7 +20,6 @@ from dataclasses import replace
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from smi_fast import kernels
@@ -56,7 +55,7 @@ class QuantizedViT(nn.Module):
         "reads",
     )
 
-    def __init__(self, model: VisionTransformer, weight_bits: int = 8, activation_bits: int = 8):
+    def __init__(self, model: nn.Module, weight_bits: int = 8, activation_bits: int = 8):
         super().__init__()
         check_supported(model)
         check_bits(weight_bits=weight_bits, activation_bits=activation_bits)

@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 from backbones.test_coverage import NAMES, error, timm_on_tokens
+from quantization_cases import on_real_numbers
 from torch import nn
 
 from smi_fast.quantization import QuantizedViT, quantize
-from smi_fast.quantization.observers import Quantizer, Scaled
 
 
 def small(name: str, **options) -> nn.Module:
@@ -41,29 +41,6 @@ def random_model(name: str) -> nn.Module:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2 if parameter.ndim < 2 else 0.5 / parameter.shape[-1] ** 0.5)
     return model.double().eval()
-
-
-def on_real_numbers(quantized: QuantizedViT, observing: QuantizedViT) -> QuantizedViT:
-    """Let a model that still observes compute real numbers, which Eq. 5 rounds at the places and in the weights."""
-
-    def rounded(place: Quantizer):
-        scale = (place.high - place.low) / place.levels or 1.0
-        zero_point = round(-place.low / scale)
-
-        def hook(_: nn.Module, __: tuple, output: Scaled) -> Scaled:
-            assert output.scale == 1
-            integers = torch.clip(torch.round(output.values / scale) + zero_point, 0, place.levels)
-            return Scaled(scale * (integers - zero_point))
-
-        return hook
-
-    for name, place in observing.quantizers.items():
-        place.register_forward_hook(rounded(quantized.quantizers[name]))
-    largest = 2 ** (quantized.weight_bits - 1) - 1
-    for layer in observing.layers():
-        scale = layer.weight.abs().amax(1, keepdim=True) / largest
-        layer.weight = scale * torch.clip(torch.round(layer.weight / scale), -largest, largest)
-    return observing
 
 
 def test_every_architecture_is_timms_until_calibration_ends_and_eq_5_afterwards(names, seed, tmp_path):
