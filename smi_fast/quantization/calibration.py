@@ -26,8 +26,7 @@ def quantize(
     """Quantise a trained timm ViT or DeiT, without training it further.
 
     Args:
-        model: a plain VisionTransformer with a class token, a learned position embedding, LayerNorm, one linear head,
-            and in its blocks timm's Attention, its Mlp with GELU and perhaps LayerScale. It is copied and stays as it is.
+        model: a model that `accelerate` takes, whose parts are all timm's own. It is copied and stays as it is.
         calibration: an InvertedDataset, whose kept patches are normalised with the model's mean and std; or a batch, or
             an iterable of batches, that are normalised already. A batch is PackedTokens with values (T, C * ph * pw),
             images (B, C, H, W), or a tuple that begins with one of the two, as a DataLoader yields it.
@@ -81,7 +80,7 @@ def _batches(
     calibration: InvertedDataset | Tensor | PackedTokens | Iterable, model: QuantizedViT
 ) -> Iterator[PackedTokens]:
     """Yield the calibration set as batches of normalised patches, on the model's device."""
-    device = model.class_token.device
+    device = model.pos_embed.device
     if isinstance(calibration, InvertedDataset):
         calibration = _dataset_batches(calibration, model)
     elif isinstance(calibration, (Tensor, PackedTokens)):

@@ -32,7 +32,7 @@ def vit():
 @pytest.fixture(scope="session")
 def tiny():
     return Settings(
-        InversionSettings(deep_inversion(tv_l2=1e-3), iterations=20, lr=0.1),
+        InversionSettings(deep_inversion(tv_l2=1e-3), iterations=10, lr=0.1),
         images=4,
         seeds=2,
         test_images=None,

@@ -166,6 +166,15 @@ def test_an_animation_shows_each_snapshot_as_it_is(seed, tmp_path):
             assert np.abs(tile - np.kron(as_bytes(snapshot[0]), np.ones((3, 3, 1), int))).max() <= 1
 
 
+def test_an_animation_of_large_images_is_coarser_if_it_would_be_too_large(seed, tmp_path, monkeypatch):
+    snapshots, sizes = [random_images(seed + s, 2, 3, 96, 96) for s in range(2)], []
+    for largest in (10**6, 1):
+        monkeypatch.setattr(pictures, "MAX_BYTES", largest)
+        save_animation(snapshots, tmp_path / "process.webp", ["start", "end"], ["cat", "ship"])
+        sizes.append((tmp_path / "process.webp").stat().st_size)
+    assert sizes[1] < 0.75 * sizes[0]
+
+
 @pytest.mark.parametrize(
     "save",
     [
