@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from smi_fast.data.files import atomic_write, checksum, first_line
 from smi_fast.data.tensors import new_file, open_tensors
 from smi_fast.quantization.blocks import Attention, Block, DifferentialAttention, Mlp
+from smi_fast.quantization.heads import Activation, UnitLength
 from smi_fast.quantization.layers import IntegerLinear, Norm
 from smi_fast.quantization.observers import Quantizer
 from smi_fast.quantization.pooling import AllTokens, AttentionPool, JoinedTokens, Pool
@@ -42,7 +43,8 @@ PARTS = {
     kind.__name__: kind
     for kind in (
         *(Quantizer, IntegerLinear, Norm, Attention, DifferentialAttention, Mlp, Block),
-        *(JoinedTokens, AllTokens, Pool, AttentionPool, nn.Identity, nn.ModuleList, nn.Sequential),
+        *(JoinedTokens, AllTokens, Pool, AttentionPool, Activation, UnitLength),
+        *(nn.Identity, nn.ModuleList, nn.Sequential),
     )
 }
 VERSION_2_NAMES = {  # of layers, norms and places

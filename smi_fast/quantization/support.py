@@ -7,7 +7,7 @@ from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 from smi_fast.backbones import support
-from smi_fast.backbones.readouts import ClassAndMean
+from smi_fast.backbones.readouts import ClassAndMean, CosineLogits
 from smi_fast.backbones.stream import PATHS, SCALES
 from smi_fast.backbones.support import (
     ACTIVATIONS,
@@ -31,12 +31,14 @@ BITS = range(2, 9)
 MAX_HEAD_DIM = 256  # 255^2 * 256 < 2^24, so that a score of 8-bit queries and keys is exact in float32
 NORMS = tuple(kind for kind in support.NORMS if kind is not SimpleNorm)
 POOLS = ("token", "avg")  # of an attention pooling
+HEADS = (*LINEAR, *ACTIVATIONS, *DROPS, CosineLogits)
 ROLES: dict[str, tuple[type, ...]] = {  # the last part of a module's name -> what `translation.py` takes there
     **dict.fromkeys(("", "model"), MODELS),
     **dict.fromkeys(("blocks", "attns", "ffns"), (nn.Sequential, nn.ModuleList)),
     **dict.fromkeys(("qkv", "kv", "fc1", "fc2", "fc1_g", "fc1_x", "in_proj", "out_proj", "head_dist"), LINEAR),
     **dict.fromkeys(("attn_out_proj", "mlp_out_proj"), LINEAR),
-    **dict.fromkeys(("head", "q"), (*LINEAR, nn.Identity)),
+    "q": (*LINEAR, nn.Identity),
+    "head": (*HEADS, nn.Sequential),
     **dict.fromkeys(
         ("norm", "norm1", "norm2", "in_norm", "norm_pre", "fc_norm", "q_norm", "k_norm", "sub_norm"), NORMS
     ),
@@ -51,6 +53,8 @@ ROLES: dict[str, tuple[type, ...]] = {  # the last part of a module's name -> wh
     "mlp": (Mlp, GluMlp, SwiGLU),
     "attn_pool": (AttentionPoolLatent, ClassAndMean),
 }
+
+NUMBERED = {"blocks": TIMM_BLOCKS, "head": HEADS}  # the modules of a list; others are branches
 
 
 def check_bits(**bits: int) -> None:
@@ -78,7 +82,7 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"the model{reason}, and a quantised model would not run it")
     for name, module in model.named_modules():
         path, _, role = name.rpartition(".")
-        kinds = (TIMM_BLOCKS if path == "blocks" else SEQUENTIAL) if role.isdecimal() else ROLES.get(role, ())
+        kinds = NUMBERED.get(path, SEQUENTIAL) if role.isdecimal() else ROLES.get(role, ())
         reason = obstacle(module, kinds) or _setting(module)
         if reason is not None:
             raise UnsupportedModelError(f"{name or 'the model'}{reason}, which cannot be quantised")
@@ -100,6 +104,8 @@ def _setting(module: nn.Module) -> str | None:
         return " has no weight"
     if isinstance(module, PatchEmbed) and (module.img_size is None or module.dynamic_img_pad):
         return " has no img_size" if module.img_size is None else " pads images (dynamic_img_pad)"
+    if hasattr(module, "head_dist") and type(module.head) is not nn.Linear:
+        return " has a distillation token and a head that is not a Linear"
     if isinstance(module, AttentionPoolLatent):
         if module.pos_embed is not None or module.mlp is None or module.pool not in POOLS:
             return f" has a pos_embed, no mlp, or pools {module.pool!r}"

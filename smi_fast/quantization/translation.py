@@ -28,9 +28,12 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from smi_fast.backbones.readouts import ClassAndMean
+from smi_fast.backbones.readouts import ClassAndMean, CosineLogits
+from smi_fast.backbones.support import DROPS
 from smi_fast.quantization import blocks
+from smi_fast.quantization.heads import Activation, UnitLength
 from smi_fast.quantization.layers import IntegerLinear, Norm
+from smi_fast.quantization.observers import Quantizer
 from smi_fast.quantization.pooling import AllTokens, AttentionPool, JoinedTokens, Pool
 
 NAMES = {
@@ -109,15 +112,31 @@ def pool(model: VisionTransformer, bits: int) -> nn.Module:
     return Pool(model.global_pool, skipped, bits) if model.global_pool else AllTokens()
 
 
-def head(model: VisionTransformer) -> IntegerLinear | nn.Identity:
-    """Translate the classifier. The two classifiers of a distilled model, whose logits are averaged, become one for the
-    class token and the distillation token side by side."""
-    if type(model.head) is nn.Identity:
-        return nn.Identity()
-    if not hasattr(model, "head_dist"):
-        return linear(model.head)
-    both = (linear(model.head), linear(model.head_dist))
-    return IntegerLinear(torch.cat([each.weight for each in both], 1) / 2, sum(each.bias for each in both) / 2)
+def head(model: VisionTransformer, bits: int) -> tuple[nn.Module, nn.Module]:
+    """Translate the classifier. Return it and the place of the logits, which is an Identity if it is a part of the
+    classifier or if there is none.
+
+    The two classifiers of a distilled model, whose logits are averaged, become one for the class token and the
+    distillation token side by side.
+    """
+    if hasattr(model, "head_dist"):
+        both = (linear(model.head), linear(model.head_dist))
+        weight, bias = torch.cat([each.weight for each in both], 1), sum(each.bias for each in both)
+        return IntegerLinear(weight / 2, bias / 2), Quantizer(bits)
+    layers = [*model.head] if isinstance(model.head, nn.Sequential) else [model.head]
+    parts: list[nn.Module] = []
+    for layer in layers:
+        if parts and isinstance(parts[-1], IntegerLinear) and isinstance(layer, (nn.Linear, CosineLogits)):
+            parts.append(Quantizer(bits))
+        if isinstance(layer, nn.Linear):
+            parts.append(linear(layer))
+        elif isinstance(layer, CosineLogits):
+            texts = layer.scale * layer.text_embeddings
+            parts += [UnitLength(bits), IntegerLinear(texts, layer.bias.expand(len(texts)))]
+        elif not isinstance(layer, DROPS):
+            parts.append(Activation(activation_name(layer), bits))
+    logits = Quantizer(bits) if parts and isinstance(parts[-1], IntegerLinear) else nn.Identity()
+    return parts[0] if len(parts) == 1 else nn.Sequential(*parts), logits
 
 
 def _gain(scale: nn.Module | None) -> Tensor | None:

@@ -62,7 +62,7 @@ class QuantizedViT(nn.Module):
         embed, bits = model.patch_embed, activation_bits
         self.weight_bits, self.activation_bits = weight_bits, activation_bits
         self.pretrained_cfg = config(model)  # timm's resolve_data_config reads it
-        self.num_classes, self.num_channels = model.num_classes, embed.proj.in_channels
+        self.num_channels = embed.proj.in_channels
         self.image_size, self.patch_size, self.dynamic = (
             [*embed.img_size],
             [*embed.patch_size],
@@ -82,8 +82,9 @@ class QuantizedViT(nn.Module):
         self.norm_pre = norm(model.norm_pre, bits)
         self.blocks = nn.ModuleList(block(each, bits) for each in model.blocks)
         self.norm, self.pool, self.fc_norm = norm(model.norm, bits), pool(model, bits), norm(model.fc_norm, bits)
-        self.head = head(model)
-        self.logits = nn.Identity() if isinstance(self.head, nn.Identity) else Quantizer(bits)
+        self.head, self.logits = head(model, bits)
+        widths = [len(layer.weight) for layer in self.head.modules() if isinstance(layer, IntegerLinear)]
+        self.num_classes = widths[-1] if widths else 0
         self.eval().requires_grad_(False)
 
     @property

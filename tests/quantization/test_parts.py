@@ -12,7 +12,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 from torch import nn
 
-from smi_fast.backbones.readouts import ClassAndMean
+from smi_fast.backbones.readouts import ClassAndMean, CosineLogits
 from smi_fast.quantization import QuantizedViT, quantize
 
 PARTS = {
@@ -70,6 +70,33 @@ def test_class_token_beside_the_mean(seed):
     observing, quantized = QuantizedViT(model, 4, 6), quantize(model, x, 4, 6)
     assert error(observing(x), model(x)) < 1e-9
     assert error(quantized(x), on_real_numbers(quantized, observing)(x)) < 1e-9
+
+
+def texts() -> CosineLogits:
+    scale, bias = torch.tensor(20.0).double(), torch.tensor(-3.0).double()
+    return CosineLogits(torch.randn(6, 32).double(), scale, bias)
+
+
+HEADS = {
+    "no head": nn.Identity,
+    "texts as classes": texts,
+    "texts behind a projection": lambda: nn.Sequential(nn.Linear(32, 32, bias=False), texts()),
+    "pooler": lambda: nn.Sequential(nn.Linear(32, 32), nn.Tanh()),
+    "hidden layer": lambda: nn.Sequential(nn.Linear(32, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 3)),
+    "two layers": lambda: nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 3)),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_of_other_libraries(head, seed, tmp_path):
+    model = built()
+    model.head = HEADS[head]().double().eval()
+    quantized, x = check(model), images(batch=1)
+    assert quantized.num_classes in (0, model(x).shape[1])
+    quantized.save(tmp_path / "model.safetensors")
+    assert torch.equal(
+        QuantizedViT.load(tmp_path / "model.safetensors")(images(batch=1) * 0), quantized(images(batch=1) * 0)
+    )
 
 
 def test_no_pooling_gives_logits_of_every_token(seed):

@@ -21,7 +21,10 @@ from smi_fast.quantization import check_supported, quantize
         (lambda model: setattr(model.blocks[0].mlp, "act", nn.ELU()), r"blocks\.0\.mlp\.act is a .*ELU"),
         (lambda model: setattr(model.blocks[0].mlp, "fc1", nn.Conv2d(24, 96, 1)), r"blocks\.0\.mlp\.fc1 is a .*Conv2d"),
         (lambda model: setattr(model.blocks[0].attn, "gate", nn.Linear(24, 24)), r"blocks\.0\.attn has a gate"),
-        (lambda model: setattr(model, "head", nn.Sequential(nn.Linear(24, 10))), "head is a .*Sequential"),
+        (
+            lambda model: setattr(model, "head", nn.Sequential(nn.Linear(24, 10), nn.Softmax(-1))),
+            r"head\.1 is a .*Softmax",
+        ),
         (lambda model: setattr(model, "adapter", nn.Linear(24, 10)), "adapter is a .*Linear"),
         (lambda model: setattr(model.patch_embed, "img_size", None), "patch_embed has no img_size"),
         (lambda model: setattr(model.patch_embed, "dynamic_img_pad", True), "patch_embed pads images"),
