@@ -17,9 +17,10 @@ import json
 import torch
 from timm.data import resolve_data_config
 from timm.layers import GELU as TimmGELU
-from timm.layers import AttentionPoolLatent, DiffAttention, GELUTanh, GluMlp, LayerScale, Mlp, QuickGELU, SwiGLU
+from timm.layers import AttentionPoolLatent, DiffAttention, GELUTanh, GluMlp, LayerScale, QuickGELU, SwiGLU
+from timm.layers import Mlp as TimmMlp
+from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import (
-    Block,
     DiffParallelScalingBlock,
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from smi_fast.backbones.readouts import ClassAndMean, CosineLogits
 from smi_fast.backbones.support import DROPS
-from smi_fast.quantization import blocks
+from smi_fast.quantization.blocks import Attention, Block, DifferentialAttention, Mlp
 from smi_fast.quantization.heads import Activation, UnitLength
 from smi_fast.quantization.layers import IntegerLinear, Norm
 from smi_fast.quantization.observers import Quantizer
@@ -71,7 +72,7 @@ def norm(module: nn.Module, bits: int, factor: float = 1.0) -> Norm | nn.Identit
     return Norm(module.weight * factor, bias, eps, bits)
 
 
-def block(module: nn.Module, bits: int) -> blocks.Block:
+def block(module: nn.Module, bits: int) -> Block:
     """Translate one of timm's blocks."""
     return BLOCKS[type(module)](module, bits)
 
@@ -151,7 +152,7 @@ def _sequential(*norms: Norm | nn.Identity) -> nn.Module:
 
 def _attention(
     attn: nn.Module, qkv: IntegerLinear, proj: IntegerLinear, before: nn.Module, after: nn.Module, bits: int
-) -> blocks.Attention:
+) -> Attention:
     """Translate timm's attention, or that of a parallel block, between two layers and the norms around them."""
     arguments = dict(
         qkv=qkv,
@@ -166,19 +167,17 @@ def _attention(
         bits=bits,
     )
     if not isinstance(attn, DIFFERENTIAL):
-        return blocks.Attention(**arguments)
+        return Attention(**arguments)
     arguments["inner"] = _sequential(norm(attn.sub_norm, bits, 1 - attn.lambda_init), arguments["inner"])
     factor = attn._compute_lambda().to(qkv.weight.dtype)
-    return blocks.DifferentialAttention(factor, **arguments | {"heads": 2 * attn.num_heads})
+    return DifferentialAttention(factor, **arguments | {"heads": 2 * attn.num_heads})
 
 
-def _attention_branch(
-    attn: nn.Module, scale: nn.Module, before: nn.Module, after: nn.Module, bits: int
-) -> blocks.Attention:
+def _attention_branch(attn: nn.Module, scale: nn.Module, before: nn.Module, after: nn.Module, bits: int) -> Attention:
     return _attention(attn, linear(attn.qkv), linear(attn.proj, scale), before, after, bits)
 
 
-def _mlp_branch(mlp: nn.Module, scale: nn.Module, before: nn.Module, after: nn.Module, bits: int) -> blocks.Mlp:
+def _mlp_branch(mlp: nn.Module, scale: nn.Module, before: nn.Module, after: nn.Module, bits: int) -> Mlp:
     if isinstance(mlp, SwiGLU):
         both = (linear(mlp.fc1_g), linear(mlp.fc1_x))
         fc1 = IntegerLinear(torch.cat([each.weight for each in both]), torch.cat([each.bias for each in both]))
@@ -187,11 +186,11 @@ def _mlp_branch(mlp: nn.Module, scale: nn.Module, before: nn.Module, after: nn.M
         if isinstance(mlp, GluMlp) and mlp.gate_last:
             rows = len(fc1.weight) // 2
             fc1 = IntegerLinear(fc1.weight.roll(rows, 0), fc1.bias.roll(rows, 0))
-    return blocks.Mlp(
+    return Mlp(
         fc1,
         linear(mlp.fc2, scale),
         activation_name(mlp.act),
-        gated=not isinstance(mlp, Mlp),
+        gated=not isinstance(mlp, TimmMlp),
         norm=norm(before, bits),
         inner=norm(mlp.norm, bits),
         after=norm(after, bits),
@@ -199,31 +198,31 @@ def _mlp_branch(mlp: nn.Module, scale: nn.Module, before: nn.Module, after: nn.M
     )
 
 
-def _block(module: Block, bits: int) -> blocks.Block:
+def _block(module: TimmBlock, bits: int) -> Block:
     nothing = nn.Identity()
-    return blocks.Block(
+    return Block(
         {"attn": _attention_branch(module.attn, module.ls1, module.norm1, nothing, bits)},
         {"mlp": _mlp_branch(module.mlp, module.ls2, module.norm2, nothing, bits)},
     )
 
 
-def _res_post_block(module: ResPostBlock, bits: int) -> blocks.Block:
+def _res_post_block(module: ResPostBlock, bits: int) -> Block:
     nothing = nn.Identity()
-    return blocks.Block(
+    return Block(
         {"attn": _attention_branch(module.attn, nothing, nothing, module.norm1, bits)},
         {"mlp": _mlp_branch(module.mlp, nothing, nothing, module.norm2, bits)},
     )
 
 
-def _parallel_things_block(module: ParallelThingsBlock, bits: int) -> blocks.Block:
+def _parallel_things_block(module: ParallelThingsBlock, bits: int) -> Block:
     nothing = nn.Identity()
     attentions = [_attention_branch(each.attn, each.ls, each.norm, nothing, bits) for each in module.attns]
     mlps = [_mlp_branch(each.mlp, each.ls, each.norm, nothing, bits) for each in module.ffns]
     stages = ("attn", attentions), ("mlp", mlps)
-    return blocks.Block(*({f"{name}{i}": each for i, each in enumerate(branches)} for name, branches in stages))
+    return Block(*({f"{name}{i}": each for i, each in enumerate(branches)} for name, branches in stages))
 
 
-def _parallel_block(module: ParallelScalingBlock | DiffParallelScalingBlock, bits: int) -> blocks.Block:
+def _parallel_block(module: ParallelScalingBlock | DiffParallelScalingBlock, bits: int) -> Block:
     hidden, nothing, gain = module.in_split[0], nn.Identity(), _gain(module.ls)
     both = linear(module.in_proj)
     bias = both.bias[:hidden] if module.mlp_bias is None else module.mlp_bias
@@ -235,7 +234,7 @@ def _parallel_block(module: ParallelScalingBlock | DiffParallelScalingBlock, bit
         width, both = len(qkv.weight) // 3, linear(module.out_proj)
         proj = IntegerLinear(both.weight[:, :width], None, gain)
         fc2 = IntegerLinear(both.weight[:, width:], both.bias, gain)
-    mlp = blocks.Mlp(
+    mlp = Mlp(
         fc1,
         fc2,
         activation_name(module.mlp_act),
@@ -245,7 +244,7 @@ def _parallel_block(module: ParallelScalingBlock | DiffParallelScalingBlock, bit
         after=nothing,
         bits=bits,
     )
-    return blocks.Block({"attn": _attention(module, qkv, proj, module.in_norm, nothing, bits), "mlp": mlp})
+    return Block({"attn": _attention(module, qkv, proj, module.in_norm, nothing, bits), "mlp": mlp})
 
 
 def _attention_pool(module: AttentionPoolLatent, skipped: int, bits: int) -> AttentionPool:
@@ -267,7 +266,7 @@ def _attention_pool(module: AttentionPoolLatent, skipped: int, bits: int) -> Att
 
 
 BLOCKS = {
-    Block: _block,
+    TimmBlock: _block,
     ResPostBlock: _res_post_block,
     ParallelThingsBlock: _parallel_things_block,
     ParallelScalingBlock: _parallel_block,
