@@ -26,6 +26,7 @@ from smi_fast.backbones.support import (
     embedding_obstacle,
     obstacle,
 )
+from smi_fast.backbones.vit import AcceleratedViT
 
 BITS = range(2, 9)
 MAX_HEAD_DIM = 256  # 255^2 * 256 < 2^24, so that a score of 8-bit queries and keys is exact in float32
@@ -75,7 +76,8 @@ def check_supported(model: nn.Module) -> None:
         UnsupportedModelError: the scheme does not cover some part of the model. The message names it.
     """
     if type(model) not in MODELS:
-        raise UnsupportedModelError(f"the model is a {type(model).__name__}, which cannot be quantised")
+        hint = ": pass its .model" if isinstance(model, AcceleratedViT) else ""
+        raise UnsupportedModelError(f"the model is a {type(model).__name__}, which cannot be quantised{hint}")
     check_bypassed(model)
     reason = changed_method(model, *MODEL_METHODS)
     if reason is not None:

@@ -5,7 +5,7 @@ import torch
 from timm.layers import AttentionPoolLatent, SimpleNorm
 from torch import nn
 
-from smi_fast import UnsupportedModelError
+from smi_fast import UnsupportedModelError, accelerate
 from smi_fast.models import cifar10_vit
 from smi_fast.quantization import check_supported, quantize
 
@@ -56,6 +56,8 @@ def test_other_models():
     check_supported(cifar10_vit(pretrained=False, depth=1, embed_dim=60, num_heads=3))  # heads of any other width
     with pytest.raises(UnsupportedModelError, match=r"the model is a .*Linear"):
         quantize(nn.Linear(2, 2), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(UnsupportedModelError, match=r"AcceleratedViT, which cannot be quantised: pass its \.model"):
+        check_supported(accelerate(cifar10_vit(pretrained=False)))
     with pytest.raises(UnsupportedModelError, match="the model has no blocks"):
         check_supported(cifar10_vit(pretrained=False, depth=0))
     with pytest.raises(UnsupportedModelError, match="a head_dim of 264"):
