@@ -30,14 +30,16 @@ from workbench import DENSE, SPARSE, Data, Table, arguments, clocks, in_bfloat16
 from smi_fast import InvertedDataset, distill
 from smi_fast.models import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, cifar10_student, cifar10_vit
 
-NEVER = -1e4  # a logit whose probability is 0
+# The logit of the forgotten class, below the teacher's others. With minus infinity the student's weights would grow
+# without end, and its answers to images unlike the inverted ones would be arbitrary.
+LOW = -4.0
 
 
 def masked(model: nn.Module, forgotten: int) -> nn.Module:
-    """Return a copy of a model that never answers with a class."""
+    """Return a copy of a model whose logit of a class is always below the others."""
     model = copy.deepcopy(model)
     model.head.weight.data[forgotten] = 0
-    model.head.bias.data[forgotten] = NEVER
+    model.head.bias.data[forgotten] = LOW
     return model
 
 
