@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,9 +101,15 @@ def test_linked_files_are_there(page):
         assert elsewhere or ((ROOT / page).parent / link).exists(), link
 
 
-def test_the_index_names_every_page():
-    index = (DOCS / "README.md").read_text()
-    assert [page for page in PAGES if page != "README.md" and f"({page})" not in index] == []
+def test_an_index_names_every_page():
+    """docs/README.md, or the README.md of a folder on the way to the page."""
+    pages = [DOCS / page for page in PAGES if page != "README.md"]
+    indices = {index.parent: index.read_text() for index in DOCS.rglob("README.md")}
+    assert [page for page in pages if not any(links_to(page, folder, text) for folder, text in indices.items())] == []
+
+
+def links_to(page: Path, folder: Path, text: str) -> bool:
+    return page.is_relative_to(folder) and f"({page.relative_to(folder).as_posix()})" in text
 
 
 def test_the_site_leads_to_every_page():
