@@ -1,5 +1,5 @@
-# make demo | make test | make test-oldest-timm | make test-cuda | make faults | make lint | make docs: each sets up what it
-# needs in .venv, once, and runs.
+# make demo | make test | make test-oldest-timm | make test-cuda | make faults | make lint | make types | make docs: each sets
+# up what it needs in .venv, once, and runs.
 # With BIN=/usr/bin, say, all of them take the python there as it is and install nothing, as without a network.
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +17,7 @@ TIMM_TESTS := $(addprefix tests/backbones/test_,coverage.py support.py timms_too
 
 SET_UP = $(if $(filter file,$(origin BIN)),$(VENV)/.installed-$(1))
 
-.PHONY: demo test test-oldest-timm test-cuda faults lint docs bench gpu-check clean
+.PHONY: demo test test-oldest-timm test-cuda faults lint types docs bench gpu-check clean
 
 demo: $(call SET_UP,viz)
 	$(BIN)/smi-fast invert --out "$(OUT)" --overwrite $(ARGS)
@@ -43,8 +43,14 @@ faults: $(call SET_UP,test)
 lint: $(call SET_UP,test)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+# A program with types against the annotations of the package, laid out as it is installed, and not as in a checkout.
+types: $(call SET_UP,test)
+	rm -rf build/types && mkdir -p build/types
+	cp -r smi_fast build/types/ && cp -r kernels build/types/smi_fast/
+	MYPYPATH=build/types $(BIN)/python -m mypy
+
 # Into build/site, strictly: a link that leads nowhere is an error. Set up beforehand, it needs no network.
-docs: $(call SET_UP,docs)
+docs: $(call SET_UP,test)
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m mkdocs build --strict
 
 bench: $(call SET_UP,bench)
@@ -57,9 +63,8 @@ gpu-check: $(call SET_UP,bench)
 	$(BIN)/python bench/gpu_check.py --out "$(OUT)" $(ARGS)
 
 # One stamp for each set of extras, older than its sources when those change; nothing up to date is installed again.
-$(VENV)/.installed-test: EXTRAS := test,viz
+$(VENV)/.installed-test: EXTRAS := test,viz,docs
 $(VENV)/.installed-viz: EXTRAS := viz
-$(VENV)/.installed-docs: EXTRAS := docs
 $(VENV)/.installed-bench: EXTRAS := test,viz,bench
 $(VENV)/.installed-%: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"

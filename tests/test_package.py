@@ -63,6 +63,13 @@ def unpacked(wheel, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def imported(unpacked):
+    """The files of the kernels, and the module of the command line, that a process imports from the wheel."""
+    code = f"{IMPORT_KERNELS}\nimport smi_fast.cli; assert callable(smi_fast.cli.main); print(smi_fast.cli.__file__)"
+    return [Path(line) for line in run_python(code, unpacked.parent, PYTHONPATH=str(unpacked)).splitlines()]
+
+
 def files(folder, pattern="*"):
     """The files below a folder, as POSIX paths relative to it."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob(pattern) if path.is_file()}
@@ -86,6 +93,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(source, unpacked):
     assert {"smi_fast/kernels/__init__.py"} <= kernels
     assert {"smi_fast/__init__.py", "smi_fast/models/__init__.py"} <= modules
     assert files(unpacked, "*.py") == modules | kernels
+    assert (unpacked / "smi_fast" / "py.typed").is_file()
     assert {path.name for path in unpacked.iterdir()} == {"smi_fast", dist_info(unpacked).name}
 
 
@@ -97,12 +105,11 @@ def test_the_wheel_carries_the_licence_and_the_version(unpacked):
     assert "\nName: smi-fast\n" in metadata
 
 
-def test_the_console_script_runs_the_main_of_cli(unpacked):
+def test_the_console_script_runs_the_main_of_cli(unpacked, imported):
     entry_points = configparser.ConfigParser()
     entry_points.read(dist_info(unpacked) / "entry_points.txt")
     assert dict(entry_points["console_scripts"]) == {"smi-fast": "smi_fast.cli:main"}
-    code = "import smi_fast.cli; assert callable(smi_fast.cli.main); print(smi_fast.cli.__file__)"
-    assert Path(run_python(code, unpacked.parent, PYTHONPATH=str(unpacked)).strip()).is_relative_to(unpacked)
+    assert imported[-1].is_relative_to(unpacked)
 
 
 def test_the_wheel_is_small_and_holds_the_weights(wheel):
@@ -112,14 +119,24 @@ def test_the_wheel_is_small_and_holds_the_weights(wheel):
             assert 1 * MB < archive.getinfo(f"smi_fast/models/{name}.safetensors").file_size <= 6 * MB
 
 
-def test_kernels_are_imported_from_an_unpacked_wheel(source, unpacked, tmp_path):
-    imported = {Path(line) for line in run_python(IMPORT_KERNELS, tmp_path, PYTHONPATH=str(unpacked)).splitlines()}
-    assert imported == {unpacked / "smi_fast" / "kernels" / name for name in files(source / "kernels", "*.py")}
+def test_kernels_are_imported_from_an_unpacked_wheel(source, unpacked, imported):
+    assert set(imported[:-1]) == {
+        unpacked / "smi_fast" / "kernels" / name for name in files(source / "kernels", "*.py")
+    }
 
 
 def test_kernels_are_imported_from_the_root_of_a_checkout():
     imported = {Path(line).resolve() for line in run_python(IMPORT_KERNELS, ROOT).splitlines()}
     assert imported == {(ROOT / "kernels" / name).resolve() for name in files(ROOT / "kernels", "*.py")}
+
+
+def test_all_places_that_name_the_version_or_pythons_agree():
+    assert f"\nversion: {smi_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    project, workflow = (ROOT / "pyproject.toml").read_text(), (ROOT / ".github/workflows/ci.yml").read_text()
+    [matrix] = re.findall(r"python: \[(.*)\]", workflow)
+    assert re.findall(r"[\d.]+", matrix) == re.findall(r"Python :: (3\.\d+)", project)
+    [ruff] = re.findall(r"^ruff==([\d.]+)", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    assert f"rev: v{ruff} " in (ROOT / ".pre-commit-config.yaml").read_text()
 
 
 @pytest.mark.parametrize("target", ["demo", "gpu-check"])

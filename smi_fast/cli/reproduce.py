@@ -12,6 +12,7 @@ from torch import nn
 import smi_fast.cli.arguments as arguments
 from smi_fast.cli.output import add_run, check_out
 from smi_fast.models import STUDENT_INSIDE
+from smi_fast.models.loading import resized
 from smi_fast.studies.reproduce import FILES, PRESETS, SECTIONS, reproduce
 
 DESCRIPTION = (
@@ -62,8 +63,7 @@ def student_of(args: argparse.Namespace, teacher: nn.Module) -> tuple[nn.Module 
         return student, "It was trained on the same training images without their labels."
     size = resolve_data_config(model=teacher)["input_size"][1:]
     if isinstance(student, VisionTransformer) and student.patch_embed.img_size != size:
-        student.set_input_size(img_size=size)  # its positions are resampled
-        student.pretrained_cfg = {**student.pretrained_cfg, "input_size": (student.patch_embed.proj.in_channels, *size)}
+        student = resized(student, size)
     if student.num_classes != teacher.num_classes:
         with torch.random.fork_rng([]):  # of the CPU, so that the next call has the same head
             torch.default_generator.manual_seed(0)

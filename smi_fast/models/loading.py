@@ -69,7 +69,7 @@ def load_model(
     else:
         _check_name(name)
         model = _with_weights(name, pretrained, checkpoint, options)
-    return model if image_size is None else _resized(model, image_size)
+    return model if image_size is None else resized(model, image_size)
 
 
 def _with_weights(name: str, pretrained: bool, checkpoint: str | Path | None, options: tuple[str, str]) -> nn.Module:
@@ -91,8 +91,13 @@ def _with_weights(name: str, pretrained: bool, checkpoint: str | Path | None, op
         ) from error
 
 
-def _resized(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
-    """Let a model take images of another size."""
+def resized(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
+    """Let a model take images of another size, (height, width) in pixels, and return it. A ViT's position embedding is
+    resampled.
+
+    Raises:
+        ValueError: the patches of a ViT do not divide the images. The message names both sizes.
+    """
     if isinstance(model, VisionTransformer):
         PatchGrid.of(image_size, model.patch_embed.patch_size)  # raises an error that names both sizes
         model.set_input_size(img_size=image_size)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from smi_fast.data.sparse import InvertedDataset, normalize_patches
 from smi_fast.packed import PackedTokens
@@ -16,7 +15,7 @@ CALIBRATION_BATCH = 32  # images at a time; the ranges do not depend on it
 
 
 def quantize(
-    model: VisionTransformer,
+    model: nn.Module,
     calibration: InvertedDataset | Tensor | PackedTokens | Iterable,
     weight_bits: int = 8,
     activation_bits: int = 8,
@@ -26,8 +25,7 @@ def quantize(
     """Quantise a trained timm ViT or DeiT, without training it further.
 
     Args:
-        model: a plain VisionTransformer with a class token, a learned position embedding, LayerNorm, one linear head,
-            and in its blocks timm's Attention, its Mlp with GELU and perhaps LayerScale. It is copied and stays as it is.
+        model: a model that `accelerate` takes, whose parts are all timm's own. It is copied and stays as it is.
         calibration: an InvertedDataset, whose kept patches are normalised with the model's mean and std; or a batch, or
             an iterable of batches, that are normalised already. A batch is PackedTokens with values (T, C * ph * pw),
             images (B, C, H, W), or a tuple that begins with one of the two, as a DataLoader yields it.
@@ -81,7 +79,7 @@ def _batches(
     calibration: InvertedDataset | Tensor | PackedTokens | Iterable, model: QuantizedViT
 ) -> Iterator[PackedTokens]:
     """Yield the calibration set as batches of normalised patches, on the model's device."""
-    device = model.class_token.device
+    device = model.pos_embed.device
     if isinstance(calibration, InvertedDataset):
         calibration = _dataset_batches(calibration, model)
     elif isinstance(calibration, (Tensor, PackedTokens)):

@@ -26,7 +26,7 @@ class _Program(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         places = {id(place): _Quantizer(place) for place in model.quantizers.values()}
-        layers = {id(layer): _Linear(layer, model.weight_bits) for layer, _ in model.layers()}
+        layers = {id(layer): _Linear(layer, model.weight_bits) for layer in model.layers()}
         # For a module in its memo, deepcopy uses the memo's entry instead of a copy.
         self.model = copy.deepcopy(model, places | layers).float().cpu()
         self.eval()

@@ -1,14 +1,13 @@
-"""The steps between two places of quantisation: matrix products with integer weights, LayerNorm and addition."""
+"""The steps between two places of quantisation: matrix products with integer weights, norms and addition."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale
-from torch import nn
+from torch import Tensor, nn
 
 from smi_fast.kernels.linear import linear
-from smi_fast.quantization.observers import Quantizer, Rounding, Scaled
+from smi_fast.quantization.observers import Quantizer, Scaled
 
 
 class IntegerLinear(nn.Module):
@@ -17,22 +16,23 @@ class IntegerLinear(nn.Module):
     Until `freeze`, `weight` (out, in) holds float weights and `weight_scale` (out,) is 1. `bias` (out,) stays float.
 
     Args:
-        layer: timm's layer, which stays as it is.
-        then: the LayerScale behind it, or an Identity. Its factors become a part of the weights. Each output channel
-            has a scale of its own, so this changes no integer weight, apart from its sign.
+        weight: (out, in), floating point. It is copied.
+        bias: (out,), or None for zero.
+        gain: (out,), the factors of a LayerScale behind the layer. They become a part of the weights. Each output
+            channel has a scale of its own, so this changes no integer weight, apart from its sign.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, then: nn.Module | None = None):
+    settings = ("inputs",)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, gain: Tensor | None = None):
         super().__init__()
-        weight = layer.weight.detach().flatten(1).clone()
-        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().clone()
-        if isinstance(then, LayerScale):
-            gamma = then.gamma.detach()
-            weight, bias = weight * gamma[:, None], bias * gamma
-        self.register_buffer("weight", weight)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        if gain is not None:
+            weight, bias = weight * gain[:, None], bias * gain
+        self.register_buffer("weight", weight.detach().clone())
         self.register_buffer("weight_scale", torch.ones_like(bias))
-        self.register_buffer("bias", bias)
-        self.part = weight.shape[1]  # how many inputs are summed in one product
+        self.register_buffer("bias", bias.detach().clone())
+        self.inputs = self.part = weight.shape[1]  # `part` inputs are summed in one product
 
     def freeze(self, bits: int) -> None:
         """Round the weights to integers of `bits` bits."""
@@ -41,15 +41,13 @@ class IntegerLinear(nn.Module):
         self.weight_scale = torch.where(scale > 0, scale, 1)
         self.weight = (self.weight / self.weight_scale[:, None]).round_().clamp_(-largest, largest)
 
-    def split(self, inputs: Rounding) -> None:
-        """Split the sum over inputs that were rounded in the given way, so that the dtype holds every partial sum of
-        integers exactly."""
+    def split(self, levels: int) -> None:
+        """Split the sum over integer inputs, whose range includes zero and has `levels` steps, so that the dtype holds
+        every partial sum exactly."""
         exact = 2 / torch.finfo(self.weight.dtype).eps  # float32 holds all integers up to 2^24
-        weight = self.weight.double()
-        terms = torch.stack((weight * inputs.highest, weight * inputs.lowest))
-        sums = torch.stack((terms.amax(0), -terms.amin(0)))  # [2, out, in]: what a term adds, or subtracts, at most
-        self.part = self.weight.shape[1]
-        while max(part.sum(-1).max() for part in sums.split(self.part, -1)) > exact:
+        signs = torch.stack((self.weight, -self.weight)).double().clamp_(min=0)  # [2, out, in]
+        self.part = self.inputs
+        while max(part.sum(-1).max() for part in signs.split(self.part, -1)) * levels > exact:
             self.part = -(-self.part // 2)
 
     def forward(self, x: Scaled, channels: slice = slice(None)) -> Scaled:
@@ -66,10 +64,31 @@ class IntegerLinear(nn.Module):
         return Scaled(product, self.weight_scale[channels] * x.scale, self.bias[channels])
 
 
-def layer_norm(norm: nn.LayerNorm, x: Scaled, to: Quantizer) -> Scaled:
-    """Normalise x, and quantise the result at `to`. The unit of x cancels out; the weights include the unit of `to`."""
-    weight, bias = to.divide(norm.weight), to.divide(norm.bias)
-    return to(Scaled(F.layer_norm(x.values, norm.normalized_shape, weight, bias, norm.eps / x.scale**2), to.unit))
+class Norm(nn.Module):
+    """LayerNorm if it is `centred`, otherwise RMSNorm, and the place of quantisation behind it.
+
+    It normalises each group of as many channels as it has weights. `weight` and `bias` (channels,) stay float. An
+    RMSNorm has no bias.
+    """
+
+    settings = ("eps", "centred")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float, bits: int):
+        super().__init__()
+        self.eps, self.centred, self.out = eps, bias is not None, Quantizer(bits)
+        self.register_buffer("weight", weight.detach().clone())
+        if bias is not None:
+            self.register_buffer("bias", bias.detach().clone())
+
+    def forward(self, x: Scaled) -> Scaled:
+        """Normalise x. The unit of x cancels out; the weights include the unit of the place."""
+        weight, eps = self.out.divide(self.weight), self.eps / x.scale**2
+        groups, shape = x.values.unflatten(-1, (-1, len(weight))), weight.shape
+        if self.centred:
+            normed = F.layer_norm(groups, shape, weight, self.out.divide(self.bias), eps)
+        else:
+            normed = F.rms_norm(groups, shape, weight, eps)
+        return self.out(Scaled(normed.flatten(-2), self.out.unit))
 
 
 def add(x: Scaled, y: Scaled, to: Quantizer) -> Scaled:

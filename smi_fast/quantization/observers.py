@@ -58,11 +58,13 @@ class Quantizer(nn.Module):
         rounding: how the place rounds; None while it observes.
     """
 
+    settings = ("levels",)
+    low = high = 0.0
+    rounding: Rounding | None = None
+
     def __init__(self, bits: int):
         super().__init__()
         self.levels = 2**bits - 1
-        self.low = self.high = 0.0
-        self.rounding: Rounding | None = None
 
     @property
     def unit(self) -> float:

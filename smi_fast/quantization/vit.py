@@ -3,7 +3,8 @@
 The scheme is that of Sparse Model Inversion (Hu et al., ICML 2024, Sec. 4.3.1, Eq. 5),
 x -> s (clip(round(x / s) + z) - z): weights are symmetric per output channel, activations asymmetric per tensor, and a
 range runs from the smallest to the largest value that calibration shows. Activations are quantised where PSAQ-ViT (Li
-et al., ECCV 2022) quantises them; softmax stays float.
+et al., ECCV 2022) quantises them; softmax stays float. Parts that a plain ViT does not have follow the same rule: a
+place of quantisation lies behind every layer, norm, attention, product of channels, pooling and sum.
 
 The model is written once, and its places (`Quantizer`) and its layers (`IntegerLinear`) decide what it computes. While
 the places observe, it is the float model. Afterwards it works on integers that are held in floating point, with the
@@ -14,92 +15,25 @@ operators of PyTorch's PT2E quantisation.
 from __future__ import annotations
 
 import copy
-import math
 import os
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from smi_fast import kernels
 from smi_fast.grid import PatchGrid
-from smi_fast.packed import Keep, PackedTokens, pack_keep
-from smi_fast.quantization.checkpoint import load_model, model_arguments, model_config, save_model
+from smi_fast.packed import Keep, PackedTokens, check_patches, pack_keep
+from smi_fast.quantization.blocks import first_tokens
+from smi_fast.quantization.checkpoint import load_model, save_model
 from smi_fast.quantization.export import export_program
-from smi_fast.quantization.layers import IntegerLinear, add, layer_norm
+from smi_fast.quantization.layers import IntegerLinear, add
 from smi_fast.quantization.observers import Quantizer, Scaled
 from smi_fast.quantization.support import check_bits, check_supported
+from smi_fast.quantization.translation import block, config, head, linear, norm, pool, position_embedding, prefix_tokens
 
 CACHED_VALUES = 3 * 2**19  # values of the widest activation at a time on a CPU, so that its caches hold them
-
-
-class QuantizedBlock(nn.Module):
-    """timm's Block.
-
-    Modifications: a place of quantisation follows each step, a LayerScale is a part of the layer before it, and the
-    output can be that of the class tokens only.
-    """
-
-    def __init__(self, block: Block, bits: int):
-        super().__init__()
-        attn, mlp = block.attn, block.mlp
-        self.heads, self.head_dim, self.attention_scale = attn.num_heads, attn.head_dim, attn.scale
-        self.norm1, self.norm1_out = copy.deepcopy(block.norm1), Quantizer(bits)
-        self.qkv, self.qkv_out = IntegerLinear(attn.qkv), Quantizer(bits)
-        self.scores, self.attention = Quantizer(bits), Quantizer(bits)
-        self.proj, self.proj_out, self.sum1 = IntegerLinear(attn.proj, block.ls1), Quantizer(bits), Quantizer(bits)
-        self.norm2, self.norm2_out = copy.deepcopy(block.norm2), Quantizer(bits)
-        self.fc1, self.gelu = IntegerLinear(mlp.fc1), Quantizer(bits)
-        self.fc2, self.mlp, self.sum2 = IntegerLinear(mlp.fc2, block.ls2), Quantizer(bits), Quantizer(bits)
-
-    def layers(self) -> list[tuple[IntegerLinear, Quantizer]]:
-        """Each layer with integer weights, and the place that its inputs come from."""
-        sources = (self.norm1_out, self.attention, self.norm2_out, self.gelu)
-        return list(zip((self.qkv, self.proj, self.fc1, self.fc2), sources, strict=True))
-
-    def forward(self, x: Scaled, ragged: PackedTokens | None, first_only: bool) -> Scaled:
-        """Compute the block's output.
-
-        Args:
-            x: tokens (B, N, C), or (T, C) where the sequences differ in length.
-            ragged: how (T, C) is packed; None for (B, N, C).
-            first_only: compute only the output of each sequence's first token, from the keys and values of all tokens.
-
-        Returns:
-            The output in the shape of x, or (B, 1, C) with `first_only`.
-        """
-        y = self._attend(layer_norm(self.norm1, x, self.norm1_out), ragged, first_only)
-        x = first_tokens(x, ragged) if first_only else x
-        x = add(x, self.proj_out(self.proj(y)), self.sum1)
-        y = layer_norm(self.norm2, x, self.norm2_out)
-        y = self.gelu(Scaled(F.gelu(self.fc1(y).to(1.0).values)))
-        return add(x, self.mlp(self.fc2(y)), self.sum2)
-
-    def _attend(self, x: Scaled, ragged: PackedTokens | None, first_only: bool) -> Scaled:
-        """Compute the attention within each sequence, before its projection. The arguments are those of `forward`."""
-        width = self.heads * self.head_dim
-        if first_only:
-            (q,), _ = self._project(first_tokens(x, ragged), None, slice(width))
-            (k, v), mask = self._project(x, ragged, slice(width, 3 * width))
-        else:
-            (q, k, v), mask = self._project(x, ragged)
-        unit = self.qkv_out.unit
-        scores = self.scores(Scaled(q @ k.transpose(-2, -1), unit * unit * self.attention_scale))
-        scores = scores.to(1.0).values  # [B, H, N, N]
-        if mask is not None:
-            scores.masked_fill_(~mask[:, None, None], -math.inf)
-        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)  # [B, N, C]
-        return self.attention(Scaled(y if ragged is None or first_only else ragged.unpad(y), unit))
-
-    def _project(self, x: Scaled, ragged: PackedTokens | None, *channels: slice) -> tuple[Tensor, Tensor | None]:
-        """Compute queries, keys and values (3, B, H, N, D), or only those in `channels`, and a mask (B, N) that is
-        False where they are padding. The mask is None for x (B, N, C)."""
-        y, mask = self.qkv_out(self.qkv(x, *channels)).values, None
-        if ragged is not None:
-            y, mask = ragged.pad(y)
-        return y.unflatten(-1, (-1, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).contiguous(), mask
 
 
 class QuantizedViT(nn.Module):
@@ -109,34 +43,61 @@ class QuantizedViT(nn.Module):
     computes the float model's numbers and observes its activations until `freeze` is called.
     """
 
-    def __init__(self, model: VisionTransformer, weight_bits: int = 8, activation_bits: int = 8):
+    settings = (
+        "weight_bits",
+        "activation_bits",
+        "pretrained_cfg",
+        "num_classes",
+        "num_channels",
+        "image_size",
+        "patch_size",
+        "dynamic",
+        "reads",
+    )
+
+    def __init__(self, model: nn.Module, weight_bits: int = 8, activation_bits: int = 8):
         super().__init__()
         check_supported(model)
         check_bits(weight_bits=weight_bits, activation_bits=activation_bits)
+        embed, bits = model.patch_embed, activation_bits
         self.weight_bits, self.activation_bits = weight_bits, activation_bits
-        self.arguments = model_arguments(model)
-        self.pretrained_cfg = model_config(model)  # timm's resolve_data_config reads it
-        self.num_classes, self.num_channels = model.num_classes, model.patch_embed.proj.in_channels
-        self.grid = PatchGrid.of(model.patch_embed.img_size, model.patch_embed.patch_size)
-        self.input = Quantizer(activation_bits)
-        self.patch_embed, self.patch_embed_out = IntegerLinear(model.patch_embed.proj), Quantizer(activation_bits)
-        self.register_buffer("class_token", model.cls_token.detach()[0].clone())  # [1, C]
-        self.tokens = Quantizer(activation_bits)
-        self.register_buffer("pos_embed", model.pos_embed.detach()[0].clone())  # [1 + N, C]
-        self.pos_embed_out, self.embedded = Quantizer(activation_bits), Quantizer(activation_bits)
-        self.blocks = nn.ModuleList(QuantizedBlock(block, activation_bits) for block in model.blocks)
-        self.norm, self.norm_out = copy.deepcopy(model.norm), Quantizer(activation_bits)
-        self.head, self.logits = IntegerLinear(model.head), Quantizer(activation_bits)
-        if self.class_token.dtype not in (torch.float32, torch.float64):
-            self.float()  # sums of integers do not fit into half precision
+        self.pretrained_cfg = config(model)  # timm's resolve_data_config reads it
+        self.num_channels = embed.proj.in_channels
+        self.image_size, self.patch_size, self.dynamic = (
+            [*embed.img_size],
+            [*embed.patch_size],
+            not embed.strict_img_size,
+        )
+        # How many of an image's first tokens the head reads, or None for all.
+        self.reads = None if model.global_pool != "token" else 2 if hasattr(model, "head_dist") else 1
+        if embed.proj.weight.dtype not in (torch.float32, torch.float64):
+            model = copy.deepcopy(model).float()  # sums of integers do not fit into half precision
+        self.input = Quantizer(bits)
+        self.patch_embed, self.patch_embed_out = linear(model.patch_embed.proj), Quantizer(bits)
+        self.patch_norm = norm(model.patch_embed.norm, bits)
+        self.register_buffer("prefix_tokens", prefix_tokens(model))  # [P, C]
+        self.tokens = Quantizer(bits)
+        self.register_buffer("pos_embed", position_embedding(model))  # [P + N, C]
+        self.pos_embed_out, self.embedded = Quantizer(bits), Quantizer(bits)
+        self.norm_pre = norm(model.norm_pre, bits)
+        self.blocks = nn.ModuleList(block(each, bits) for each in model.blocks)
+        self.norm, self.pool, self.fc_norm = norm(model.norm, bits), pool(model, bits), norm(model.fc_norm, bits)
+        self.head, self.logits = head(model, bits)
+        widths = [len(layer.weight) for layer in self.head.modules() if isinstance(layer, IntegerLinear)]
+        self.num_classes = widths[-1] if widths else 0
         self.eval().requires_grad_(False)
+
+    @property
+    def grid(self) -> PatchGrid:
+        """The patch grid of the images that the model was made for."""
+        return PatchGrid.of(self.image_size, self.patch_size)
 
     @property
     def quantizers(self) -> dict[str, Quantizer]:
         """The places of quantisation by name, in the order in which the model has them: "input", "patch_embed", ...,
-        "blocks.0.norm1", "blocks.0.qkv", ..., "norm", "logits"."""
-        modules = self.named_modules()
-        return {name.removesuffix("_out"): module for name, module in modules if isinstance(module, Quantizer)}
+        "blocks.0.attn.norm", "blocks.0.attn.qkv", ..., "norm", "logits"."""
+        places = [(name, module) for name, module in self.named_modules() if isinstance(module, Quantizer)]
+        return {name.removesuffix(".out").removesuffix("_out"): place for name, place in places}
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -146,44 +107,51 @@ class QuantizedViT(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether calibration has ended, so that the model computes with integers."""
-        return self.logits.rounding is not None
+        return self.input.rounding is not None
 
-    def layers(self) -> list[tuple[IntegerLinear, Quantizer]]:
-        """Each layer with integer weights, and the place that its inputs come from."""
-        inside = [pair for block in self.blocks for pair in block.layers()]
-        return [(self.patch_embed, self.input), *inside, (self.head, self.norm_out)]
+    def layers(self) -> list[IntegerLinear]:
+        """The layers with integer weights."""
+        return [module for module in self.modules() if isinstance(module, IntegerLinear)]
 
     def extra_repr(self) -> str:
         return f"weight_bits={self.weight_bits}, activation_bits={self.activation_bits}"
 
     def forward(self, images: Tensor, keep: Keep | None = None) -> Tensor:
-        """Compute the logits (B, num_classes) of each image from its kept patches.
+        """Compute the logits of each image from its kept patches: (B, num_classes), or what timm's model returns if it
+        has no head or no pooling.
 
         Args:
-            images: (B, C, H, W), floating point, normalised as the model wants it.
+            images: (B, C, H, W), floating point, normalised as the model wants it, of the model's size. If timm's model
+                takes images of other sizes, this one does too.
             keep: the patches to keep: indices (B, K), a boolean mask (B, N) or a list of B index tensors. None keeps
                 all patches.
 
         Raises:
             ValueError: images or `keep` do not fit the model or each other. The message names the value.
         """
-        return self.forward_patches(self.patches(images, keep))
+        grid = self.grid
+        if self.dynamic and images.ndim == 4:
+            grid = PatchGrid.of(images.shape[2:], self.patch_size)
+        return self._forward(self._cut(images, keep, grid), grid)
 
     def patches(self, images: Tensor, keep: Keep | None = None) -> PackedTokens:
-        """Cut out the kept patches, as `forward_patches` takes them. Arguments and errors are those of `forward`."""
-        expected = (self.num_channels, *self.grid.image_size)
+        """Cut out the kept patches, as `forward_patches` takes them. Arguments and errors are those of `forward`, but
+        all images have the size that the model was made for."""
+        return self._cut(images, keep, self.grid)
+
+    def _cut(self, images: Tensor, keep: Keep | None, grid: PatchGrid) -> PackedTokens:
+        expected = (self.num_channels, *grid.image_size)
         if images.ndim != 4 or images.shape[1:] != expected or not images.is_floating_point():
             raise ValueError(
                 f"images are {tuple(images.shape)} {images.dtype}, expected (B, {', '.join(map(str, expected))}) of a "
                 "floating point dtype"
             )
-        kept = pack_keep(keep, len(images), self.grid.num_patches, images.device)
-        patches, _ = kernels.gather_patches(images, kept.positions, kept.cu_seqlens, patch_size=self.grid.patch_size)
+        kept = pack_keep(keep, len(images), grid.num_patches, images.device)
+        patches, _ = kernels.gather_patches(images, kept.positions, kept.cu_seqlens, patch_size=grid.patch_size)
         return replace(kept, values=patches)
 
-    @torch.no_grad()
     def forward_patches(self, patches: PackedTokens) -> Tensor:
-        """Compute the logits (B, num_classes) of images that are given as patches only.
+        """Compute the logits of images of the model's size that are given as patches only, as `forward` does.
 
         No gradient flows. Until calibration ends, these are the float model's logits, and every place observes.
 
@@ -192,55 +160,85 @@ class QuantizedViT(nn.Module):
                 such as a batch of an `InvertedDataset`.
 
         Raises:
-            ValueError: the patches do not have as many values as the model's.
+            ValueError: the patches do not have as many values as the model's, or they do not fit its grid.
         """
-        size = self.patch_embed.weight.shape[1]
-        if patches.values.shape[1] != size:
-            raise ValueError(f"patches have {patches.values.shape[1]} values each, the model's have {size}")
-        images = CACHED_VALUES // (self.blocks[0].fc1.weight.shape[0] * (1 + patches.max_seqlen))
+        check_patches(patches, patches.positions, self.grid.num_patches)
+        return self._forward(patches, self.grid)
+
+    @torch.no_grad()
+    def _forward(self, patches: PackedTokens, grid: PatchGrid) -> Tensor:
+        if patches.values.shape[1] != self.patch_embed.inputs:
+            raise ValueError(
+                f"patches have {patches.values.shape[1]} values each, the model's have {self.patch_embed.inputs}"
+            )
+        widest = max(len(layer.weight) for layer in self.blocks.modules() if isinstance(layer, IntegerLinear))
+        images = CACHED_VALUES // (widest * (len(self.prefix_tokens) + patches.max_seqlen))
         split = patches.values.is_cpu and patches.batch_size  # no images are one group of none
         groups = patches.groups(max(1, images)) if split else [patches]
-        dtype, first_only = self.class_token.dtype, self.calibrated  # places observe all tokens
-        return torch.cat([self.evaluate(group.values.to(dtype, copy=True), group, first_only) for group in groups])
+        dtype, first_only = self.pos_embed.dtype, self.calibrated  # places observe all tokens
+        return torch.cat(
+            [self.evaluate(group.values.to(dtype, copy=True), group, grid, first_only) for group in groups]
+        )
 
-    def evaluate(self, pixels: Tensor, patches: PackedTokens | None = None, first_only: bool = False) -> Tensor:
-        """Run the model: from pixels in its dtype, which are overwritten, to logits (B, num_classes).
+    def evaluate(
+        self,
+        pixels: Tensor,
+        patches: PackedTokens | None = None,
+        grid: PatchGrid | None = None,
+        first_only: bool = False,
+    ) -> Tensor:
+        """Run the model: from pixels in its dtype, which are overwritten, to logits.
 
         Args:
             pixels: (T, C * ph * pw) as packed in `patches`, or (B, N, C * ph * pw) for whole images.
             patches: where in the grid the patches lie. None for whole images.
-            first_only: compute the last block only for the class tokens, because the head reads no others.
+            grid: the grid; None for the model's own.
+            first_only: compute the last block only for the tokens that the head reads, if these are the first ones.
         """
-        x = self.patch_embed_out(self.patch_embed(self.input(Scaled(pixels)))).to(self.tokens.unit).values
-        class_token, unit = self.tokens.divide(self.class_token), self.pos_embed_out.unit
+        x, ragged = self._embed(pixels, patches, grid or self.grid)
+        for each in self.blocks:
+            x = each(x, ragged, self.reads if first_only and each is self.blocks[-1] else None)
+        x = self.norm(first_tokens(x, ragged, self.reads))
+        return self.logits(self.head(self.fc_norm(self.pool(x, ragged)))).to(1.0).values
+
+    def _embed(
+        self, pixels: Tensor, patches: PackedTokens | None, grid: PatchGrid
+    ) -> tuple[Scaled, PackedTokens | None]:
+        """Return the tokens with their positions embedded, and how they are packed if sequences differ in length."""
+        x = self.patch_norm(self.patch_embed_out(self.patch_embed(self.input(Scaled(pixels)))))
+        x, prefix, unit = x.to(self.tokens.unit).values, self.tokens.divide(self.prefix_tokens), self.pos_embed_out.unit
         # All positions are quantised together, whatever patches are kept.
-        pos_embed = self.pos_embed_out(Scaled(self.pos_embed_out.divide(self.pos_embed), unit)).values
+        pos_embed = self.pos_embed_out(Scaled(self.pos_embed_out.divide(self._positions(grid)), unit)).values
         if patches is None:
-            batch_size, ragged = pixels.shape[0], None
-            x = torch.cat((class_token.expand(batch_size, -1, -1), x), dim=1)  # [B, 1 + N, C]
-            pos_embed = pos_embed.repeat(batch_size, 1, 1)
+            x, ragged = torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1), None  # [B, P + N, C]
+            pos_embed = pos_embed.repeat(x.shape[0], 1, 1)
         else:
-            tokens = replace(patches, values=x).prepend(class_token)
+            tokens = replace(patches, values=x).prepend(prefix)
             x, ragged = tokens.batch_or_values(), None if tokens.is_uniform else tokens
-            pos_embed = pos_embed[tokens.positions.long() + 1].view_as(x)  # the class token's position is -1
-        x = add(self.tokens(Scaled(x, self.tokens.unit)), Scaled(pos_embed, unit), self.embedded)
-        for block in self.blocks:
-            x = block(x, ragged, first_only and block is self.blocks[-1])
-        x = layer_norm(self.norm, first_tokens(x, ragged), self.norm_out)
-        return self.logits(self.head(x)).to(1.0).values[:, 0]
+            pos_embed = pos_embed[tokens.positions.long() + len(prefix)].view_as(x)  # prefix tokens begin at -P
+        x = self.tokens(Scaled(x, self.tokens.unit))
+        return self.norm_pre(add(x, Scaled(pos_embed, unit), self.embedded)), ragged
+
+    def _positions(self, grid: PatchGrid) -> Tensor:
+        """Return the position embedding (P + N, C) of a grid, which timm resamples if it is not the model's own."""
+        if grid == self.grid:
+            return self.pos_embed
+        return resample_abs_pos_embed(
+            self.pos_embed[None], grid.size, self.grid.size, num_prefix_tokens=len(self.prefix_tokens)
+        )[0]
 
     def freeze(self) -> None:
         """End calibration: round the weights, and let the places round from now on."""
         for place in self.quantizers.values():
             place.freeze()
-        for layer, _ in self.layers():
+        for layer in self.layers():
             layer.freeze(self.weight_bits)
         self.split_products()
 
     def split_products(self) -> None:
         """Split the layers' sums of integers where the dtype might not hold them exactly."""
-        for layer, source in self.layers():
-            layer.split(source.rounding)
+        for layer in self.layers():
+            layer.split(self.input.levels)
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write one `.safetensors` file, in the format that `checkpoint.py` describes: complete, or not at all.
@@ -281,9 +279,3 @@ class QuantizedViT(nn.Module):
     def _check_calibrated(self) -> None:
         if not self.calibrated:
             raise ValueError("the model is not calibrated: `quantize` makes a model that is")
-
-
-def first_tokens(x: Scaled, ragged: PackedTokens | None) -> Scaled:
-    """Select the first token of each sequence, (B, 1, C), from tokens (B, N, C), or from (T, C) packed as `ragged`."""
-    values = x.values[:, :1] if x.values.ndim == 3 else x.values[ragged.cu_seqlens[:-1].long()][:, None]
-    return replace(x, values=values)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from smi_fast.models import MODEL_DIR
-from smi_fast.studies.experiment import BITS, Experiment, split
+from smi_fast.studies.experiment import BITS, Experiment, Variant, split
 from smi_fast.studies.images import inverted_pool, most_attended, noise, real_images, save_rows, whole_images
 from smi_fast.studies.page import Section, spread
 from smi_fast.studies.paper import TABLE3, TABLE4, TABLE5
@@ -129,6 +129,10 @@ def table4(run: Experiment) -> Section:
         ]
         for name, seeds in curves.items()
     }
+    timed = {
+        name: [[n * round_seconds(run, variant) / 60 for n in range(1, len(lines[name][1]) + 1)], *lines[name][1:]]
+        for name, variant in (("dense inversion", run.dense), (more, run.sparse), ("rebirth", run.rebirth))
+    }
     return Section(
         "Table 4 and Fig. 4: transfer from dense and from sparse images",
         f"Accuracy on {split(s.test_images)} of a linear probe on {about['student']} that {about['model']} teaches: "
@@ -150,7 +154,10 @@ def table4(run: Experiment) -> Section:
             "ceiling).",
             *([labels] if probe else []),
         ],
-        [{"x": "images in the pool", "y": "test accuracy, %", "lines": lines}],
+        [
+            {"x": "images in the pool", "y": "test accuracy, %", "lines": lines},
+            {"x": "minutes of inversion", "y": "test accuracy, %", "lines": timed},
+        ],
         curves=curves,
     )
 
@@ -165,8 +172,7 @@ def table5(run: Experiment) -> Section:
     ):
         pairs = zip(curves[name], goals, strict=True)
         rounds = [next((n for n, value in enumerate(curve, 1) if value >= goal), None) for curve, goal in pairs]
-        batches = [run.inverted(variant, number, s.samples) for number in range(s.rounds)]
-        seconds = statistics.mean(iterations / batch.metadata["iterations_per_second"] for batch in batches)
+        seconds = round_seconds(run, variant)
         rows.append([variant.name, *([n and n * each for n in rounds] for each in (s.samples, iterations, seconds))])
     paper = [f"{samples:,} samples in {rounds} rounds, {name}" for name, (samples, rounds) in TABLE5.items()]
     return Section(
@@ -178,6 +184,13 @@ def table5(run: Experiment) -> Section:
         rows,
         [f"The paper, with DeiT-B: {'; '.join(paper)}."],
     )
+
+
+def round_seconds(run: Experiment, variant: Variant) -> float:
+    """Return how long the inversion of a round's images takes on average."""
+    s = run.settings
+    batches = [run.inverted(variant, number, s.samples) for number in range(s.rounds)]
+    return statistics.mean(s.inversion.iterations / batch.metadata["iterations_per_second"] for batch in batches)
 
 
 def float_accuracy(run: Experiment, count: int | None) -> float:

@@ -3,6 +3,7 @@ it can be told from a black one."""
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ FONT, LARGE_FONT = ImageFont.load_default(14), ImageFont.load_default(18)
 LINE, HEAD = 18, 36  # pixels from one line of text to the next, and of the title of an animation
 INK, GREY_INK = "#404040", "#808080"  # the second one is read on white and on black
 FRAME, LAST_FRAME = 350, 3000  # milliseconds
-QUALITY = 70  # of an animation's images, if they are not enlarged
+QUALITIES = (70, 45, 25, 10)  # of an animation: the first one with which it is not larger than
+MAX_BYTES = 3 * 10**6
 
 
 def save_grid(images: Tensor, path: str | os.PathLike, columns: int, labels: Sequence[str] | None = None) -> None:
@@ -101,6 +103,8 @@ def save_animation(
 ) -> None:
     """Write an animated WebP that shows how images come about, on a transparent ground.
 
+    Images that are enlarged are compressed without loss, others so that the file has at most 3 MB if possible.
+
     Args:
         snapshots, path, titles: as `save_process` takes them. A title stands over all images.
         names: a text for each image, which stands over it.
@@ -108,19 +112,23 @@ def save_animation(
     Raises:
         ValueError, FileNotFoundError: as in `save_process`.
     """
-    frames = []
+    frames, widest = [], 2 * GAP + max((int(LARGE_FONT.getlength(title)) for title in titles), default=0)
     for tiles, title in zip(_snapshots(snapshots, titles, names), titles, strict=True):
         images = _flow([(name, [tile]) for name, tile in zip(names, tiles, strict=True)], WIDTH, (0, 0, 0, 0), GREY_INK)
-        frame = Image.new("RGBA", (images.width, images.height + HEAD))
+        frame = Image.new("RGBA", (max(images.width, widest), images.height + HEAD))
         ImageDraw.Draw(frame).text((GAP, HEAD / 2), title, GREY_INK, LARGE_FONT, anchor="lm")
         frame.paste(images, (0, HEAD))
         frames.append(frame)
+    durations = [FRAME] * (len(frames) - 1) + [LAST_FRAME]
+    options = {"format": "WEBP", "save_all": True, "append_images": frames[1:], "loop": 0, "duration": durations}
     is_enlarged = min(snapshots[0].shape[2:]) < MIN_SIDE
+    for quality in (100,) if is_enlarged else QUALITIES:
+        film = io.BytesIO()
+        frames[0].save(film, lossless=is_enlarged, quality=quality, **options)
+        if film.tell() <= MAX_BYTES:
+            break
     with atomic_write(path) as partial:
-        frames[0].save(
-            partial, format="WEBP", save_all=True, append_images=frames[1:], loop=0, quality=QUALITY,
-            duration=[FRAME] * (len(frames) - 1) + [LAST_FRAME], lossless=is_enlarged,
-        )  # fmt: skip
+        partial.write_bytes(film.getvalue())
 
 
 def _snapshots(snapshots: Sequence[Tensor], titles: Sequence[str], names: Sequence[str]) -> list[list[Image.Image]]:

@@ -79,18 +79,15 @@ def save_page(
         pictures: the names of the pictures beside the page.
     """
     model = escape(str(report.get("model", "a model")))
-    shown = numbers_shown(dataset)[:MAX_IMAGES]
-    some = (
-        ""
-        if len(shown) == len(dataset)
-        else f" {len(shown)} of {len(dataset)} images are shown; report.json has all confidences."
-    )
+    shown, about = numbers_shown(dataset)[:MAX_IMAGES], _confidence(report)
+    if len(shown) < len(dataset):
+        about += f" {len(shown)} of {len(dataset)} images are shown; report.json has all confidences."
+    if report["missing"]:
+        about += f" The run is not finished: {report['missing']} images are yet to come."
     parts = [
         f"<h1>Images out of {model}</h1>",
         *(f"<p>{escape(paragraph)}</p>" for paragraph in what_was_done(report, dataset)),
-        _section(
-            "Images", _confidence(report) + some * (len(shown) < len(dataset)), _figures(report, dataset, names, shown)
-        ),
+        _section("Images", about, _figures(report, dataset, names, shown)),
         *_process(pictures),
         _section("Curves", *_curves(report, tokens)),
         _section(

@@ -214,7 +214,7 @@ def test_the_same_command_goes_on_after_a_bad_test_image(data, tmp_path, capsys)
         (["--calibration", "INVERTED", "--images", "21"], "holds 20 images, not 21"),
         (["--calibration", "INVERTED", "--images", "2", "--model", "test_vit", "--checkpoint", "VIT"], "model of mean"),
         (["--calibration", "OTHER", "--images", "1"], "in patches of 4x4, the model takes 32x32"),
-        (["--model", "test_resnet", "--checkpoint", "RESNET"], "the model is a ResNet, and only"),
+        (["--model", "test_resnet", "--checkpoint", "RESNET"], "the model is a ResNet, which cannot be quantised"),
         (["--images", "2147483647"], "--images: 2147483647 images take"),
         (["--calibration", "real", "--data", "DATA"], "DATA holds 20 images, not 32"),
     ],

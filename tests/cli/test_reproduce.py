@@ -47,7 +47,11 @@ def test_a_student_gets_the_teachers_images_and_the_same_new_head_each_time(seed
     teacher = timm.create_model("vit_tiny_patch16_224", img_size=96, num_classes=3)
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, "input_size": (3, 96, 96)}
     args = argparse.Namespace(
-        student=STUDENT, student_pretrained=False, student_checkpoint=tmp_path / "student.safetensors", device="cpu"
+        student=STUDENT,
+        student_pretrained=False,
+        student_checkpoint=tmp_path / "student.safetensors",
+        device="cpu",
+        image_size=None,
     )
     (student, note), (again, _) = student_of(args, teacher), student_of(args, teacher)
     assert note == "Its head is new."

@@ -166,6 +166,26 @@ def test_an_animation_shows_each_snapshot_as_it_is(seed, tmp_path):
             assert np.abs(tile - np.kron(as_bytes(snapshot[0]), np.ones((3, 3, 1), int))).max() <= 1
 
 
+def test_a_long_title_widens_an_animation_instead_of_being_cut(seed, tmp_path):
+    for title in ("iteration 1", "iteration 1 · " * 4):
+        save_animation([random_images(seed, 1, 3, 32, 32)], tmp_path / "process.webp", [title], ["cat"])
+        with Image.open(tmp_path / "process.webp") as film:
+            opacity = np.asarray(film.convert("RGBA"))[: pictures.HEAD, :, 3]
+        written = np.nonzero(opacity.any(0))[0]
+        assert len(written) > 0
+        assert written.max() < opacity.shape[1] - GAP
+        assert written.max() > 0.9 * pictures.LARGE_FONT.getlength(title.rstrip(" ·"))
+
+
+def test_an_animation_of_large_images_is_coarser_if_it_would_be_too_large(seed, tmp_path, monkeypatch):
+    snapshots, sizes = [random_images(seed + s, 2, 3, 96, 96) for s in range(2)], []
+    for largest in (10**6, 1):
+        monkeypatch.setattr(pictures, "MAX_BYTES", largest)
+        save_animation(snapshots, tmp_path / "process.webp", ["start", "end"], ["cat", "ship"])
+        sizes.append((tmp_path / "process.webp").stat().st_size)
+    assert sizes[1] < 0.75 * sizes[0]
+
+
 @pytest.mark.parametrize(
     "save",
     [

@@ -31,7 +31,7 @@ def page(dataset, tmp_path):
         stage = {"start": 0, "end": 3, "patches": 4, "tokens": 5, "pooling": 1, "iterations_per_second": 7.0}
         costs = {"speedup_over_dense": 1.0, "gflop_per_iteration": 2.0, "gflop_paper": 1.5, "peak_memory_bytes": 2**20}
         report = {
-            "model": "a&b", "count": 3, "classified_as_target": 2 / 3, "mean_confidence": 0.5, "seed": 4,
+            "model": "a&b", "count": 3, "missing": 5, "classified_as_target": 2 / 3, "mean_confidence": 0.5, "seed": 4,
             "settings": {"lr": 0.1, "objective": {"name": "x<y"}}, "versions": {"torch": "2"}, "loss": list(losses),
             "images": {"target": [0, 0, 2], "predicted": [0, 0, 1], "confidence": [0.7, 0.6, 0.2], "iterations": [3]},
             "stages": [stage | costs],
@@ -80,6 +80,7 @@ def test_a_curve_goes_through_its_points(page, losses):
 
 def test_a_page_of_many_images_says_how_many_it_shows(page, monkeypatch):
     assert "images are shown" not in page()
+    assert "The run is not finished: 5 images are yet to come." in page()
     monkeypatch.setattr(run_page, "MAX_IMAGES", 2)
     assert "2 of 3 images are shown" in page()
 
