@@ -3,8 +3,8 @@
     python examples/applications/unlearning.py --data DIR --out RUN_DIR [--forget cat] [--seeds 0 1 2]
 
 The teacher, `cifar10_vit`, was trained on all ten classes of CIFAR-10. The student begins as `cifar10_student`, and its
-head learns the teacher's answers to images of the retained classes. The teacher's logit of the forgotten class is left
-out, because its answers to any image would teach that class too; the rows "all logits" show how much. The baselines:
+head learns the teacher's answers to images of the retained classes. The teacher's logit of the forgotten class is set
+below the others, so that it does not teach that class too; in the rows "all logits" it is left as it is. The baselines:
 
     teacher             as it is
     teacher, masked     the same without the logit of the forgotten class, which costs nothing
