@@ -56,6 +56,10 @@ class Ensemble(nn.Module):
             ours, theirs = (model.grid(first.image_size).patch_size for model in (first, member))
             if ours != theirs:
                 raise ValueError(f"the models differ in patch_size: one has {ours}, another {theirs}")
+        named = [names for member in self.members if (names := _label_names(member)) is not None]
+        for names in named[1:]:
+            if names != named[0]:
+                raise ValueError(f"the models differ in their classes: one has {named[0]}, another {names}")
 
     def __getattr__(self, name: str):
         # Modules may move after this, so what they have in common is asked of them each time.
@@ -106,3 +110,9 @@ class Ensemble(nn.Module):
             for member in self.members:
                 stack.enter_context(member.cast_weights(pack=pack))
             yield
+
+
+def _label_names(model: AcceleratedViT) -> list[str] | None:
+    """Return the names of a model's classes, in the order of its logits, or None if it does not know them."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    return None if names is None else list(names)

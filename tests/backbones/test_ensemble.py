@@ -79,6 +79,10 @@ def test_models_that_do_not_fit_are_refused():
         Ensemble([vit(), vit(num_classes=4)])
     with pytest.raises(ValueError, match=r"patch_size: one has \(4, 4\), another \(8, 8\)"):
         Ensemble([vit(), vit(patch_size=8)])
+    first, second = vit(num_classes=2), vit(num_classes=2)
+    first.pretrained_cfg, second.pretrained_cfg = {"label_names": ("cat", "dog")}, {"label_names": ["dog", "cat"]}
+    with pytest.raises(ValueError, match=r"in their classes: one has \['cat', 'dog'\], another \['dog', 'cat'\]"):
+        Ensemble([first, vit(num_classes=2), second])
     with pytest.raises(ValueError, match="at least one model"):
         Ensemble([])
     with pytest.raises(ValueError, match="come too late"):
