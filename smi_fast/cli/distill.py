@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     def save_round(finished: Round, batch: object) -> None:
         """Save the results of each round at once, so that they survive an interruption."""
         record["rounds"][finished.number - 1 :] = [asdict(finished)]
-        save_weights(student, args.out / STUDENT)
+        save_student(student, args.out / STUDENT)
         write_json(args.out / REPORT, record)
 
     settings = settings_of(teacher, student, **options) | contents(test.dataset, "test")
@@ -156,7 +156,8 @@ def image_source(args: argparse.Namespace, teacher: nn.Module, inversion: Invers
     return {"dataset": InvertedDataset.load(args.dataset)}
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def save_student(model: nn.Module, path: Path) -> None:
+    """Write the weights of the student to a safetensors file."""
     with atomic_write(path) as partial:
         save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, partial)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from smi_fast.cli import main
-from smi_fast.cli.distill import save_weights
+from smi_fast.cli.distill import save_student
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.models import cifar10_resnet20, cifar10_vit
 from smi_fast.models.loading import load_model, untrained_model
@@ -160,12 +160,12 @@ def test_a_round_that_is_finished_is_kept_in_the_report(data, inverted, tmp_path
         told.append(args)
         if len(told) == 2:
             raise KeyboardInterrupt
-        return save_weights(*args)
+        return save_student(*args)
 
     how = ["distill", "--dataset", str(inverted), "--samples", "5", "--rounds", "2", "--steps", "2"]
     how += ["--data", str(data)]
     how += ["--out", str(out), "--quiet"]
-    monkeypatch.setattr("smi_fast.cli.distill.save_weights", tell)
+    monkeypatch.setattr("smi_fast.cli.distill.save_student", tell)
     assert main(how) == 130
     assert [r["number"] for r in json.loads((out / "report.json").read_text())["rounds"]] == [1]
     assert main(how) == 0
