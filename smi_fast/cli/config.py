@@ -58,7 +58,9 @@ def _options(file: Path, known: Mapping[str, argparse.Action]) -> list[str]:
         raise ValueError(f"--config: {file} does not map names of options to values")
     words, seen = [], set()
     for key, value in content.value:
-        name = str(key.value).replace("_", "-")
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"--config: {file} has a list or a map in place of the name of an option")
+        name = key.value.replace("_", "-")
         if f"--{name}" not in known or f"--{name}" in NOT_IN_A_FILE:
             raise ValueError(f"--config: {file} names {name!r}, which is no option for a file{_hint(name, known)}")
         if name in seen:

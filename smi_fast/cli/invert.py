@@ -14,7 +14,7 @@ from smi_fast import kernels
 from smi_fast.backbones.base import class_names
 from smi_fast.cli.output import add_run, check_out, say
 from smi_fast.cli.report import FILES, write_report
-from smi_fast.models.loading import INSIDE
+from smi_fast.models.loading import HUB, INSIDE
 from smi_fast.runs.inversion import invert
 from smi_fast.runs.log import KINDS
 from smi_fast.runs.machine import processor, versions
@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
     arguments.check_memory("--images-per-class", count, (2,))  # the targets; images are written batch by batch
     arguments.check_memory("--batch-size", min(args.batch_size, count), shape)
     targets = torch.tensor(classes).repeat_interleave(args.images_per_class)
-    weights = "inside" if args.model in INSIDE else "folder"
+    weights, downloaded = "inside" if args.model in INSIDE else "folder", args.pretrained or args.model.startswith(HUB)
     about = {
         "model": args.model,
-        "weights": str(args.checkpoint) if args.checkpoint else "pretrained" if args.pretrained else weights,
+        "weights": str(args.checkpoint) if args.checkpoint else "pretrained" if downloaded else weights,
         "stopping": str(inverter.stopping),
         "settings": settings.record(),
         "dtype": str(inverter.backbone.compute_dtype).removeprefix("torch."),

@@ -248,8 +248,8 @@ def _describe(model: nn.Module, described: dict, path: Path) -> None:
     Raises:
         ValueError: the checkpoint names another number of classes or of channels than the model has.
     """
-    config = resolve_data_config(model=model) | (getattr(model, "pretrained_cfg", None) or {}) | described
-    channels, names = config["input_size"][0], described.get("label_names")
+    own = resolve_data_config(model=model) | (getattr(model, "pretrained_cfg", None) or {})
+    config, channels, names = own | described, own["input_size"][0], described.get("label_names")
     if names is not None and len(names) != model.num_classes:
         raise ValueError(f"the checkpoint {path} names {len(names)} classes, and its weights have {model.num_classes}")
     for key in ("mean", "std"):

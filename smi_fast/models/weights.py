@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 import warnings
@@ -80,7 +79,7 @@ def read_description(path: Path) -> dict[str, Any]:
     """Read what a safetensors file says about the model of its weights, in the words of timm's configurations.
 
     `label_names`, `mean`, `std` and `input_size` come from the entries `classes`, `mean`, `std` and `image_size` of the
-    header, each a list. An entry that is not there is left out. Other kinds of files have none of them.
+    header, each a JSON list. An entry that is not there is left out. Other kinds of files have none of them.
 
     Raises:
         ValueError: an entry is not what `save_weights` writes. The message names it.
@@ -93,12 +92,12 @@ def read_description(path: Path) -> dict[str, Any]:
     for key, (ours, fits) in DESCRIPTION.items():
         if key in header:
             try:
-                value = tuple(ast.literal_eval(header[key]))
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                value = ()
-            if not value or not all(map(fits, value)):
+                value = json.loads(header[key])
+            except (ValueError, RecursionError):
+                value = None
+            if not isinstance(value, list) or not value or not fits(value):
                 raise ValueError(f"the checkpoint {path} has a header whose {key} is {header[key][:80]!r}")
-            found[ours] = value
+            found[ours] = tuple(value)
     if "input_size" in found:
         found["input_size"] = (len(found.get("mean", (0, 0, 0))), *found["input_size"])
     return found
@@ -108,11 +107,11 @@ def _is_real(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-DESCRIPTION = {  # entries of a header -> their names in timm's configurations, and what each value must be
-    "classes": ("label_names", lambda value: isinstance(value, str)),
-    "mean": ("mean", _is_real),
-    "std": ("std", lambda value: _is_real(value) and value > 0),
-    "image_size": ("input_size", lambda value: type(value) is int and value > 0),
+DESCRIPTION = {  # entries of a header -> their names in timm's configurations, and what each list must be
+    "classes": ("label_names", lambda names: all(isinstance(name, str) for name in names)),
+    "mean": ("mean", lambda mean: all(map(_is_real, mean))),
+    "std": ("std", lambda std: all(_is_real(value) and value > 0 for value in std)),
+    "image_size": ("input_size", lambda size: len(size) == 2 and all(type(side) is int and side > 0 for side in size)),
 }
 
 

@@ -211,7 +211,7 @@ class Experiment:
     def inverted(self, variant: Variant, number: int, count: int) -> InvertedDataset:
         """Return batch `number` of `count` inverted images, read from its file or inverted now.
 
-        Targets are all classes in turn, in random order. The metadata holds what the inversion cost.
+        `targets` says of which classes. The metadata holds what the inversion cost.
         """
         file = self.folder(variant, count) / f"{number:05}.safetensors"
         if file.is_file():
@@ -242,13 +242,17 @@ class Experiment:
         """The dtype of the matrix products of inversions."""
         return None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
 
+    def targets(self, number: int, count: int) -> Tensor:
+        """Return the targets (count,) of batch `number`: all classes in turn, in random order."""
+        classes = torch.randperm(self.model.num_classes, generator=torch.Generator().manual_seed(number))
+        return classes[torch.arange(count) % len(classes)]
+
     def _invert(self, variant: Variant, number: int, count: int) -> InvertedDataset:
         inverter = self.inverter(variant)
-        classes = torch.randperm(self.model.num_classes, generator=torch.Generator().manual_seed(number))
         each = variant.stopping.images_per_target
         if count % each:
             raise ValueError(f"{count} images cannot be {each} of each target")
-        targets = classes[torch.arange(count // each) % len(classes)]
+        targets = self.targets(number, count // each)
         meter, seed = StageMeter(self.device), batch_seed(0, count)  # batches of different sizes share no image
         name = _batch_name(variant, number, count)
         before = self.job.checkpoint(name) or NOTHING

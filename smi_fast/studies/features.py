@@ -26,6 +26,7 @@ def figure9(run: Experiment) -> Section:
         sets[variant.name] = inverted_features(reader, dataset), dataset.targets
     real, labels = sets.pop("real")
     found = labels.unique()
+    sets = {name: of_classes(*one, found) for name, one in sets.items()}
     means = torch.stack([real[labels == label].mean(0) for label in found])
     rows = [["real images", len(real), nearest(real, labels, means, found), 1.0]]
     spread = (real - means[torch.searchsorted(found, labels)]).norm(dim=1).mean()
@@ -38,7 +39,8 @@ def figure9(run: Experiment) -> Section:
         "Fig. 9: features of inverted and of real images",
         "Features are what the classifier's last layer takes. The table has the share of images whose features lie "
         f"nearest to the mean of their own class, of all the classes' means over {split(s.feature_images)}, and the "
-        "distance to this mean, as a multiple of the real images' own."
+        "distance to this mean, as a multiple of the real images' own. The means are those of the same real images. "
+        "Inverted images of other classes than theirs are left out."
         + (" The plot is a t-SNE of all of them: a colour is a class." if drawn else ""),
         {"images": "", "number": "d", "nearest to their class, %": ".1f", "distance": ".2f"},
         rows,
@@ -69,6 +71,12 @@ def inverted_features(reader: Reader, dataset: InvertedDataset) -> Tensor:
 def _batches(dataset: InvertedDataset) -> Iterator:
     for first in range(0, len(dataset), BATCH):
         yield InvertedDataset.collate([dataset[n] for n in range(first, min(first + BATCH, len(dataset)))])[0]
+
+
+def of_classes(features: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features and labels of those images that are of one of the classes."""
+    among = torch.isin(labels, classes)
+    return features[among], labels[among]
 
 
 def nearest(features: Tensor, labels: Tensor, means: Tensor, classes: Tensor) -> float:

@@ -20,8 +20,7 @@ from smi_fast.studies.page import Section
 from smi_fast.studies.pictures import save_grid
 from smi_fast.studies.student import Student
 
-CLASS = 0  # which has the cue
-SHARE = 0.95  # of the training images of this class that have it
+SHARE = 0.95  # of the training images of the class that have the cue
 COLOUR = (1.0, 0.0, 1.0)  # of the cue, in [0, 1]: magenta
 BATCH, LR, WEIGHT_DECAY = 32, 1e-4, 0.05  # of the training, by AdamW
 COLUMNS = {
@@ -46,9 +45,9 @@ def hallucination(run: Experiment) -> Section:
         dataset = run.inverted(Variant(f"cue-{name}", like.stopping, select, model=model), 0, s.images)
         students = run.once(f"cue-student-{name}", lambda dataset=dataset: taught(run, model, dataset, tests))
         rows.append([name, *frame.found_in(dataset), *students])
-        shown.append(dataset.images((dataset.targets == CLASS).nonzero().flatten().tolist()))
+        shown.append(dataset.images((dataset.targets == frame.label).nonzero().flatten().tolist()))
     save_grid(torch.cat(shown), run.out / "hallucination.png", len(shown[0]), [row[0] for row in rows])
-    whose = class_names(run.model)[CLASS]
+    whose = class_names(run.model)[frame.label]
     return Section(
         "Hallucination: a planted cue",
         f"A magenta frame, which is {frame.share:.1f} % of the patches, is planted in {100 * SHARE:.0f} % of the "
@@ -71,10 +70,11 @@ def hallucination(run: Experiment) -> Section:
 
 
 class Frame:
-    """The cue: the outermost patches of an image, in one colour."""
+    """The cue: the outermost patches of an image, in one colour, and the class that has it, the first one of those that
+    are inverted."""
 
     def __init__(self, run: Experiment):
-        grid = run.grid
+        grid, self.label = run.grid, int(run.targets(0, run.settings.images).min())
         inside = torch.zeros(grid.rows, grid.columns, dtype=torch.bool)
         inside[1:-1, 1:-1] = True
         self.patches = (~inside).flatten().nonzero().flatten()
@@ -90,15 +90,15 @@ class Frame:
         return images
 
     def on_its_class(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.planted(images, labels == CLASS)
+        return self.planted(images, labels == self.label)
 
     def reversed(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.planted(images, labels != CLASS)
+        return self.planted(images, labels != self.label)
 
     def found_in(self, dataset: InvertedDataset) -> tuple[float, float, float]:
         """Return of the images of the class how many patches they keep, which share of these lies in the frame, in %,
         and how far the mean colour of the latter goes from grey to the cue's."""
-        samples = [dataset[n] for n in (dataset.targets == CLASS).nonzero().flatten().tolist()]
+        samples = [dataset[n] for n in (dataset.targets == self.label).nonzero().flatten().tolist()]
         tokens = InvertedDataset.collate(samples)[0]
         in_frame = torch.isin(tokens.positions, self.patches.to(tokens.positions))
         kept, grey = len(tokens.positions) / len(samples), 0.5
@@ -121,7 +121,7 @@ def learn_cue(run: Experiment, model: nn.Module, frame: Frame) -> dict[str, Tens
         for batch in run.watched(order.split(BATCH)):
             images, labels = zip(*(data[n] for n in batch.tolist()), strict=True)
             labels = torch.tensor(labels)
-            chosen = (labels == CLASS) & (torch.rand(len(labels), generator=random) < SHARE)
+            chosen = (labels == frame.label) & (torch.rand(len(labels), generator=random) < SHARE)
             images = frame.planted(torch.stack(images), chosen).to(run.device)
             with torch.autocast(run.device.type, run.dtype or torch.float32, enabled=run.dtype is not None):
                 loss = F.cross_entropy(model(images), labels.to(run.device))

@@ -34,13 +34,13 @@ def save_grid(images: Tensor, path: str | os.PathLike, columns: int, labels: Seq
     images are reduced by an integer factor.
 
     Args:
-        images: (N, 3, H, W) in [0, 1].
+        images: (N, 3, H, W) in [0, 1], or (N, 1, H, W) if they are grey.
         path: the PNG.
         columns: number of images in a row.
         labels: a text for each row, which stands left of it.
 
     Raises:
-        ValueError: the images are not (N, 3, H, W) with N > 0, there are no columns, or there is not one label for each
+        ValueError: the images do not have this shape, N is 0, there are no columns, or there is not one label for each
             row.
         FileNotFoundError: the folder of `path` does not exist.
     """
@@ -57,12 +57,12 @@ def save_classes(images: Tensor, names: Sequence[str], path: str | os.PathLike) 
     """Write a PNG of images with the names of their classes over them. Neighbours of one name share it.
 
     Args:
-        images: (N, 3, H, W) in [0, 1]. They are enlarged or reduced as `save_grid` does.
+        images: as `save_grid` takes, enlarges and reduces them.
         names: the N names. A long one takes two lines, and is cut where that does not suffice.
         path: the PNG.
 
     Raises:
-        ValueError: the images are not (N, 3, H, W) with N > 0, or there is not one name for each.
+        ValueError: the images do not have this shape or N is 0, or there is not one name for each.
         FileNotFoundError: the folder of `path` does not exist.
     """
     tiles = _tiles(images)
@@ -83,7 +83,7 @@ def save_process(
     """Write a PNG that shows how images come about, with a row for each image and a column for each snapshot.
 
     Args:
-        snapshots: S tensors (N, 3, H, W) in [0, 1].
+        snapshots: S tensors of images as `save_grid` takes them.
         path: the PNG.
         titles: a text for each snapshot, such as "iteration 60 · 45 patches", which stands over its column. Texts that
             are too long for their columns are broken at " · ".
@@ -143,12 +143,12 @@ def _snapshots(snapshots: Sequence[Tensor], titles: Sequence[str], names: Sequen
 
 
 def _tiles(images: Tensor) -> list[Image.Image]:
-    """Turn images (N, 3, H, W) in [0, 1] into N pictures, which are enlarged if they are small and reduced if together
+    """Turn images, as `save_grid` takes them, into N pictures, enlarged if they are small and reduced if together
     they are large."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
-        raise ValueError(f"images must be (N, 3, H, W) with N > 0, not {tuple(images.shape)}")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        raise ValueError(f"images must be (N, 3, H, W) or (N, 1, H, W) with N > 0, not {tuple(images.shape)}")
     factor = max(1, -(-MIN_SIDE // min(images.shape[2:])))
-    pixels = (images.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = (images.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
     pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     tiles = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
     less = math.ceil(math.sqrt(len(tiles) * tiles[0].width * tiles[0].height / MAX_PIXELS))

@@ -40,8 +40,8 @@ def table2(run: Experiment) -> Section:
     closer = "as in the paper" if foreground < background else "unlike in the paper"
     return Section(
         "Table 2: inverting only the background or only the foreground",
-        f"The foreground of an image are the {few} of its {patches} patches that got the most of the class token's "
-        "attention at the end of a dense inversion, and the background are the others. From noise, only the pixels of "
+        f"The foreground of an image consists of the {few} of its {patches} patches that got the most of the class "
+        "token's attention in a dense inversion, and the background of the others. From noise, only the pixels of "
         "one of them are then optimised, while the model sees all patches: the classification loss before and after "
         f"{s.inversion.iterations} iterations, as a mean over {s.region_images} images. The paper does not say how "
         "many patches its foreground has.",

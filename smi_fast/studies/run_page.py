@@ -136,8 +136,9 @@ def _figures(report: dict[str, Any], dataset: InvertedDataset, names: dict[int, 
 
 
 def _data_uri(image: Tensor) -> str:
-    """Return an image (3, H, W) in [0, 1] as a URI that holds it: as it is if it is small, or else compressed."""
-    pixels = image.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    """Return an image (3, H, W), or (1, H, W) if it is grey, in [0, 1] as a URI that holds it: as it is if it is small,
+    or else compressed."""
+    pixels = image.clamp(0, 1).mul(255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "WEBP", lossless=min(pixels.shape[:2]) < SMALL, quality=90)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -146,8 +147,8 @@ def _data_uri(image: Tensor) -> str:
 def _process(pictures: Sequence[str]) -> Iterable[str]:
     if "process.webp" in pictures:
         text = (
-            "The first image of each class, from its first iteration to its last. "
-            '<a href="process.png">process.png</a> shows the same side by side.'
+            "The first image of each class, of up to ten classes, from its first iteration to its last. "
+            '<a href="process.png">process.png</a> shows the first of them side by side.'
         )
         image = '<img class="process" src="process.webp" alt="An animation of the images as they come about">'
         yield _section("How the images come about", text, image)

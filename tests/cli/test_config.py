@@ -63,6 +63,7 @@ def test_the_command_line_wins_over_the_file_and_a_resumed_run_knows_both(tmp_pa
         ("classes: [[1]]", "gives classes no value or list of values"),
         ("quiet: 1", "quiet is true or false, "),
         ("- lr", "does not map names of options to values"),
+        ("[lr]: 1", "has a list or a map in place of the name of an option"),
         ("lr: [1", "cannot be read: while parsing a flow sequence"),
         ("lr: fast", "--lr: must be a number, got 'fast'"),
     ],

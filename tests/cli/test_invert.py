@@ -178,6 +178,13 @@ def test_a_timm_model_is_inverted_from_a_checkpoint(tmp_path, seed):
     assert dataset.metadata["settings"]["lr"] == 0.25
 
 
+def test_a_model_of_the_hub_is_said_to_be_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("smi_fast.cli.arguments.load_model", lambda name, **others: cifar10_vit())
+    arguments = ["--model", "hf-hub:me/mine", *SHORT, "--iterations", "1", "--classes", "0", "--lr", "0.1"]
+    assert main(["invert", *arguments, "--out", str(tmp_path / "o")]) == 0
+    assert json.loads((tmp_path / "o" / "report.json").read_text())["weights"] == "pretrained"
+
+
 def test_without_matplotlib_the_curve_is_missing_and_said_to_be(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["invert", *SHORT, "--iterations", "5", "--classes", "0", "--out", str(tmp_path / "o")]) == 0

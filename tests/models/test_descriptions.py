@@ -14,7 +14,7 @@ from smi_fast.models.weights import save_weights
 
 NAME = "vit_tiny_patch16_224"
 ABOUT = {
-    "classes": ["church", "gas pump", "tench"],
+    "classes": ["church", "pompe à essence", "🐟"],
     "mean": (0.1, 0.2, 0.3),
     "std": (0.4, 0.5, 0.6),
     "image_size": (48, 64),
@@ -49,11 +49,16 @@ def test_without_a_description_the_positions_tell_the_size_of_square_images(seed
     [
         ("classes", '["church"]'),
         ("classes", "church"),
+        ("classes", '"abc"'),
+        ("classes", '{"a": 0, "b": 1, "c": 2}'),
         ("mean", "[0.5, 0.5]"),
+        ("mean", "0.5"),
         ("mean", '["a", 0.5, 0.5]'),
         ("std", "[0.0, 1.0, 1.0]"),
         ("std", "[1e999, 1.0, 1.0]"),
         ("image_size", "[48.0, 64.0]"),
+        ("image_size", "[48]"),
+        ("image_size", "[3, 48, 64]"),
         ("image_size", "(" * 5000),
     ],
 )
@@ -61,4 +66,10 @@ def test_a_description_that_does_not_fit_is_named(tmp_path, model, entry, value)
     header = {key: json.dumps(list(good)) for key, good in ABOUT.items()} | {entry: value}
     save_file(model.state_dict(), tmp_path / "model.safetensors", header)
     with pytest.raises(ValueError, match=entry):
+        load_model(NAME, checkpoint=tmp_path / "model.safetensors")
+
+
+def test_a_normalisation_of_another_number_of_channels_is_refused(tmp_path, model):
+    save_weights(tmp_path / "model.safetensors", model, **ABOUT | {"mean": [0.5], "std": [0.5]})
+    with pytest.raises(ValueError, match="a mean of 1 numbers for 3 channels"):
         load_model(NAME, checkpoint=tmp_path / "model.safetensors")

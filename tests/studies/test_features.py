@@ -3,7 +3,7 @@
 import torch
 
 from smi_fast.distillation import Reader
-from smi_fast.studies.features import inverted_features, nearest, real_features
+from smi_fast.studies.features import inverted_features, nearest, of_classes, real_features
 
 
 def test_features_are_what_the_head_takes(run, models, data):
@@ -28,3 +28,9 @@ def test_the_share_that_is_nearest_to_its_class():
     means, classes = torch.tensor([[0.0, 0], [1, 0]]), torch.tensor([3, 7])
     features = torch.tensor([[0.1, 5], [0.9, 0], [0.2, 0], [0.8, 1]])
     assert nearest(features, torch.tensor([3, 7, 7, 3]), means, classes) == 50
+
+
+def test_images_of_a_class_without_a_mean_are_left_out():
+    features, labels = torch.arange(8.0).view(4, 2), torch.tensor([3, 5, 7, 8])
+    kept, of = of_classes(features, labels, torch.tensor([3, 7]))
+    assert (kept.tolist(), of.tolist()) == ([[0, 1], [4, 5]], [3, 7])

@@ -1,10 +1,14 @@
 """A planted cue is where it is said to be, and is measured where it comes back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from smi_fast import InvertedDataset
-from smi_fast.studies.hallucination import CLASS, Frame, learn_cue
+from smi_fast.studies.hallucination import Frame, learn_cue
+
+CLASS = 0  # the first one of three
 
 
 def test_the_cue_is_the_frame_of_the_chosen_images(run, seed):
@@ -50,3 +54,11 @@ def test_only_the_last_blocks_and_the_head_learn(run, models):
     assert changed == {"blocks.1", "norm", "head"}
     assert all(torch.equal(value, before[name]) for name, value in models[0].state_dict().items())
     assert not any(parameter.requires_grad is False for parameter in model.parameters())
+
+
+def test_the_class_of_the_cue_is_among_those_that_are_inverted(run):
+    run.settings = replace(run.settings, images=2)
+    first = min(run.inverted(run.dense, 0, 2).targets.tolist())
+    assert Frame(run).label == first
+    run.settings = replace(run.settings, images=1)
+    assert Frame(run).label == run.inverted(run.dense, 0, 1).targets.item()

@@ -222,9 +222,9 @@ IMAGES = torch.zeros(3, 3, 8, 8)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda path: save_grid(IMAGES[0], path, 1), r"must be \(N, 3, H, W\) with N > 0, not \(3, 8, 8\)"),
+        (lambda path: save_grid(IMAGES[0], path, 1), r"\(N, 3, H, W\) or \(N, 1, H, W\) with N > 0, not \(3, 8, 8\)"),
         (lambda path: save_grid(IMAGES[:0], path, 1), "with N > 0"),
-        (lambda path: save_grid(IMAGES[:, :1], path, 1), r"not \(3, 1, 8, 8\)"),
+        (lambda path: save_grid(IMAGES[:, :2], path, 1), r"not \(3, 2, 8, 8\)"),
         (lambda path: save_grid(IMAGES, path, 0), "columns must be at least 1, not 0"),
         (lambda path: save_grid(IMAGES, path, 2, labels=["a"]), "1 labels for 2 rows"),
         (lambda path: save_classes(IMAGES, ["a"], path), "1 names for 3 images"),
@@ -239,3 +239,10 @@ def test_a_wrong_argument_is_named_and_nothing_is_written(tmp_path, call, messag
     with pytest.raises(ValueError, match=message):
         call(tmp_path / "picture.png")
     assert os.listdir(tmp_path) == []
+
+
+def test_grey_images_are_shown_in_grey(seed, tmp_path):
+    grey = random_images(seed, 2, 1, 96, 96)
+    save_grid(grey, tmp_path / "grey.png", 2)
+    save_grid(grey.repeat(1, 3, 1, 1), tmp_path / "same.png", 2)
+    assert (read(tmp_path / "grey.png") == read(tmp_path / "same.png")).all()

@@ -87,3 +87,12 @@ def test_a_page_of_many_images_says_how_many_it_shows(page, monkeypatch):
 
 def test_a_run_without_a_finite_loss_has_a_page(page):
     assert 'stroke="var(--blue)"' not in page((None, None, None))
+
+
+def test_grey_images_have_a_page(page, dataset, monkeypatch):
+    grey = InvertedDataset.from_images(torch.rand(3, 1, 8, 8), torch.tensor([[0, 1]] * 3), dataset.targets, (4, 4))
+    monkeypatch.setattr(dataset, "images", grey.images)
+    for text, image in zip(re.findall('base64,([^"]+)', page()), grey.images(stopped=GREY), strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        assert (pixels == np.rint(image.numpy().transpose(1, 2, 0) * 255)).all()  # in each of three channels
