@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors import safe_open
 
 import smi_fast.cli
@@ -314,6 +315,11 @@ def content(file: Path) -> object:
     if file.suffix == ".png":
         with Image.open(file) as image:
             return image.size, image.convert("RGB").tobytes()
+    if file.suffix == ".webp":
+        with Image.open(file) as image:
+            return [frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(image)]
+    if file.suffix == ".html":
+        return re.sub(r"[\d.,]+", "#", file.read_text())  # it shows figures of time
     if file.suffix == ".json":
         return _timeless(json.loads(file.read_text()))
     if file.suffix == ".state":

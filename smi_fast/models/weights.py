@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from smi_fast.data.files import atomic_write, first_line
 from smi_fast.data.tensors import SUFFIX
 
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # under which timm, too, looks for a state dict
+TUPLE = re.compile(r"^\((.*?),?\)$")
 ZIP = b"PK\3\4"  # how a torch file in the zip format begins
 
 
@@ -79,7 +81,8 @@ def read_description(path: Path) -> dict[str, Any]:
     """Read what a safetensors file says about the model of its weights, in the words of timm's configurations.
 
     `label_names`, `mean`, `std` and `input_size` come from the entries `classes`, `mean`, `std` and `image_size` of the
-    header, each a JSON list. An entry that is not there is left out. Other kinds of files have none of them.
+    header, each a JSON list, or a tuple as Python prints it. An entry that is not there is left out. Other kinds of
+    files have none of them.
 
     Raises:
         ValueError: an entry is not what `save_weights` writes. The message names it.
@@ -92,7 +95,7 @@ def read_description(path: Path) -> dict[str, Any]:
     for key, (ours, fits) in DESCRIPTION.items():
         if key in header:
             try:
-                value = json.loads(header[key])
+                value = json.loads(TUPLE.sub(r"[\1]", header[key].strip()))
             except (ValueError, RecursionError):
                 value = None
             if not isinstance(value, list) or not value or not fits(value):

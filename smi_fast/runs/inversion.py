@@ -28,7 +28,7 @@ from smi_fast.inversion.result import InversionResult, Step
 from smi_fast.inversion.schedule import Release
 from smi_fast.inversion.state import Stage
 from smi_fast.inversion.stream import check_streams, has_independent_images
-from smi_fast.packed import pack_keep
+from smi_fast.packed import PackedTokens
 from smi_fast.runs.log import Logger, check_log, open_log
 from smi_fast.runs.machine import made_with
 from smi_fast.runs.progress import Progress
@@ -233,6 +233,7 @@ class Snapshots:
         first_of_class = {int(target): number for number, target in reversed(list(enumerate(targets)))}
         self.numbers = sorted(first_of_class.values())[:MAX_SNAPSHOTS]
         self.frames: list[dict[str, Any]] = []
+        self._taken: list[tuple[dict[str, Any], Tensor, list[Tensor]]] = []  # and still on the device
         if state is not None:
             self.moments, self.frames = set(state["moments"]), state.get("frames", [])  # older checkpoints have none
 
@@ -243,16 +244,26 @@ class Snapshots:
         self.moments.remove(done)
         first = len(step.keep) - len(numbers)  # after the images that were released before
         rows = [first + numbers.index(number) for number in self.numbers]
-        pixels = step.images()[rows].mul(255).round().to(torch.uint8)
-        keep = pack_keep([step.keep[row] for row in rows], len(rows), self.grid.num_patches, pixels.device)
-        kept = {"values": self.grid.gather(pixels, keep), "positions": keep.positions, "cu_seqlens": keep.cu_seqlens}
-        self.frames.append(
-            {"iteration": done, "patches": step.stage.patches, "is_end": done in self.ends}
-            | {name: tensor.cpu() for name, tensor in kept.items()}
-        )
+        images = step.images()
+        pixels = torch.stack([images[row] for row in rows]).mul(255).round().to(torch.uint8)
+        about = {"iteration": done, "patches": step.stage.patches, "is_end": done in self.ends}
+        self._taken.append((about, pixels, [step.keep[row] for row in rows]))
+        if about["is_end"]:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        """Copy the kept patches of the last snapshots to the CPU, which waits for the device, and so happens between
+        stages and for checkpoints only."""
+        for about, pixels, rows in self._taken:
+            keep = PackedTokens.from_sequences(None, [row.cpu() for row in rows])
+            values = self.grid.gather(pixels.cpu(), keep)
+            kept = {"values": values, "positions": keep.positions, "cu_seqlens": keep.cu_seqlens}
+            self.frames.append(about | kept)
+        self._taken.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshots, the numbers of their images, and the moments that are yet to come."""
+        self._fetch()
         return {"moments": sorted(self.moments), "numbers": self.numbers, "frames": self.frames}
 
 

@@ -35,6 +35,13 @@ def test_a_saved_model_comes_back_with_its_description(seed, tmp_path, model):
     assert (config["mean"], config["std"], config["input_size"]) == (ABOUT["mean"], ABOUT["std"], (3, 48, 64))
 
 
+def test_a_tuple_as_python_prints_it_is_read(tmp_path, model):
+    header = {"mean": str(ABOUT["mean"]), "std": str(ABOUT["std"]), "image_size": str(ABOUT["image_size"])}
+    save_file(model.state_dict(), tmp_path / "model.safetensors", header)
+    config = resolve_data_config(model=load_model(NAME, checkpoint=tmp_path / "model.safetensors"))
+    assert (config["mean"], config["std"], config["input_size"]) == (ABOUT["mean"], ABOUT["std"], (3, 48, 64))
+
+
 def test_without_a_description_the_positions_tell_the_size_of_square_images(seed, tmp_path):
     model = timm.create_model(NAME, img_size=48, num_classes=3).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
