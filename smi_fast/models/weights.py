@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
-import re
 import warnings
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from smi_fast.data.files import atomic_write, first_line
 from smi_fast.data.tensors import SUFFIX
 
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # under which timm, too, looks for a state dict
-TUPLE = re.compile(r"^\((.*?),?\)$")
 ZIP = b"PK\3\4"  # how a torch file in the zip format begins
 
 
@@ -94,16 +94,22 @@ def read_description(path: Path) -> dict[str, Any]:
     found = {}
     for key, (ours, fits) in DESCRIPTION.items():
         if key in header:
-            try:
-                value = json.loads(TUPLE.sub(r"[\1]", header[key].strip()))
-            except (ValueError, RecursionError):
-                value = None
-            if not isinstance(value, list) or not value or not fits(value):
+            value = _sequence(header[key])
+            if not value or not fits(value):
                 raise ValueError(f"the checkpoint {path} has a header whose {key} is {header[key][:80]!r}")
-            found[ours] = tuple(value)
+            found[ours] = value
     if "input_size" in found:
         found["input_size"] = (len(found.get("mean", (0, 0, 0))), *found["input_size"])
     return found
+
+
+def _sequence(text: str) -> tuple | None:
+    """Read a list in JSON, or a list or tuple as Python prints it. Return None if the text is neither."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            value = read(text)
+            return tuple(value) if isinstance(value, (list, tuple)) else None
+    return None
 
 
 def _is_real(value: object) -> bool:

@@ -36,9 +36,11 @@ def test_a_saved_model_comes_back_with_its_description(seed, tmp_path, model):
 
 
 def test_a_tuple_as_python_prints_it_is_read(tmp_path, model):
-    header = {"mean": str(ABOUT["mean"]), "std": str(ABOUT["std"]), "image_size": str(ABOUT["image_size"])}
+    header = {key: str(tuple(value)) for key, value in ABOUT.items()}
     save_file(model.state_dict(), tmp_path / "model.safetensors", header)
-    config = resolve_data_config(model=load_model(NAME, checkpoint=tmp_path / "model.safetensors"))
+    loaded = load_model(NAME, checkpoint=tmp_path / "model.safetensors")
+    config = resolve_data_config(model=loaded)
+    assert class_names(loaded) == ABOUT["classes"]
     assert (config["mean"], config["std"], config["input_size"]) == (ABOUT["mean"], ABOUT["std"], (3, 48, 64))
 
 
