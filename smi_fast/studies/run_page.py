@@ -159,8 +159,8 @@ def _curves(report: dict[str, Any], tokens: Sequence[tuple[int, int, float]]) ->
     steps = [(at, count) for start, end, count in tokens for at in (start, end)]
     text = (
         "The loss is what is minimised: how far the model is from seeing the class, plus the other terms of the method "
-        "(such as one that keeps the image smooth). It may rise where patches stop, since the model then sees less. The "
-        "curves are of the first batch."
+        "(such as one that keeps the image smooth). It may rise where patches stop, since the model then sees less. "
+        "The curves are of the first batch."
     )
     curves = [_curve(losses, "loss", "var(--blue)", logarithmic=all(loss > 0 for _, loss in losses))] if losses else []
     return text, *curves, _curve(steps, "tokens of an image", "var(--orange)", zero=True)
