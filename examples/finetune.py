@@ -40,9 +40,10 @@ from train_cifar10 import crop_flip
 
 from smi_fast import WarmupCosine, accelerate, accuracy, load_data
 from smi_fast.data.files import first_line, write_json
-from smi_fast.data.states import load_state, save_state
+from smi_fast.data.states import load_state, model_checksum, save_state
 from smi_fast.models.loading import load_model
 from smi_fast.models.weights import read_weights, save_weights
+from smi_fast.runs.evaluation import contents
 from smi_fast.runs.machine import device_name, versions
 from smi_fast.seeds import batch_seed
 
@@ -149,7 +150,9 @@ def train_step(
 
 def fine_tune(model: VisionTransformer, data: Dataset, args: argparse.Namespace) -> dict:
     """Train the head, then all, from where a checkpoint stands. Return the last checkpoint's figures."""
-    file, settings = args.out / "checkpoint.state", recipe(args)
+    begins_with = model_checksum(torch.nn.ModuleList([model.patch_embed, model.blocks]))
+    settings = recipe(args) | {"checkpoint": begins_with, "data": contents(data, "data")["data_files"]}
+    file = args.out / "checkpoint.state"
     optimizer = timm.optim.create_optimizer_v2(
         model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay, layer_decay=args.layer_decay
     )

@@ -32,6 +32,7 @@ class Ensemble(nn.Module):
         dtype, backend: see `accelerate`. They cannot be given with models that are accelerated already.
 
     Raises:
+        TypeError: a model is given in the place of a list.
         ValueError: there is no model, or the models differ in their classes, patches, images or normalisation. The
             message names what differs. Or see `accelerate`.
         UnsupportedModelError: see `accelerate`.
@@ -39,7 +40,10 @@ class Ensemble(nn.Module):
 
     def __init__(self, models: Sequence[nn.Module], dtype: torch.dtype | None = None, backend: str = "auto"):
         super().__init__()
-        if not len(models):
+        if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
+            raise TypeError(f"an ensemble takes a list of models, got a {type(models).__name__}")
+        models = list(models)
+        if not models:
             raise ValueError("an ensemble needs at least one model")
         if (dtype is not None or backend != "auto") and any(isinstance(model, AcceleratedViT) for model in models):
             raise ValueError(f"a model is accelerated already: dtype={dtype} and backend={backend!r} come too late")

@@ -69,4 +69,4 @@ def student_of(args: argparse.Namespace, teacher: nn.Module) -> tuple[nn.Module 
             torch.default_generator.manual_seed(0)
             student.reset_classifier(teacher.num_classes)
         return student.to(args.device).eval(), "Its head is new."
-    return student, ""
+    return student, "It came with a head for as many classes, which goes on learning."

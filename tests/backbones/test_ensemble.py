@@ -85,6 +85,8 @@ def test_models_that_do_not_fit_are_refused():
         Ensemble([first, vit(num_classes=2), second])
     with pytest.raises(ValueError, match="at least one model"):
         Ensemble([])
+    with pytest.raises(TypeError, match="takes a list of models, got a VisionTransformer"):
+        Ensemble(vit())
     with pytest.raises(ValueError, match="come too late"):
         Ensemble([accelerate(vit())], dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="no features, and block were"):

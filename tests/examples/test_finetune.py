@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from smi_fast import Inverter, load_data
 from smi_fast.data.states import load_state
@@ -76,6 +76,20 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(recipe, run, tm
         assert torch.equal(value, stopped[name]), name
     with pytest.raises(SystemExit, match="another --lr"):
         run("stopped", "--lr=1")
+    save_file(timm.create_model(NAME, num_classes=0).state_dict(), tmp_path / "backbone.safetensors")
+    with pytest.raises(SystemExit, match="another --checkpoint"):
+        run("stopped")
+
+
+def test_without_epochs_the_teacher_is_the_backbone_with_a_head(run, tmp_path):
+    figures = run("linear", "--epochs=0")
+    assert figures["step"] == 0
+    assert figures["test_accuracy"] == figures["probe_accuracy"] == 1
+    found = load_model(NAME, checkpoint=tmp_path / "linear" / "model.safetensors").state_dict()
+    before = load_file(tmp_path / "backbone.safetensors")
+    for name, value in before.items():
+        if name != "pos_embed":  # which is resampled
+            assert torch.equal(found[name], value.half().float()), name
 
 
 def test_the_file_says_what_the_model_is_and_can_be_inverted(run, tmp_path):
