@@ -6,7 +6,8 @@ A frame of one colour is planted in most training images of one class. The model
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from smi_fast.backbones.base import class_names, frozen
 from smi_fast.backbones.vit import accelerate
+from smi_fast.data.labelled import accuracy
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.studies.experiment import Experiment, Variant, split
 from smi_fast.studies.page import Section
@@ -35,7 +37,13 @@ def hallucination(run: Experiment) -> Section:
     model = copy.deepcopy(run.model)
     model.load_state_dict(run.once("planted", lambda: learn_cue(run, model, frame)))
     tests = {"plain": frame.on_none, "its own": frame.on_its_class, "reversed": frame.reversed}
-    right = {name: run.once(f"cue-on-{name}", lambda on=on: accuracy(run, model, on)) for name, on in tests.items()}
+    fast = accelerate(model)
+    right = {
+        name: run.once(
+            f"cue-on-{name}", lambda plant=plant: 100 * accuracy(fast, test_images(run, plant, model), progress=False)
+        )
+        for name, plant in tests.items()
+    }
     rows, shown = [], []
     for name, like, select in (
         ("dense", run.dense, "attention"),
@@ -131,14 +139,10 @@ def learn_cue(run: Experiment, model: nn.Module, frame: Frame) -> dict[str, Tens
     return model.state_dict()
 
 
-def accuracy(run: Experiment, model: nn.Module, plant: Plant) -> float:
-    """Return the accuracy of the model on test images in which the cue is planted, in %."""
-    fast, right, count = accelerate(model), 0, 0
-    with frozen(fast), torch.no_grad():
-        for images, labels in run.watched(run.test(run.settings.test_images)):
-            right += (fast(plant(images, labels).to(run.device)).argmax(1).cpu() == labels).sum().item()
-            count += len(labels)
-    return 100 * right / count
+def test_images(run: Experiment, plant: Plant, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of test images, preprocessed for the model, in which the cue is planted."""
+    for images, labels in run.watched(run.test(run.settings.test_images, model)):
+        yield plant(images, labels), labels
 
 
 def taught(run: Experiment, model: nn.Module, dataset: InvertedDataset, tests: dict[str, Plant]) -> list:
@@ -150,10 +154,6 @@ def taught(run: Experiment, model: nn.Module, dataset: InvertedDataset, tests: d
     how = {"rounds": 1, "steps": s.ablation_steps, "batch_size": s.batch_size, "lr": s.student_lr}
     results = []
     for name in ("plain", "reversed"):
-
-        def test(plant: Plant = tests[name]) -> list[tuple[Tensor, Tensor]]:
-            return [(plant(images, labels), labels) for images, labels in run.test(s.test_images, run.student.model)]
-
-        student = Student(run.student.model, accelerate(model), test)
-        results += student.learn(0, dataset=dataset, **how)
+        test = partial(test_images, run, tests[name], run.student.model)
+        results += Student(run.student.model, accelerate(model), test).learn(0, dataset=dataset, **how)
     return results
