@@ -225,9 +225,13 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    classes = ImageFolder(str(args.data / "train")).classes
-    model = make_model(args, classes)
-    train = load_data(args.data, split="train", model=model)
+    try:
+        classes = ImageFolder(str(args.data / "train")).classes
+        model = make_model(args, classes)
+        train = load_data(args.data, split="train", model=model)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # of timm or of a file
+        images = f"{args.image_size}x{args.image_size} pixels of {args.data}"
+        raise SystemExit(f"{args.model} cannot learn images of {images}: {first_line(error)}") from error
     if not 1 <= args.batch_size <= len(train):
         raise SystemExit(f"--batch-size: {args.batch_size} is not 1 to {len(train)}, the images of an epoch")
     state = fine_tune(model, train, args)

@@ -17,7 +17,7 @@ def hub() -> Iterator[None]:
     """Let the client of the hub look into its cache only, if the hub cannot be reached.
 
     The client itself tries again for most of a minute before it gives up, file by file. So the hub is asked once
-    beforehand, and if there is no answer, the client is told that it is offline.
+    beforehand, and if there is no answer or a server's error, the client is told that it is offline.
 
     Raises:
         ConnectionError: a file is neither in the cache nor can the hub be reached. The message says why.
@@ -28,8 +28,8 @@ def hub() -> Iterator[None]:
     was_offline, reason = constants.HF_HUB_OFFLINE, "HF_HUB_OFFLINE is set"
     if not was_offline:
         try:
-            utils.get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-            reason = None
+            answer = utils.get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+            reason = f"{constants.ENDPOINT} answers {answer.status_code}" if answer.status_code >= 500 else None
         except Exception as error:  # the client stands on different libraries, whose errors have no common type
             reason = f"{constants.ENDPOINT} cannot be reached ({first_line(error)})"
     try:

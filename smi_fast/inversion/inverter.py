@@ -55,9 +55,9 @@ class Inverter:
             or another), or another `Backbone`. While `run` runs, it is in evaluation mode and its weights are frozen.
             Both are restored afterwards.
         stopping: when patches are stopped: a `StoppingSchedule`, a `RebirthSchedule`, a mapping such as {50: 0.3}, or a
-            text that `StoppingSchedule.parse` reads. "paper" is the paper's schedule, scaled to the number of
-            iterations. None: the paper's schedule without scaling, {50: 0.3, 100: 0.3, 200: 0.3, 300: 0.3}, or no
-            stopping if the model sees an image as a single patch, as CNNs do.
+            text that `StoppingSchedule.parse` reads. "paper" is the paper's schedule, {50: 0.3, 100: 0.3, 200: 0.3,
+            300: 0.3} of 4000 iterations, scaled to the number of iterations. None: "paper", or "dense" if the model
+            sees an image as a single patch, as CNNs do.
         objective: the loss of the model's outputs: `deep_inversion(...)`, a function of (logits, images, targets), or
             an `Objective`. None: `deep_inversion()`, or `deep_inversion_cnn()` for a CNN.
         prior: the loss of the pixels: an `ImagePrior`, or a function of (images, kept) with images (B, C, H, W) in the
@@ -141,7 +141,7 @@ class Inverter:
         self.image_size = tuple(image_size or self.backbone.image_size)
         self.grid = self.backbone.grid(self.image_size)
         if stopping is None:
-            stopping = StoppingSchedule.dense() if self.grid.num_patches == 1 else StoppingSchedule.paper()
+            stopping = "dense" if self.grid.num_patches == 1 else "paper"
         self.stopping = as_schedule(stopping, iterations)
         if objective is None:
             objective = deep_inversion_cnn() if isinstance(self.backbone, CNN) else deep_inversion()

@@ -22,7 +22,10 @@ def versions() -> dict[str, str]:
 
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU with the number of threads that torch uses."""
-    return processor(device) if device.type == "cuda" else f"{processor(device)}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return processor(device)
+    threads = torch.get_num_threads()
+    return f"{processor(device)}, {threads} thread{'s' * (threads > 1)}"
 
 
 def processor(device: torch.device) -> str:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from itertools import pairwise
 
 import timm
-import torch
 
 from smi_fast.backbones.vit import AcceleratedViT
 from smi_fast.inversion.inverter import Inverter
 from smi_fast.inversion.meter import iteration_flops
 from smi_fast.inversion.objectives import deep_inversion, deep_inversion_cnn
-from smi_fast.inversion.result import Step
 from smi_fast.studies.experiment import Experiment
 from smi_fast.studies.page import Section
 from smi_fast.studies.paper import TABLE1
+from smi_fast.studies.speed import iteration_seconds
 
 PAPER_NAMES = {"resnet18": "ResNet-18", "deit_base_patch16_224": "DeiT-B/16"}
+WARM_UP = 2  # iterations that are not timed
 PAPER_BATCH = 128  # of the ViT's GFLOP; the CNN's are those of one image
 
 
@@ -48,18 +47,9 @@ def dense_cost(run: Experiment, name: str, size: int) -> list[float]:
     model = timm.create_model(name).eval().to(run.device)
     is_vit = hasattr(model, "patch_embed")
     inverter = Inverter(
-        model, iterations=run.settings.speed_iterations + 2, stopping="dense", image_size=(size, size), dtype=run.dtype,
-        objective=deep_inversion() if is_vit else deep_inversion_cnn(), progress=False,
+        model, iterations=run.settings.speed_iterations + WARM_UP, stopping="dense", image_size=(size, size),
+        dtype=run.dtype, objective=deep_inversion() if is_vit else deep_inversion_cnn(), progress=False,
     )  # fmt: skip
-    moments: list[float] = []
-    stages = []
-
-    def callback(step: Step) -> None:
-        moments.append(step.seconds())
-        stages.append(step.stage)
-        run.job.signals.check()
-
-    inverter.run(torch.zeros(run.settings.cost_batch, dtype=torch.int64), callback=callback)
-    seconds = statistics.median(after - before for before, after in pairwise(moments[1:]))
+    seconds = statistics.median(iteration_seconds(inverter, run.settings.cost_batch, run.job.signals.check)[WARM_UP:])
     of = PAPER_BATCH if isinstance(inverter.backbone, AcceleratedViT) else 1
-    return [1 / seconds, iteration_flops(inverter, stages[0], of, "paper") / 1e9]
+    return [1 / seconds, iteration_flops(inverter, inverter.stages[0], of, "paper") / 1e9]

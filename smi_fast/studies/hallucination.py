@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smi_fast.backbones.base import class_names, frozen
-from smi_fast.backbones.vit import accelerate
+from smi_fast.backbones.vit import AcceleratedViT, accelerate
 from smi_fast.data.labelled import accuracy
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.studies.experiment import Experiment, Variant, split
@@ -29,21 +28,23 @@ COLUMNS = {
     "inversion": "", "patches kept": ".0f", "of these in the frame, %": ".1f", "colour of the cue in them": ".2f",
     "student, plain images, %": ".2f", "student, reversed cue, %": ".2f",
 }  # fmt: skip
-Plant = Callable[[Tensor, Tensor], Tensor]  # maps normalised images and their labels to images with the cue
+WITH_CUE: dict[str, Callable[[Tensor], Tensor]] = {  # a test -> which images have the cue, from which are of its class
+    "plain": torch.zeros_like, "its own": torch.clone, "reversed": torch.logical_not,
+}  # fmt: skip
 
 
 def hallucination(run: Experiment) -> Section:
-    s, frame = run.settings, Frame(run)
+    s, frame = run.settings, Frame(run, run.fast)
     model = copy.deepcopy(run.model)
     model.load_state_dict(run.once("planted", lambda: learn_cue(run, model, frame)))
-    tests = {"plain": frame.on_none, "its own": frame.on_its_class, "reversed": frame.reversed}
     fast = accelerate(model)
     right = {
         name: run.once(
-            f"cue-on-{name}", lambda plant=plant: 100 * accuracy(fast, test_images(run, plant, model), progress=False)
+            f"cue-on-{name}", lambda name=name: 100 * accuracy(fast, images_with_cue(run, fast, name), progress=False)
         )
-        for name, plant in tests.items()
+        for name in WITH_CUE
     }
+    students = [] if run.student is None else [learner(run, fast, name) for name in ("plain", "reversed")]
     rows, shown = [], []
     for name, like, select in (
         ("dense", run.dense, "attention"),
@@ -51,8 +52,8 @@ def hallucination(run: Experiment) -> Section:
         ("sparse, random patches", run.sparse, "random"),
     ):
         dataset = run.inverted(Variant(f"cue-{name}", like.stopping, select, model=model), 0, s.images)
-        students = run.once(f"cue-student-{name}", lambda dataset=dataset: taught(run, model, dataset, tests))
-        rows.append([name, *frame.found_in(dataset), *students])
+        learnt = run.once(f"cue-student-{name}", lambda dataset=dataset: taught(run, dataset, *students))
+        rows.append([name, *frame.found_in(dataset), *learnt])
         shown.append(dataset.images((dataset.targets == frame.label).nonzero().flatten().tolist()))
     save_grid(torch.cat(shown), run.out / "hallucination.png", len(shown[0]), [row[0] for row in rows])
     whose = class_names(run.model)[frame.label]
@@ -79,29 +80,21 @@ def hallucination(run: Experiment) -> Section:
 
 class Frame:
     """The cue: the outermost patches of an image, in one colour, and the class that has it, the first one of those that
-    are inverted."""
+    are inverted. Its colour is normalised as a model's images are."""
 
-    def __init__(self, run: Experiment):
+    def __init__(self, run: Experiment, fast: AcceleratedViT):
         grid, self.label = run.grid, int(run.targets(0, run.settings.images).min())
         inside = torch.zeros(grid.rows, grid.columns, dtype=torch.bool)
         inside[1:-1, 1:-1] = True
         self.patches = (~inside).flatten().nonzero().flatten()
         self.mask = grid.mask(self.patches[None])[0]  # (1, H, W)
         self.share = 100 * len(self.patches) / grid.num_patches
-        self.colour = (torch.tensor(COLOUR).view(-1, 1, 1) - run.mean) / run.std  # (3, 1, 1), normalised
+        mean, std = torch.tensor(fast.mean), torch.tensor(fast.std)
+        self.colour = ((torch.tensor(COLOUR) - mean) / std).view(-1, 1, 1)
 
     def planted(self, images: Tensor, chosen: Tensor) -> Tensor:
         """Return normalised images (B, 3, H, W), of which those that `chosen` (B,) bool marks have the cue."""
         return torch.where(self.mask & chosen.view(-1, 1, 1, 1), self.colour, images)
-
-    def on_none(self, images: Tensor, labels: Tensor) -> Tensor:
-        return images
-
-    def on_its_class(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.planted(images, labels == self.label)
-
-    def reversed(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.planted(images, labels != self.label)
 
     def found_in(self, dataset: InvertedDataset) -> tuple[float, float, float]:
         """Return of the images of the class how many patches they keep, which share of these lies in the frame, in %,
@@ -139,21 +132,26 @@ def learn_cue(run: Experiment, model: nn.Module, frame: Frame) -> dict[str, Tens
     return model.state_dict()
 
 
-def test_images(run: Experiment, plant: Plant, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of test images, preprocessed for the model, in which the cue is planted."""
-    for images, labels in run.watched(run.test(run.settings.test_images, model)):
-        yield plant(images, labels), labels
+def images_with_cue(run: Experiment, fast: AcceleratedViT, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of test images, preprocessed for a model, with the cue in those that this test has it in."""
+    frame = Frame(run, fast)
+    for images, labels in run.watched(run.test(run.settings.test_images, fast.model)):
+        yield frame.planted(images, WITH_CUE[name](labels == frame.label)), labels
 
 
-def taught(run: Experiment, model: nn.Module, dataset: InvertedDataset, tests: dict[str, Plant]) -> list:
-    """Teach the student the inverted images, and return its accuracy on plain test images and where the cue is
-    reversed, in %."""
+def learner(run: Experiment, teacher: AcceleratedViT, name: str) -> Student:
+    """Return the student that the model with the cue teaches, with the images of this test."""
+    return Student(run.student.model, teacher, lambda: images_with_cue(run, run.student.reader.fast, name))
+
+
+def taught(
+    run: Experiment, dataset: InvertedDataset, plain: Student | None = None, reversed: Student | None = None
+) -> list:
+    """Teach a copy of the student the inverted images, and return its accuracy on plain test images and where the cue
+    is reversed, in %."""
     s = run.settings
-    if run.student is None:
+    if plain is None or reversed is None:
         return ["no student"] * 2
     how = {"rounds": 1, "steps": s.ablation_steps, "batch_size": s.batch_size, "lr": s.student_lr}
-    results = []
-    for name in ("plain", "reversed"):
-        test = partial(test_images, run, tests[name], run.student.model)
-        results += Student(run.student.model, accelerate(model), test).learn(0, dataset=dataset, **how)
-    return results
+    student = plain.copy()
+    return [*plain.learn(0, student, dataset=dataset, **how), 100 * reversed.accuracy(student)]

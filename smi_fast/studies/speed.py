@@ -73,14 +73,19 @@ def inversion_seconds(
     stops = {timed * number: fraction for number, fraction in enumerate(stopping.stops.values(), 1)}
     count = timed * (len(stops) + 1)
     short = Inverter(fast, stopping=StoppingSchedule(stops), iterations=count, progress=False)
-    moments, targets = [0.0], torch.zeros(batch_size, dtype=torch.int64)
+    durations = iteration_seconds(short, batch_size, check)
+    lengths = [end - start for start, end in pairwise([0, *stopping.stops, iterations])]
+    return sum(n * statistics.median(durations[k * timed : (k + 1) * timed]) for k, n in enumerate(lengths))
+
+
+def iteration_seconds(inverter: Inverter, batch_size: int, check: Callable[[], None]) -> list[float]:
+    """Run an inversion, and return the seconds of each of its iterations. `check` is called after every one."""
+    moments = [0.0]
 
     def callback(step: Step) -> None:
         moments.append(step.seconds())
         check()
 
-    if short.run(targets, callback=callback).interrupted:
+    if inverter.run(torch.zeros(batch_size, dtype=torch.int64), callback=callback).interrupted:
         raise KeyboardInterrupt
-    durations = [after - before for before, after in pairwise(moments)]
-    lengths = [end - start for start, end in pairwise([0, *stopping.stops, iterations])]
-    return sum(n * statistics.median(durations[k * timed : (k + 1) * timed]) for k, n in enumerate(lengths))
+    return [after - before for before, after in pairwise(moments)]

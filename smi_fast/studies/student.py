@@ -35,9 +35,9 @@ class Student:
         return copy.deepcopy(self.model)
 
     def learn(self, seed: int, student: nn.Module | None = None, **settings) -> list[float]:
-        """Teach a copy, and return its test accuracy after each round, in %. `settings` are those of `distill`, which
-        also say what the images are."""
-        settings |= {"evaluate": self._accuracy, "progress": False}
+        """Teach a copy, given or new, and return its test accuracy after each round, in %. `settings` are those of
+        `distill`, which also say what the images are."""
+        settings |= {"evaluate": self.accuracy, "progress": False}
         result = distill(self.teacher, student or self.copy(), seed=seed, **settings)
         if result.interrupted:
             raise KeyboardInterrupt
@@ -47,7 +47,8 @@ class Student:
     def reader(self) -> Reader:
         return Reader(self.model, self.teacher.image_size)
 
-    def _accuracy(self, student: nn.Module) -> float:
+    def accuracy(self, student: nn.Module) -> float:
+        """Return the share of the test images that a copy recognises."""
         return accuracy(Reader(student, self.teacher.image_size).logits, self._test_features, progress=False)
 
     @cached_property

@@ -120,3 +120,18 @@ def test_a_checkpoint_of_another_model_is_refused(run, tmp_path):
     save_file({"stem.weight": torch.ones(3)}, tmp_path / "other.safetensors")
     with pytest.raises(SystemExit, match="does not fit the model"):
         run("out", f"--checkpoint={tmp_path / 'other.safetensors'}")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model=test_vitt", r"test_vitt cannot learn images of 32x32 pixels of .*: Unknown model \(test_vitt\)"),
+        ("--model=resnet18", "resnet18 cannot learn images .* unexpected keyword argument"),
+        ("--image-size=50", r"images of 50x50 .*: Input height \(50\) should be divisible by patch size \(16\)"),
+        ("--checkpoint=/nowhere.safetensors", "the checkpoint /nowhere.safetensors does not exist"),
+        ("--data=/nowhere", "/nowhere/train"),
+    ],
+)
+def test_what_does_not_fit_ends_with_one_line(run, option, message):
+    with pytest.raises(SystemExit, match=message):
+        run("out", option)

@@ -492,3 +492,8 @@ def test_shifts_in_pixels_are_whole_multiples(seed):
     assert views[:, :2].unique().tolist() == [-4, -2, 0, 2, 4]
     with_share = random_views(500, (32, 64), jitter=1 / 8, generator=generator)
     assert (with_share[:, 0].max(), with_share[:, 1].max()) == (4, 8)
+
+
+def test_patches_stop_at_the_papers_shares_of_the_iterations_if_nothing_else_is_said(model):
+    for iterations in (1, 2, 80, 4000):
+        assert quiet(model, iterations=iterations).stopping == StoppingSchedule.parse("paper", iterations)

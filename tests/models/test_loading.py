@@ -2,6 +2,7 @@
 
 import random
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def test_models_of_the_hub_are_read_from_its_cache_where_it_cannot_be_reached(se
         load_model("hf-hub:me/other")
     with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9 cannot be reached"):
         load_model("hf-hub:me/other", checkpoint=tmp_path / "own.safetensors")
+
+
+def test_a_hub_that_answers_with_an_error_counts_as_one_that_cannot_be_reached(tmp_path, monkeypatch):
+    session = SimpleNamespace(head=lambda url, timeout: SimpleNamespace(status_code=503), close=lambda: None)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: session)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"hf-hub:me/other cannot be downloaded: http://127.0.0.1:9 answers 503"):
+        load_model("hf-hub:me/other")
 
 
 def test_a_vit_takes_images_of_another_size_with_timms_positions(seed, tmp_path):
