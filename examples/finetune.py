@@ -41,6 +41,7 @@ from train_cifar10 import crop_flip
 from smi_fast import WarmupCosine, accelerate, accuracy, load_data
 from smi_fast.data.files import first_line, write_json
 from smi_fast.data.states import load_state, model_checksum, save_state
+from smi_fast.grid import PatchGrid
 from smi_fast.models.loading import load_model
 from smi_fast.models.weights import read_weights, save_weights
 from smi_fast.runs.evaluation import contents
@@ -59,6 +60,7 @@ def make_model(args: argparse.Namespace, classes: list[str]) -> VisionTransforme
     if args.checkpoint is not None:
         load_backbone(model, args.checkpoint)
     size = (args.image_size, args.image_size)
+    PatchGrid.of(size, model.patch_embed.patch_size)  # raises an error if patches do not fill the image
     model.pretrained_cfg = dict(model.pretrained_cfg) | {"input_size": (3, *size), "label_names": tuple(classes)}
     if args.freeze:
         layers = group_parameters(model, model.group_matcher(), reverse=True)  # 0: the embedding, 1: the first block
@@ -229,7 +231,7 @@ def main() -> None:
         classes = ImageFolder(str(args.data / "train")).classes
         model = make_model(args, classes)
         train = load_data(args.data, split="train", model=model)
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # of timm or of a file
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # of timm or of a file
         images = f"{args.image_size}x{args.image_size} pixels of {args.data}"
         raise SystemExit(f"{args.model} cannot learn images of {images}: {first_line(error)}") from error
     if not 1 <= args.batch_size <= len(train):
