@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from smi_fast.backbones.base import class_names
 from smi_fast.inversion.schedule import StoppingSchedule
 from smi_fast.studies.experiment import Experiment, Settings, Variant, kept, split
 from smi_fast.studies.images import save_rows
@@ -49,7 +50,7 @@ def which_patches(run: Experiment) -> Section:
     }
     table = rows(run, variants)
     sets = {name: run.inverted(variant, 0, run.settings.images) for name, variant in variants.items()}
-    save_rows(run.out / "which_patches.png", sets)
+    save_rows(run.out / "which_patches.png", sets, class_names(run.model))
     return Section(
         "An ablation of ours: which patches go on",
         "All variants follow the published schedule. The patches that go on are those with the most of the class "

@@ -8,10 +8,11 @@ from functools import partial
 
 import torch
 
+from smi_fast.backbones.base import class_names
 from smi_fast.models import MODEL_DIR
 from smi_fast.studies.experiment import BITS, Experiment, Variant, split
 from smi_fast.studies.images import inverted_pool, most_attended, noise, real_images, save_rows, whole_images
-from smi_fast.studies.page import Section, spread
+from smi_fast.studies.page import Section, counted, spread
 from smi_fast.studies.paper import TABLE3, TABLE4, TABLE5
 from smi_fast.studies.speed import PAPER_SPEEDUP
 
@@ -45,7 +46,7 @@ def table3(run: Experiment) -> Section:
     for name, sets in inverted.items():
         costs = [[dataset.metadata[key] for dataset in sets] for key in COSTS]
         rows[name] = [run.sparsity(sets[0]), *costs, *run.quantised(variants[name].name, sets)]
-    save_rows(run.out / "table3.png", {name: sets[0] for name, sets in inverted.items()})
+    save_rows(run.out / "table3.png", {name: sets[0] for name, sets in inverted.items()}, class_names(run.model))
     memory = "the device's" if run.device.type == "cuda" else "the whole process's"
     return Section(
         "Table 3: quantisation by calibration source",
@@ -135,13 +136,13 @@ def table4(run: Experiment) -> Section:
     }
     return Section(
         "Table 4 and Fig. 4: transfer from dense and from sparse images",
-        f"Accuracy on {split(s.test_images)} of a linear probe on {about['student']} that {about['model']} teaches: "
-        f"{s.rounds} rounds of {s.samples} fresh images and {s.steps} steps of {s.batch_size}, over {s.seeds} seeds. "
-        f"Each seed draws {count:,} real images and {count:,} of noise (clamped to the range of pixels: the floor) "
-        "anew, and takes inverted ones from one pool in an order of its own. Real images with only "
+        "The model that is inverted teaches a linear probe on the student, whose accuracy is measured on "
+        f"{split(s.test_images)}: {s.rounds} rounds of {s.samples} fresh images and {s.steps} steps of {s.batch_size}, "
+        f"over {s.seeds} seeds. Each seed draws {count:,} real images and {count:,} of noise (clamped to the range of "
+        "pixels: the floor) anew, and takes inverted ones from one pool in an order of its own. Real images with only "
         f"{few} patches keep those with the most of the class token's attention. Rebirth makes {s.rebirth} images of "
         f"each target. {s.more_rounds} rounds of sparse inversion take about as long as {s.rounds} of dense inversion. "
-        f"Adaptive images are sparse, compete with the student, and have {s.adaptive_seeds} seed(s). The "
+        f"Adaptive images are sparse, compete with the student, and have {counted(s.adaptive_seeds, 'seed')}. The "
         "paper's figures are those of DeiT-B on CIFAR-10.",
         {"images": "", "after the last round, %": ".2f", "best round, %": ".2f", "paper, %": ".2f"},
         rows,

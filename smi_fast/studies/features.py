@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from smi_fast.backbones.base import frozen
+from smi_fast.backbones.base import class_names, frozen
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.distillation import Reader
 from smi_fast.studies.experiment import BATCH, Experiment, split
@@ -40,8 +40,8 @@ def figure9(run: Experiment) -> Section:
         "Features are what the classifier's last layer takes. The table has the share of images whose features lie "
         f"nearest to the mean of their own class, of all the classes' means over {split(s.feature_images)}, and the "
         "distance to this mean, as a multiple of the real images' own. The means are those of the same real images. "
-        "Inverted images of other classes than theirs are left out."
-        + (" The plot is a t-SNE of all of them: a colour is a class." if drawn else ""),
+        "Inverted images of a class that none of these real images has are left out."
+        + (" The plot is a t-SNE of all of them." if drawn else ""),
         {"images": "", "number": "d", "nearest to their class, %": ".1f", "distance": ".2f"},
         rows,
         ["In the paper, the features of sparse images form clusters by class, as those of real images do."],
@@ -95,4 +95,4 @@ def draw(run: Experiment, sets: dict[str, tuple[Tensor, Tensor]]) -> bool:
     flat = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features.numpy())
     parts = torch.from_numpy(flat).split([len(labels) for _, labels in sets.values()])
     points = {name: (part, labels) for (name, (_, labels)), part in zip(sets.items(), parts, strict=True)}
-    return save_points(points, run.out / "figure9.png")
+    return save_points(points, class_names(run.model), run.out / "figure9.png")

@@ -18,7 +18,7 @@ from smi_fast.data.labelled import accuracy
 from smi_fast.data.sparse import InvertedDataset
 from smi_fast.studies.experiment import Experiment, Variant, split
 from smi_fast.studies.page import Section
-from smi_fast.studies.pictures import save_grid
+from smi_fast.studies.pictures import GREY, save_grid
 from smi_fast.studies.student import Student
 
 SHARE = 0.95  # of the training images of the class that have the cue
@@ -54,7 +54,7 @@ def hallucination(run: Experiment) -> Section:
         dataset = run.inverted(Variant(f"cue-{name}", like.stopping, select, model=model), 0, s.images)
         learnt = run.once(f"cue-student-{name}", lambda dataset=dataset: taught(run, dataset, *students))
         rows.append([name, *frame.found_in(dataset), *learnt])
-        shown.append(dataset.images((dataset.targets == frame.label).nonzero().flatten().tolist()))
+        shown.append(dataset.images((dataset.targets == frame.label).nonzero().flatten().tolist(), stopped=GREY))
     save_grid(torch.cat(shown), run.out / "hallucination.png", len(shown[0]), [row[0] for row in rows])
     whose = class_names(run.model)[frame.label]
     return Section(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,11 +52,25 @@ def most_attended(run: Experiment, dataset: InvertedDataset, count: int) -> Inve
     return _dataset(run, images, torch.cat(keep), dataset.targets)
 
 
-def save_rows(path: Path, sets: dict[str, InvertedDataset]) -> None:
-    """Write a PNG with a row of images for each set, ten small ones or fewer large ones, labelled with its name."""
-    columns = min(max(MIN_COLUMNS, MAX_WIDTH // next(iter(sets.values())).image_size[1]), 10, *map(len, sets.values()))
-    images = torch.cat([dataset.images(range(columns), stopped=GREY) for dataset in sets.values()])
-    save_grid(images, path, columns, list(sets))
+def save_rows(path: Path, sets: dict[str, InvertedDataset], names: Sequence[str]) -> None:
+    """Write a PNG with a row of images for each set, labelled with its name, and a column for each class that all sets
+    have: ten small images or fewer large ones. `names` are those of the classes."""
+    first = [_first_of_each_class(dataset) for dataset in sets.values()]
+    columns = max(MIN_COLUMNS, MAX_WIDTH // next(iter(sets.values())).image_size[1])
+    classes = [label for label in first[0] if all(label in others for others in first)][: min(columns, 10)]
+    rows = [
+        dataset.images([numbers[label] for label in classes], stopped=GREY)
+        for dataset, numbers in zip(sets.values(), first, strict=True)
+    ]
+    save_grid(torch.cat(rows), path, len(classes), list(sets), [names[label] for label in classes])
+
+
+def _first_of_each_class(dataset: InvertedDataset) -> dict[int, int]:
+    """Return the number of the first image of each class, in the order of the images."""
+    numbers: dict[int, int] = {}
+    for number, label in enumerate(dataset.targets.tolist()):
+        numbers.setdefault(label, number)
+    return numbers
 
 
 def _dataset(run: Experiment, images: Tensor, keep: Tensor | None, targets: Tensor) -> InvertedDataset:

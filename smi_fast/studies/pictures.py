@@ -27,7 +27,13 @@ QUALITIES = (70, 45, 25, 10)  # of an animation: the first one with which it is 
 MAX_BYTES = 3 * 10**6
 
 
-def save_grid(images: Tensor, path: str | os.PathLike, columns: int, labels: Sequence[str] | None = None) -> None:
+def save_grid(
+    images: Tensor,
+    path: str | os.PathLike,
+    columns: int,
+    labels: Sequence[str] | None = None,
+    titles: Sequence[str] = (),
+) -> None:
     """Write a PNG of images row by row.
 
     Images with a side below 96 pixels are enlarged by an integer factor, so that each pixel becomes a square. Very many
@@ -38,10 +44,11 @@ def save_grid(images: Tensor, path: str | os.PathLike, columns: int, labels: Seq
         path: the PNG.
         columns: number of images in a row.
         labels: a text for each row, which stands left of it.
+        titles: a text for each column, which stands over it, shortened as in `save_classes`.
 
     Raises:
         ValueError: the images do not have this shape, N is 0, there are no columns, or there is not one label for each
-            row.
+            row or one title for each column.
         FileNotFoundError: the folder of `path` does not exist.
     """
     if columns < 1:
@@ -50,7 +57,9 @@ def save_grid(images: Tensor, path: str | os.PathLike, columns: int, labels: Seq
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     if labels is not None and len(labels) != len(rows):
         raise ValueError(f"{len(labels)} labels for {len(rows)} rows")
-    _save_table(rows, path, labels or [], [])
+    if titles and len(titles) != len(rows[0]):
+        raise ValueError(f"{len(titles)} titles for {len(rows[0])} columns")
+    _save_table(rows, path, labels or [], [fitted(title, tiles[0].width) for title in titles])
 
 
 def save_classes(images: Tensor, names: Sequence[str], path: str | os.PathLike) -> None:

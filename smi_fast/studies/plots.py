@@ -91,35 +91,46 @@ def save_panels(panels: Sequence[dict], path: str | os.PathLike) -> bool:
     """Plot lines with error bars, in panels side by side.
 
     Args:
-        panels: {"x": label, "y": label, "lines": {name: (x, mean, standard deviation)}} for each panel.
+        panels: {"x": label, "y": label, "lines": {name: (x, mean, standard deviation)}} for each panel. Lines of one
+            name have one colour in all panels.
     """
+    names = dict.fromkeys(name for panel in panels for name in panel["lines"])
+    style = {"marker": "o", "markersize": 3, "linewidth": 1.2, "capsize": 2}
 
     def draw(*axes) -> None:
+        colours = {name: f"C{number % 10}" for number, name in enumerate(names)}
         for ax, panel in zip(axes, panels, strict=True):
             for name, (x, mean, deviation) in panel["lines"].items():
-                ax.errorbar(x, mean, deviation, label=name, marker="o", markersize=3, linewidth=1.2, capsize=2)
+                ax.errorbar(x, mean, deviation, label=name, color=colours[name], **style)
             ax.set_xlabel(panel["x"])
             ax.set_ylabel(panel["y"])
 
     return _save(path, draw, width=5 * len(panels), columns=len(panels))
 
 
-def save_points(sets: dict, path: str | os.PathLike) -> bool:
-    """Plot points of several sets, each with a marker of its own, in the colours of their classes.
+def save_points(sets: dict, names: Sequence[str], path: str | os.PathLike) -> bool:
+    """Plot points of several sets, each with a marker of its own, in the colours of their classes. Classes with equal
+    last digits have one colour.
 
     Args:
         sets: maps the name of a set to its points (N, 2) and their classes (N,).
+        names: the names of all classes.
     """
 
     def draw(axes) -> None:
+        found = sorted({label for _, classes in sets.values() for label in classes.tolist()})
         for (name, (points, classes)), marker in zip(sets.items(), ".sDo^v*", strict=False):
             style = {"c": [f"C{label % 10}" for label in classes.tolist()], "marker": marker}
             edge = {"s": 12, "alpha": 0.35, "linewidths": 0} if marker == "." else {"s": 26, "edgecolors": "black"}
-            axes.scatter(*points.T, **style, **{"linewidths": 0.6} | edge, label=name)
+            axes.scatter(*points.T, **style, **{"linewidths": 0.6} | edge)
+            axes.scatter([], [], color="grey", marker=marker, label=name)
+        for label in found if len(found) <= 10 else []:
+            axes.scatter([], [], color=f"C{label % 10}", marker="s", label=names[label])
+        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
 
-    return _save(path, draw, width=7, height=5)
+    return _save(path, draw, width=8, height=5)
 
 
 def _save(
@@ -137,7 +148,7 @@ def _save(
         ax.spines[["top", "right"]].set_visible(False)
     draw(*axes)
     for ax in axes:
-        if ax.get_legend_handles_labels()[1]:
+        if ax.get_legend_handles_labels()[1] and ax.get_legend() is None:
             ax.legend(frameon=False, fontsize="small")
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=150)

@@ -200,12 +200,12 @@ def write(run: Experiment, student_note: str) -> Path:
     sections = {name: section for name in SECTIONS if (section := run.finished(name)) is not None}
     about, minutes = run.about, sum(section.seconds for section in sections.values()) / 60
     libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
-    learner = f"with the student {about['student']}. {student_note}" if about["student"] else "without a student."
+    learner = f"The student is {about['student']}. {student_note} " if about["student"] else ""
     introduction = (
-        f"These are the comparisons of Hu et al. (ICML 2024) with {about['model']} on {Path(run.data).name}, {learner} "
-        f"They took {minutes:.0f} minutes on {device_name(run.device)} with {libraries}. Tables show the mean ± "
-        "standard deviation over the seeds. The figures of each seed are in `sections/`, and the settings in "
-        "`run.json`."
+        f"These are the comparisons of Hu et al. (ICML 2024). The model that is inverted is {about['model']}, and the "
+        f"data are {Path(run.data).name}. {learner}The sections took {minutes:.0f} minutes on "
+        f"{device_name(run.device)} with {libraries}. Tables show the mean ± standard deviation over the seeds. The "
+        "figures of each seed are in `sections/`, and the settings in `run.json`."
     )
     page = run.out / "page.md"
     write_page(page, "Sparse Model Inversion, reproduced", introduction, sections)

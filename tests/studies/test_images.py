@@ -2,8 +2,9 @@
 
 import torch
 
-from smi_fast import accelerate
-from smi_fast.studies.images import most_attended, noise, real_images, whole_images
+from smi_fast import InvertedDataset, accelerate
+from smi_fast.studies import images as images_of_a_comparison
+from smi_fast.studies.images import most_attended, noise, real_images, save_rows, whole_images
 
 
 def test_the_most_attended_patches_are_left(run, models):
@@ -27,3 +28,18 @@ def test_whole_images_are_denormalised_and_clamped(run, models):
     dataset = whole_images(run, images, torch.zeros(3).long())
     torch.testing.assert_close(dataset.images(), (images * std + mean).clamp(0, 1))
     assert not torch.equal(images, noise(run, 3, seed=3))
+
+
+def test_the_columns_of_a_picture_are_the_classes_that_all_its_rows_have(tmp_path, monkeypatch):
+    def dataset(targets: list[int]) -> InvertedDataset:
+        """Images of which each has its number as its brightness."""
+        images = torch.arange(len(targets)).div(10).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+        return InvertedDataset.from_images(images, None, torch.tensor(targets), (4, 4))
+
+    drawn = []
+    monkeypatch.setattr(images_of_a_comparison, "save_grid", lambda *arguments: drawn.extend(arguments))
+    sets = {"dense": dataset([2, 0, 1, 2]), "rebirth": dataset([1, 1, 2, 2])}
+    save_rows(tmp_path / "rows.png", sets, ["cat", "dog", "owl"])
+    images, _, columns, rows, titles = drawn
+    assert (columns, rows, titles) == (2, ["dense", "rebirth"], ["owl", "dog"])
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([0.0, 0.2, 0.2, 0.0]))

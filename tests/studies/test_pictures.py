@@ -118,6 +118,15 @@ def test_images_of_a_class_stand_side_by_side_under_its_name(seed, tmp_path):
         assert (title.min() < 128) == (number < 2)
 
 
+def test_titles_stand_over_the_columns_of_a_grid(seed, tmp_path):
+    images = random_images(seed, 4, 3, 96, 96)
+    save_grid(images, tmp_path / "grid.png", 2, titles=["golf_ball of a very long name indeed", ""])
+    picture = read(tmp_path / "grid.png")
+    (place,), (right,) = places(picture, images[0]), places(picture, images[1])
+    assert picture[: place[0], : place[1] + 96].min() < 128
+    assert picture[: place[0], right[1] :].min() == 255
+
+
 def test_many_classes_break_into_lines(seed, tmp_path):
     images = random_images(seed, 10, 3, 224, 224)
     save_classes(images, [f"name {number}" for number in range(10)], tmp_path / "classes.png")
@@ -227,6 +236,7 @@ IMAGES = torch.zeros(3, 3, 8, 8)
         (lambda path: save_grid(IMAGES[:, :2], path, 1), r"not \(3, 2, 8, 8\)"),
         (lambda path: save_grid(IMAGES, path, 0), "columns must be at least 1, not 0"),
         (lambda path: save_grid(IMAGES, path, 2, labels=["a"]), "1 labels for 2 rows"),
+        (lambda path: save_grid(IMAGES, path, 3, titles=["a"]), "1 titles for 3 columns"),
         (lambda path: save_classes(IMAGES, ["a"], path), "1 names for 3 images"),
         (lambda path: save_process([IMAGES], path, ["a"], ["b"]), "1 names for 3 images"),
         (lambda path: save_animation([IMAGES], path, [], []), "0 titles for 1 snapshots"),

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smi_fast.studies.plots import save_accuracy, save_curve, save_panels, save_ranges
+from smi_fast.studies.plots import save_accuracy, save_curve, save_panels, save_points, save_ranges
 
 pytest.importorskip("matplotlib")
 LOSSES, TOKENS = [5.0 / t for t in range(1, 101)], [65.0 if t < 50 else 46.0 for t in range(100)]
+POINTS = np.array([[0.0, 1.0], [2.0, 3.0]]), np.array([0, 2])
 PLOTS = {
     "curve": lambda path: save_curve(LOSSES, TOKENS, path),
     "accuracy": lambda path: save_accuracy({"student": [(32, 0.5), (64, 0.75)]}, path),
     "ranges": lambda path: save_ranges({"noise": {"input": (-2.0, 3.0), "output": (0.0, 1.0)}}, path),
+    "points": lambda path: save_points({"real": POINTS, "sparse": POINTS}, ["cat", "dog", "owl"], path),
     "panels": lambda path: save_panels([{"x": "x", "y": "y", "lines": {"": [[1, 2], [3, 4], [0, 1]]}}], path),
 }
 
@@ -112,3 +114,18 @@ def test_panels_have_their_lines_with_error_bars(tmp_path, figures):
     [line] = [container.lines[0] for container in axes.containers]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [3, 4])
     assert axes.get_legend() is None
+
+
+def test_a_line_has_one_colour_in_all_panels(tmp_path, figures):
+    line = [[1, 2], [3, 4], [0, 1]]
+    panels = [{"x": "x", "y": "y", "lines": dict.fromkeys(names, line)} for names in ("abc", "ca")]
+    assert save_panels(panels, tmp_path / "plot.png")
+    first, second = ({c.get_label(): c.lines[0].get_color() for c in axes.containers} for axes in figures.pop().axes)
+    assert len(set(first.values())) == 3
+    assert second == {name: first[name] for name in "ca"}
+
+
+def test_points_have_a_legend_of_sets_and_classes(tmp_path, figures):
+    assert PLOTS["points"](tmp_path / "plot.png")
+    [axes] = figures.pop().axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["real", "sparse", "cat", "owl"]
