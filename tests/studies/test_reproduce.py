@@ -74,7 +74,7 @@ def test_the_page_says_over_how_much_its_figures_are(out):
     assert "7 random images of the test split" in page
     assert "teacher" in page
     assert str(out) not in page
-    assert "with the student student. It knows nothing." in page
+    assert "The student is student. It knows nothing. The sections took" in page
 
 
 def test_accuracies_are_those_of_the_saved_images(models, data, out):
