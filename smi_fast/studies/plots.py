@@ -123,9 +123,9 @@ def save_points(sets: dict, names: Sequence[str], path: str | os.PathLike) -> bo
             style = {"c": [f"C{label % 10}" for label in classes.tolist()], "marker": marker}
             edge = {"s": 12, "alpha": 0.35, "linewidths": 0} if marker == "." else {"s": 26, "edgecolors": "black"}
             axes.scatter(*points.T, **style, **{"linewidths": 0.6} | edge)
-            axes.scatter([], [], color="grey", marker=marker, label=name)
+            axes.scatter([], [], facecolors="white", edgecolors="black", marker=marker, label=name)
         for label in found if len(found) <= 10 else []:
-            axes.scatter([], [], color=f"C{label % 10}", marker="s", label=names[label])
+            axes.scatter([], [], color=f"C{label % 10}", marker="s", label=names[label].replace("_", " "))
         axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
