@@ -63,7 +63,8 @@ def load(args: argparse.Namespace) -> tuple[Data, Data]:
     found = []
     for split, count in (("train", args.train_images), ("test", args.test_images)):
         data = load_data(args.data, split=split, model=cifar10_student())
-        chosen = Subset(data, range(0, len(data), max(1, len(data) // count)))
+        count = min(count, len(data))
+        chosen = Subset(data, [number * len(data) // count for number in range(count)])
         found.append(Data(*map(torch.cat, zip(*DataLoader(chosen, 500), strict=True))))
     return found[0], found[1]
 
