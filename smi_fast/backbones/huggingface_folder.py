@@ -27,7 +27,9 @@ def read_folder(folder: Path, known: Collection[str]) -> tuple[nn.Module, dict[s
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("reading a folder needs transformers: pip install smi-fast[transformers]") from error
+        raise ImportError(
+            'reading a folder needs transformers: pip install ".[transformers]" in a checkout of smi-fast'
+        ) from error
     config = _json(folder / "config.json")
     kind = _architecture(config)
     _check_contents(folder, config)

@@ -83,7 +83,7 @@ def files(folder: Path, written: Sequence[str]) -> Iterator[str]:
     yield "  images       the sparse images, which smi_fast.InvertedDataset.load reads"
     yield from (f"  {name:<13}{FILES[name]}" for name in written)
     if "curve.png" not in written:
-        yield "curve.png needs matplotlib: pip install smi-fast[viz]"
+        yield 'curve.png needs matplotlib: pip install ".[viz]" in a checkout of smi-fast'
 
 
 def measured(dataset: InvertedDataset) -> tuple[dict[str, Any], list[StageCost], dict[str, Any]]:

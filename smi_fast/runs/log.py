@@ -28,7 +28,9 @@ def check_log(kind: str | None) -> None:
         try:
             import smi_fast.runs.tensorboard  # noqa: F401
         except ImportError:
-            raise ValueError("a log for TensorBoard needs its package: pip install smi-fast[tensorboard]") from None
+            raise ValueError(
+                'a log for TensorBoard needs its package: pip install ".[tensorboard]" in a checkout of smi-fast'
+            ) from None
 
 
 def open_log(kind: str | None, folder: str | os.PathLike, *, iterations: int, rank: int = 0) -> AbstractContextManager:

@@ -560,7 +560,7 @@ def test_the_mode_of_the_model_is_kept(seed):
 
 def test_a_folder_without_transformers_is_refused_in_one_sentence(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install smi-fast\[transformers\]"):
+    with pytest.raises(ImportError, match=r'pip install "\.\[transformers\]"'):
         smi_fast.from_huggingface(folder)
     assert main(["invert", "--model", str(folder), "--out", "unused"]) == 2
     assert "needs transformers: pip install" in capsys.readouterr().err
