@@ -33,7 +33,7 @@ def offline(monkeypatch, tmp_path):
     work_offline(monkeypatch)
 
 
-@pytest.mark.parametrize("page", ["rebirth.md", "runs.md", "sparse.md"])
+@pytest.mark.parametrize("page", ["adaptive.md", "psaq.md", "rebirth.md", "runs.md", "sparse.md"])
 def test_examples_of_methods_run(page, seed):
     assert run_python(f"docs/{page}")["result"].images.isfinite().all()
 
