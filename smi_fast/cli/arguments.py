@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from smi_fast.data.files import first_line
-from smi_fast.data.labelled import accuracy, download_data, load_data
+from smi_fast.data.labelled import DOWNLOADED, accuracy, download_data, known_name, load_data
 from smi_fast.inversion.presets import DEMO, OBJECTIVES, PAPER, InversionSettings, settings_of
 from smi_fast.inversion.priors import NORMS
 from smi_fast.inversion.schedule import WarmupCosine
@@ -110,8 +110,8 @@ def add_numbers(group: argparse._ActionsContainer, **options: tuple[Callable, fl
 
 
 MODELS = (
-    f"name of a model: one that comes with smi-fast ({MODEL_INSIDE}, {CNN_INSIDE}), a name of timm, hf-hub:ORG/NAME "
-    "for a timm model on Hugging Face's hub, torchvision/NAME, or a folder that transformers has written"
+    f"name of a model: one that comes with smi-fast ({MODEL_INSIDE}, {CNN_INSIDE}), the name of a timm model, "
+    "hf-hub:ORG/NAME for one on Hugging Face's hub, torchvision/NAME, or a folder that transformers has written"
 )
 
 
@@ -129,7 +129,10 @@ def add_model(
         "classes, the normalisation and the image size"
     )
     group.add_argument(f"--{role}", default=default, metavar="NAME", help=what)
-    what = "download the weights of a name of timm or torchvision, or take them from the cache"
+    what = (
+        "download the pretrained weights of a timm or torchvision model, or take them from the cache (those of an "
+        "hf-hub: model are, without this option)"
+    )
     group.add_argument(f"--{prefix}pretrained", action="store_true", help=what)
     group.add_argument(f"--{prefix}checkpoint", type=Path, metavar="FILE", help=checkpoint)
     if role == "model":
@@ -257,18 +260,30 @@ def add_data(
 
 
 def prepare_data(args: argparse.Namespace) -> None:
-    """Download the data set, if the command is to.
+    """Download the data set, if the command is to, and check that the folder of one that is given by name is known.
 
     Raises:
-        ValueError: there is no data set to download, the download fails, or several processes would share it.
+        ValueError: the folder is not known, there is no data set to download, the download fails, or several processes
+            would share it.
     """
     if not getattr(args, "download", False):
+        _check_root(args)
         return
     if args.data is None:
         raise ValueError("--download: --data says which data set to download")
     check_alone("--download")
     args.root = args.root or DATA
     download_data(args.data, args.root)
+
+
+def _check_root(args: argparse.Namespace) -> None:
+    data = getattr(args, "data", None)
+    if data is None or args.root is not None or Path(data).is_dir():
+        return
+    name = known_name(data)
+    if name is not None:
+        download = ", or --download, which fetches it" if name in DOWNLOADED else ""
+        raise ValueError(f"--data {data} needs --root FOLDER, the folder in which torchvision keeps {name}{download}")
 
 
 def load_test_images(args: argparse.Namespace, model: nn.Module) -> DataLoader:

@@ -12,9 +12,15 @@ from smi_fast.cli.output import add_quiet
 from smi_fast.models import MODEL_INSIDE
 from smi_fast.quantization import QuantizedViT
 
+DESCRIPTION = (
+    "Measure the accuracy of a model, quantised or not: the share of labelled test images whose largest logit is that "
+    "of their class. Images are scaled, cropped and normalised as timm does it to evaluate the model."
+)
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("evaluate", help="measure the accuracy of a model, quantised or not")
+    what = "measure the accuracy of a model, quantised or not"
+    parser = commands.add_parser("evaluate", help=what, description=DESCRIPTION)
     parser.set_defaults(run=run)
     arguments.add_model(parser)
     what = "evaluate the model that smi-fast quantize wrote to this file"

@@ -11,9 +11,15 @@ from smi_fast import kernels
 from smi_fast.models import MODEL_DIR, MODEL_INSIDE
 from smi_fast.runs.machine import device_name, versions
 
+DESCRIPTION = (
+    "Show the versions of smi-fast and of what it runs on, the device that the other commands take by default, and "
+    "which kernels are in use there: Triton's on a GPU, those in C++ on a CPU, or plain torch, and why."
+)
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("info", help="show versions, the device, and why Triton is or is not in use")
+    what = "show versions, the device, and why Triton is or is not in use"
+    parser = commands.add_parser("info", help=what, description=DESCRIPTION)
     parser.set_defaults(run=run)
 
 

@@ -19,6 +19,10 @@ from smi_fast.studies.report import COLUMNS, stage_records, stage_table, what_wa
 from smi_fast.studies.run_page import save_page
 from smi_fast.studies.run_pictures import draw
 
+DESCRIPTION = (
+    "Draw the pictures of a run of smi-fast invert again, with its page index.html and its figures report.json, from "
+    "the images that are in its folder. A run that is not finished, or is still running, is shown as far as it is."
+)
 WIDTH = 100  # characters of a line
 FILES = {  # what is written -> what it shows
     "index.html": "the run as a page, to be opened in a browser: images, process, curves, table, settings",
@@ -32,7 +36,8 @@ OF_IMAGES = ("predicted", "confidence", "iterations")  # the figures of each ima
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("report", help="draw the pictures and the page of a run again, finished or not")
+    what = "draw the pictures and the page of a run again, finished or not"
+    parser = commands.add_parser("report", help=what, description=DESCRIPTION)
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder that smi-fast invert writes to")
 

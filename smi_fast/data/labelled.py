@@ -50,7 +50,7 @@ def load_data(
     if split not in FOLDERS:
         raise ValueError(f"split must be train or test, got {split!r}")
     transform = _evaluation_transform(model)
-    name = _known(name_or_folder)
+    name = known_name(name_or_folder)
     if root is not None:
         if name is None:
             raise ValueError(f"{name_or_folder!s} is no data set known by name, such as {', '.join(NAMES)}")
@@ -59,7 +59,7 @@ def load_data(
     if folder.is_dir():
         return _from_folder(_split_folder(folder, split), model, transform)
     if name is not None:
-        raise ValueError(f"{name} needs its root, the folder that torchvision keeps it in")
+        raise ValueError(f"{name} needs root, the folder in which torchvision keeps it")
     raise ValueError(f"{name_or_folder!s} is neither a folder nor one of {', '.join(NAMES)}")
 
 
@@ -73,7 +73,7 @@ def download_data(name: str, root: str | Path) -> None:
     Raises:
         ValueError: torchvision does not download a data set of this name, or the download fails. The message says why.
     """
-    known = _known(name)
+    known = known_name(name)
     if known not in DOWNLOADED:
         raise ValueError(f"{known or name} cannot be downloaded, only {' and '.join(DOWNLOADED)} can")
     try:
@@ -86,7 +86,7 @@ def download_data(name: str, root: str | Path) -> None:
         ) from error
 
 
-def _known(name: str | Path) -> str | None:
+def known_name(name: str | Path) -> str | None:
     """Return a data set's name as torchvision writes it, or None."""
     return {known.lower(): known for known in NAMES}.get(str(name).lower().replace("-", ""))
 

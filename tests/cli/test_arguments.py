@@ -132,6 +132,22 @@ def test_a_data_set_is_downloaded_before_the_work(tmp_path, monkeypatch, capsys)
     assert "--download: --data says which data set to download" in capsys.readouterr().err
 
 
+def test_a_data_set_by_name_without_its_folder_is_refused_in_the_words_of_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = ["--out", str(tmp_path / "out")]
+    for command in (["evaluate"], ["quantize", *out], ["distill", *out], ["reproduce", *out]):
+        assert main([*command, "--data", "cifar10"]) == 2
+        error = capsys.readouterr().err
+        assert "--data cifar10 needs --root FOLDER" in error
+        assert "--download" in error
+    assert main(["evaluate", "--data", "imagenet"]) == 2
+    assert "--download" not in capsys.readouterr().err  # ImageNet cannot be downloaded
+    (tmp_path / "cifar10").mkdir()  # a folder of images
+    assert main(["evaluate", "--data", "cifar10"]) == 2
+    assert "--root" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["quantize", "reproduce"])
 def test_of_several_processes_the_first_says_that_a_command_is_for_one_and_the_others_end_after_it(
     command, tmp_path, capsys, monkeypatch

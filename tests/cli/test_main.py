@@ -63,6 +63,11 @@ def test_help_shows_defaults_where_there_are_any(command, capsys):
     assert "(default: cifar10_vit)" in text
 
 
+def test_the_help_of_each_command_says_what_it_is_for():
+    for name, parser in smi_fast.cli._parser().commands.items():
+        assert len((parser.description or "").split()) > 10, name
+
+
 def test_info_tells_versions_device_backend_and_why(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out

@@ -129,7 +129,7 @@ def test_what_cannot_be_data_is_named(model, tmp_path):
         load_data("CIFAR10", tmp_path, model=model)
     with pytest.raises(ValueError, match="ImageNet cannot be read from "):
         load_data("ImageNet", tmp_path, model=model)
-    with pytest.raises(ValueError, match="CIFAR100 needs its root"):
+    with pytest.raises(ValueError, match="CIFAR100 needs root"):
         load_data("CIFAR100", model=model)
     with pytest.raises(ValueError, match="MNIST is no data set known by name, such as CIFAR10"):
         load_data("MNIST", tmp_path, model=model)
