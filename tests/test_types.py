@@ -1,6 +1,8 @@
 """Every public function, class and method says the types of what it takes and returns. `make types` checks them."""
 
 import inspect
+import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -41,3 +43,8 @@ def test_public_names_are_annotated(module: ModuleType):
         elif callable(value):
             missing += without_types(name, inspect.unwrap(value))
     assert not missing
+
+
+def test_the_typed_program_uses_each_public_name():
+    program = (Path(__file__).parent / "typed" / "program.py").read_text()
+    assert set(re.findall(r"\bsmi_fast\.([A-Za-z_]\w*)", program)) >= set(smi_fast.__all__)

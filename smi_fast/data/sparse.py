@@ -63,6 +63,8 @@ class InvertedDataset(torch.utils.data.Dataset):
         TypeError: `metadata` has no JSON form.
     """
 
+    image_size: tuple[int, int, int]
+    patch_size: tuple[int, int]
     transform: Callable[[Sample], Sample] | None = None
     missing = 0
 
