@@ -231,7 +231,7 @@ def main() -> None:
         classes = ImageFolder(str(args.data / "train")).classes
         model = make_model(args, classes)
         train = load_data(args.data, split="train", model=model)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # of timm or of a file
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # timm and files raise any of these
         images = f"{args.image_size}x{args.image_size} pixels of {args.data}"
         raise SystemExit(f"{args.model} cannot learn images of {images}: {first_line(error)}") from error
     if not 1 <= args.batch_size <= len(train):

@@ -23,8 +23,7 @@ from safetensors.torch import save_file
 from smi_fast.backbones.huggingface import NAMES
 from smi_fast.backbones.timm_weights import timm_weights
 
-PREFIX = "backbone."  # of the names of the DINOv2 in a larger model
-DECODER = "decoder."  # what the larger model adds
+PREFIX = "backbone."  # the names of the DINOv2's weights begin so, since it is a part of a larger model
 
 
 def read_graph(path: Path) -> onnx.GraphProto:
@@ -46,9 +45,8 @@ def transformers_weights(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
         factor = next((products[name] for name in node.input if name in products), None)
         if node.op_type == "Add" and bias is not None and factor is not None:
             weights[bias.removeprefix(PREFIX).removesuffix("bias") + "weight"] = tensors[factor].T
-    named = (PREFIX, DECODER)
-    constants = [v for name, v in tensors.items() if v.ndim == 3 and not name.startswith(named)]
-    weights["embeddings.position_embeddings"] = torch.cat(sorted(constants, key=lambda v: v.shape[1]), dim=1)
+    constants = [value for name, value in tensors.items() if value.ndim == 3 and not name.startswith(PREFIX)]
+    weights["embeddings.position_embeddings"] = torch.cat(sorted(constants, key=lambda value: value.shape[1]), dim=1)
     return weights
 
 

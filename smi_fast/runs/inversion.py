@@ -230,8 +230,7 @@ class Snapshots:
             for part in range(1, parts)
         }
         self.grid = grid
-        first_of_class = {int(target): number for number, target in reversed(list(enumerate(targets)))}
-        self.numbers = sorted(first_of_class.values())[:MAX_SNAPSHOTS]
+        self.numbers = list(first_of_each_class(targets).values())[:MAX_SNAPSHOTS]
         self.frames: list[dict[str, Any]] = []
         self._taken: list[tuple[dict[str, Any], Tensor, list[Tensor]]] = []  # and still on the device
         if state is not None:
@@ -265,6 +264,14 @@ class Snapshots:
         """Return the snapshots, the numbers of their images, and the moments that are yet to come."""
         self._fetch()
         return {"moments": sorted(self.moments), "numbers": self.numbers, "frames": self.frames}
+
+
+def first_of_each_class(targets: Tensor) -> dict[int, int]:
+    """Return the number of the first image of each class, in the order of the images."""
+    numbers: dict[int, int] = {}
+    for number, target in enumerate(targets.tolist()):
+        numbers.setdefault(target, number)
+    return numbers
 
 
 def name_of(number: int) -> str:

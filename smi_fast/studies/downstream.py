@@ -12,8 +12,9 @@ from smi_fast.backbones.base import class_names
 from smi_fast.models import MODEL_DIR
 from smi_fast.studies.experiment import BITS, Experiment, Variant, split
 from smi_fast.studies.images import inverted_pool, most_attended, noise, real_images, save_rows, whole_images
-from smi_fast.studies.page import Section, counted, spread
+from smi_fast.studies.page import Section, spread
 from smi_fast.studies.paper import TABLE3, TABLE4, TABLE5
+from smi_fast.studies.report import plural
 from smi_fast.studies.speed import PAPER_SPEEDUP
 
 COSTS = {  # metadata of inverted images -> heading, format
@@ -130,10 +131,10 @@ def table4(run: Experiment) -> Section:
         ]
         for name, seeds in curves.items()
     }
-    timed = {
-        name: [[n * round_seconds(run, variant) / 60 for n in range(1, len(lines[name][1]) + 1)], *lines[name][1:]]
-        for name, variant in (("dense inversion", run.dense), (more, run.sparse), ("rebirth", run.rebirth))
-    }
+    timed = {}
+    for name, variant in (("dense inversion", run.dense), (more, run.sparse), ("rebirth", run.rebirth)):
+        (images, *accuracies), seconds = lines[name], round_seconds(run, variant)
+        timed[name] = [[count / s.samples * seconds / 60 for count in images], *accuracies]
     return Section(
         "Table 4 and Fig. 4: transfer from dense and from sparse images",
         "The model that is inverted teaches a linear probe on the student, whose accuracy is measured on "
@@ -142,7 +143,7 @@ def table4(run: Experiment) -> Section:
         "pixels: the floor) anew, and takes inverted ones from one pool in an order of its own. Real images with only "
         f"{few} patches keep those with the most of the class token's attention. Rebirth makes {s.rebirth} images of "
         f"each target. {s.more_rounds} rounds of sparse inversion take about as long as {s.rounds} of dense inversion. "
-        f"Adaptive images are sparse, compete with the student, and have {counted(s.adaptive_seeds, 'seed')}. The "
+        f"Adaptive images are sparse, compete with the student, and have {plural(s.adaptive_seeds, 'seed')}. The "
         "paper's figures are those of DeiT-B on CIFAR-10.",
         {"images": "", "after the last round, %": ".2f", "best round, %": ".2f", "paper, %": ".2f"},
         rows,

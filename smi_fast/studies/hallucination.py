@@ -21,8 +21,8 @@ from smi_fast.studies.page import Section
 from smi_fast.studies.pictures import GREY, save_grid
 from smi_fast.studies.student import Student
 
-SHARE = 0.95  # of the training images of the class that have the cue
-COLOUR = (1.0, 0.0, 1.0)  # of the cue, in [0, 1]: magenta
+SHARE = 0.95  # the share of the class's training images that have the cue
+COLOUR = (1.0, 0.0, 1.0)  # magenta, the colour of the cue, in [0, 1]
 BATCH, LR, WEIGHT_DECAY = 32, 1e-4, 0.05  # of the training, by AdamW
 COLUMNS = {
     "inversion": "", "patches kept": ".0f", "of these in the frame, %": ".1f", "colour of the cue in them": ".2f",
@@ -44,7 +44,8 @@ def hallucination(run: Experiment) -> Section:
         )
         for name in WITH_CUE
     }
-    students = [] if run.student is None else [learner(run, fast, name) for name in ("plain", "reversed")]
+    if run.student is not None:
+        plain, reversed = (learner(run, fast, name) for name in ("plain", "reversed"))
     rows, shown = [], []
     for name, like, select in (
         ("dense", run.dense, "attention"),
@@ -52,7 +53,9 @@ def hallucination(run: Experiment) -> Section:
         ("sparse, random patches", run.sparse, "random"),
     ):
         dataset = run.inverted(Variant(f"cue-{name}", like.stopping, select, model=model), 0, s.images)
-        learnt = run.once(f"cue-student-{name}", lambda dataset=dataset: taught(run, dataset, *students))
+        learnt = ["no student"] * 2
+        if run.student is not None:
+            learnt = run.once(f"cue-student-{name}", lambda dataset=dataset: taught(run, dataset, plain, reversed))
         rows.append([name, *frame.found_in(dataset), *learnt])
         shown.append(dataset.images((dataset.targets == frame.label).nonzero().flatten().tolist(), stopped=GREY))
     save_grid(torch.cat(shown), run.out / "hallucination.png", len(shown[0]), [row[0] for row in rows])
@@ -144,14 +147,10 @@ def learner(run: Experiment, teacher: AcceleratedViT, name: str) -> Student:
     return Student(run.student.model, teacher, lambda: images_with_cue(run, run.student.reader.fast, name))
 
 
-def taught(
-    run: Experiment, dataset: InvertedDataset, plain: Student | None = None, reversed: Student | None = None
-) -> list:
+def taught(run: Experiment, dataset: InvertedDataset, plain: Student, reversed: Student) -> list[float]:
     """Teach a copy of the student the inverted images, and return its accuracy on plain test images and where the cue
     is reversed, in %."""
     s = run.settings
-    if plain is None or reversed is None:
-        return ["no student"] * 2
     how = {"rounds": 1, "steps": s.ablation_steps, "batch_size": s.batch_size, "lr": s.student_lr}
     student = plain.copy()
     return [*plain.learn(0, student, dataset=dataset, **how), 100 * reversed.accuracy(student)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from smi_fast.backbones.base import frozen
 from smi_fast.data.sparse import InvertedDataset
+from smi_fast.runs.inversion import first_of_each_class
 from smi_fast.studies.experiment import BATCH, Experiment, Variant
 from smi_fast.studies.pictures import GREY, save_grid
 
@@ -55,7 +56,7 @@ def most_attended(run: Experiment, dataset: InvertedDataset, count: int) -> Inve
 def save_rows(path: Path, sets: dict[str, InvertedDataset], names: Sequence[str]) -> None:
     """Write a PNG with a row of images for each set, labelled with its name, and a column for each class that all sets
     have: ten small images or fewer large ones. `names` are those of the classes."""
-    first = [_first_of_each_class(dataset) for dataset in sets.values()]
+    first = [first_of_each_class(dataset.targets) for dataset in sets.values()]
     columns = max(MIN_COLUMNS, MAX_WIDTH // next(iter(sets.values())).image_size[1])
     classes = [label for label in first[0] if all(label in others for others in first)][: min(columns, 10)]
     rows = [
@@ -63,14 +64,6 @@ def save_rows(path: Path, sets: dict[str, InvertedDataset], names: Sequence[str]
         for dataset, numbers in zip(sets.values(), first, strict=True)
     ]
     save_grid(torch.cat(rows), path, len(classes), list(sets), [names[label] for label in classes])
-
-
-def _first_of_each_class(dataset: InvertedDataset) -> dict[int, int]:
-    """Return the number of the first image of each class, in the order of the images."""
-    numbers: dict[int, int] = {}
-    for number, label in enumerate(dataset.targets.tolist()):
-        numbers.setdefault(label, number)
-    return numbers
 
 
 def _dataset(run: Experiment, images: Tensor, keep: Tensor | None, targets: Tensor) -> InvertedDataset:

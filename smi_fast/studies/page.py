@@ -75,11 +75,6 @@ def cell(value: Value, form: str) -> str:
     return text if len(reached) == len(values) else f"{text} ({len(reached)} of {len(values)} seeds)"
 
 
-def counted(number: int, what: str) -> str:
-    """Return a number with the word for what it counts, such as "1 seed" or "3 seeds"."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def spread(values: list[list[float]]) -> tuple[list[float], list[float]]:
     """Return the mean and the standard deviation of each list."""
     return [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]

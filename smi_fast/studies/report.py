@@ -68,9 +68,9 @@ def what_was_done(report: dict[str, Any], dataset: InvertedDataset) -> list[str]
     iterations = report["images"]["iterations"]
     up_to = "up to " if min(iterations) < max(iterations) else ""
     text = [
-        f"{_plural(images, 'image')} of {_plural(classes, 'class', 'classes')}, made from the weights of "
+        f"{plural(images, 'image')} of {plural(classes, 'class', 'classes')}, made from the weights of "
         f"{report.get('model', 'a model')} alone: each began as noise, and its pixels were changed for "
-        f"{up_to}{_plural(max(iterations), 'iteration')} so that the model sees the class in it. No real image was "
+        f"{up_to}{plural(max(iterations), 'iteration')} so that the model sees the class in it. No real image was "
         "used."
     ]
     all_patches, (height, width) = dataset.grid.num_patches, dataset.patch_size
@@ -88,7 +88,8 @@ def what_was_done(report: dict[str, Any], dataset: InvertedDataset) -> list[str]
     return text
 
 
-def _plural(count: int, one: str, many: str | None = None) -> str:
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """Return a number with the word for what it counts, such as "1 seed" or "3 seeds"."""
     return f"{count} {one if count == 1 else many or one + 's'}"
 
 

@@ -25,14 +25,8 @@ class Saliency(nn.Module):
 
     def __init__(self):
         super().__init__()
-        shape = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        }
-        self.backbone = Dinov2Model(Dinov2Config(**shape))
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+        self.backbone = Dinov2Model(Dinov2Config(**sizes))
         self.decoder = nn.Conv2d(32, 1, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -40,7 +34,7 @@ class Saliency(nn.Module):
         return self.decoder(patches.transpose(1, 2).reshape(-1, 32, 3, 3))
 
 
-@pytest.mark.filterwarnings("ignore")  # of the exporter, on what it takes for constants
+@pytest.mark.filterwarnings("ignore")  # the exporter warns of what it takes for constants
 def test_the_weights_of_an_exported_backbone_are_those_of_the_model(seed, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     script, model = importlib.import_module("onnx_backbone"), Saliency().eval()
